@@ -1,0 +1,36 @@
+# Two commands do all the set-up: `make demo` and `make test`. Each makes the environment that it needs.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+STAMP   = $(VENV)/.installed
+
+# One thread beats two on the small matrices of the tests and the demo.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint types bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)          ## a healthy run and one that grows traps, on real digits, side by side in TensorBoard
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)          ## the whole test suite
+	$(BIN)/python -m pytest -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+bench: $(STAMP)         ## ratios against the bare solver, and against weightwatcher
+	OMP_NUM_THREADS= $(BIN)/python -m benchmarks.engine
+
+clean:
+	rm -rf $(VENV) dist demo_logs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,34 @@
+"""How well each layer of a network is learning, seen from its weights alone.
+
+    snapshot = ww_monitor.analyze(model)
+    snapshot.summary, snapshot.findings, snapshot.to_pandas()
+
+While a model trains, add a callback: `ww_monitor.callbacks.lightning.SpectralMonitor`.
+"""
+
+from ww_monitor.analysis import analyze
+from ww_monitor.engine import Options
+from ww_monitor.errors import InvalidArgument, LayerError, MissingDependency, SpectralWarning, WWMonitorError
+from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.monitor import Monitor
+from ww_monitor.record import Finding, History, Layer, Snapshot
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Finding",
+    "History",
+    "InvalidArgument",
+    "Layer",
+    "LayerError",
+    "Matrix",
+    "MissingDependency",
+    "Monitor",
+    "Options",
+    "Select",
+    "Skipped",
+    "Snapshot",
+    "SpectralWarning",
+    "WWMonitorError",
+    "analyze",
+]

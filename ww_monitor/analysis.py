@@ -1,0 +1,79 @@
+"""`analyze`: one call, one snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from ww_monitor.engine import Options, analyze_matrices
+from ww_monitor.errors import InvalidArgument
+from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.record import History, Snapshot
+from ww_monitor.rules import SINGLE_RULES, apply_rules
+from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE
+from ww_monitor.spectra.traps import REPLICAS
+
+if TYPE_CHECKING:
+    import torch
+
+
+def analyze(
+    model: torch.nn.Module,
+    *,
+    preset: str = "default",
+    metrics: Sequence[str] | str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    min_size: int = 8,
+    max_size: int | None = None,
+    seed: int = 0,
+    replicas: int = REPLICAS,
+    significance: float = SIGNIFICANCE,
+    strict: bool = False,
+) -> Snapshot:
+    """Spectra, metrics and findings of every weight matrix of a model.
+
+    The model is only read: no gradient, buffer, training flag or global random state changes. A layer that cannot
+    be analysed has a `status` that says why and NaN for its numbers, and costs the other layers nothing.
+
+    Args:
+        model: A torch module.
+        preset: `"default"`, or `"weightwatcher"` for that tool's columns and definitions (version 0.7.7).
+        metrics: Names of metrics; `None` for the preset's standard ones, `"all"` for those that cost a multiple too.
+        include: Globs on layer names; none keeps all.
+        exclude: Globs on layer names to leave out.
+        min_size: Least number of eigenvalues of a layer.
+        max_size: Largest number of eigenvalues of a layer.
+        seed: Seed of the private generator that shuffles.
+        replicas: Shuffles a layer that may hold a trap.
+        significance: Probability of a false spike in a random layer, and of a false trap in one shuffle of it.
+        strict: Raise on the first layer that fails, instead of giving it a status.
+
+    Returns:
+        A snapshot with `layers`, `summary`, `findings`, `skipped` and `to_pandas()`; its layers carry their
+        eigenvalues.
+
+    Raises:
+        InvalidArgument: naming the argument, its value and the choices.
+        LayerError: with `strict`, naming the layer, what was expected and what came.
+
+    >>> import torch, ww_monitor
+    >>> _ = torch.manual_seed(0)
+    >>> snapshot = ww_monitor.analyze(torch.nn.Sequential(torch.nn.Linear(200, 100), torch.nn.Linear(100, 4)))
+    >>> [(layer.name, layer.verdict) for layer in snapshot.layers], [layer.reason for layer in snapshot.skipped]
+    ([('0', 'random_like')], ['4 eigenvalues, fewer than min_size=8'])
+    """
+    options = Options(preset, metrics, seed, replicas, significance, strict, keep_eigenvalues=True)
+    select = Select(include, exclude, min_size, max_size)
+    snapshot = analyze_matrices(select.apply(_walk(model)), options)
+    return snapshot.with_findings(apply_rules(SINGLE_RULES, History([snapshot])))
+
+
+def _walk(model: object) -> Iterator[Matrix | Skipped]:
+    import torch
+
+    from ww_monitor.walk.torch import walk
+
+    if not isinstance(model, torch.nn.Module):
+        raise InvalidArgument(f"analyze: model must be a torch.nn.Module; got {type(model).__name__}")
+    return walk(model)

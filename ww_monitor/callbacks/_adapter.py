@@ -1,0 +1,112 @@
+"""What every callback does alike: the session of one training run around a Monitor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from ww_monitor.engine import Options
+from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.monitor import Monitor
+from ww_monitor.record import Snapshot
+from ww_monitor.rules import Rule
+from ww_monitor.sinks import Sink
+from ww_monitor.sinks.console import Console, table
+from ww_monitor.sinks.jsonl import JsonLines
+
+Walk = Callable[[], Iterable[Matrix | Skipped]]
+
+HISTORY_FILE = "ww_history.jsonl"
+
+
+def build_monitor(
+    *,
+    every_n_steps: int | None,
+    every_n_epochs: int | None,
+    stop_on: str | None,
+    patience: int,
+    preset: str,
+    metrics: Sequence[str] | str | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    min_size: int,
+    max_size: int | None,
+    seed: int,
+    strict: bool,
+    rules: Sequence[Rule],
+    sinks: Sequence[Sink],
+) -> Monitor:
+    """The Monitor of these arguments, checked at construction; they mean what they do in `Monitor` and `analyze`."""
+    return Monitor(
+        every_n_steps=every_n_steps,
+        every_n_epochs=every_n_epochs,
+        stop_on=stop_on,
+        patience=patience,
+        rules=rules,
+        sinks=sinks,
+        select=Select(include, exclude, min_size, max_size),
+        options=Options(preset=preset, metrics=metrics, seed=seed, strict=strict),
+    )
+
+
+class Session:
+    """One training run on the process that analyses: its history file, its console lines, its monitor.
+
+    Args:
+        monitor: Keeps the state; outlives the session.
+        folder: Where the history file goes; `None` writes none.
+        print_line: Where console lines go; `None` prints none.
+        resumed: Whether the run continues an earlier one, and its history file.
+    """
+
+    def __init__(
+        self, monitor: Monitor, *, folder: Path | None, print_line: Callable[[str], object] | None, resumed: bool
+    ) -> None:
+        self.monitor = monitor
+        self.print_line = print_line
+        self.history_path = None if folder is None else history_path(folder, resumed=resumed)
+        self._own: list[Sink] = []
+        if self.history_path is not None:
+            self._own.append(JsonLines(self.history_path))
+        if print_line is not None:
+            self._own.append(Console(print_line))
+        monitor.sinks.extend(self._own)
+
+    def announce(self, snapshot: Snapshot) -> None:
+        """One line: what is watched, what one analysis took, how often it runs, where the history goes."""
+        monitor = self.monitor
+        parts = [f"watching {len(snapshot.layers)} matrices", f"{len(snapshot.skipped)} skipped"]
+        parts.append(f"an analysis takes {snapshot.seconds:.2g} s, {monitor.cadence}")
+        if self.history_path is not None:
+            parts.append(f"history in {self.history_path}")
+        self.say(", ".join(parts))
+
+    def say(self, line: str) -> None:
+        """A line on the console."""
+        if self.print_line is not None:
+            with self.monitor.guard("console", always=True):
+                self.print_line(f"ww_monitor: {line}")
+
+    def show_table(self) -> None:
+        """The layers, first → last."""
+        if self.print_line is not None and len(self.monitor.history) > 1:
+            with self.monitor.guard("console table", always=True):
+                self.print_line(table(self.monitor.history))
+
+    def close(self) -> None:
+        """Close all sinks and take the session's own off the monitor."""
+        self.monitor.close()
+        self.monitor.sinks = [sink for sink in self.monitor.sinks if sink not in self._own]
+
+
+def history_path(folder: Path, *, resumed: bool) -> Path:
+    """The history file of a run in `folder`: the latest one if the run is resumed, else one that is not there yet.
+
+    So two runs that log to one folder never mix.
+    """
+    stem, suffix = HISTORY_FILE.split(".")
+    names = [folder / HISTORY_FILE] + [folder / f"{stem}-{number}.{suffix}" for number in range(1, 10_000)]
+    taken = [path for path in names if path.exists()]
+    if resumed and taken:
+        return taken[-1]
+    return next(path for path in names if path not in taken)

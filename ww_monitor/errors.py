@@ -1,0 +1,39 @@
+"""What can go wrong, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+
+class WWMonitorError(Exception):
+    """Base of every exception this package raises on purpose."""
+
+
+class InvalidArgument(WWMonitorError, ValueError):
+    """An argument has a value that makes no sense; the message names it, its value and the choices."""
+
+
+class LayerError(WWMonitorError):
+    """A layer could not be analysed and `strict=True` was asked for; the message names layer and step."""
+
+
+class MissingDependency(WWMonitorError, ImportError):
+    """An optional package is needed for what was asked; the message says which extra brings it."""
+
+
+class SpectralWarning(UserWarning):
+    """The category of every warning this package issues."""
+
+
+def check_choice(where: str, argument: str, value: object, choices: Collection[Any]) -> None:
+    """Raise `InvalidArgument` unless `value` is one of `choices`."""
+    if value not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise InvalidArgument(f"{where}: {argument} must be one of {listed}; got {value!r}")
+
+
+def check_positive_int(where: str, argument: str, value: object) -> None:
+    """Raise `InvalidArgument` unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidArgument(f"{where}: {argument} must be an integer >= 1; got {value!r}")

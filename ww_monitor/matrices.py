@@ -1,0 +1,126 @@
+"""The unit of analysis: a named weight matrix that is loaded only when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+
+from ww_monitor.errors import InvalidArgument
+
+CONV_EIGENVALUE_FACTOR = 0.5
+"""Every eigenvalue of a convolution slice is multiplied by this (weightwatcher 0.7.7's normalisation, kept
+so that published alpha-hat values stay comparable; it shifts log-scale metrics and leaves alpha alone)."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix of a model, or the stack of slices of one kernel.
+
+    Attributes:
+        name: Cleaned dotted name, unique in its model.
+        kind: `"dense"`, `"embedding"`, `"conv"`, `"attention"` or `"recurrent"`.
+        shape: `(slices, rows, columns)` of what `load` returns; a dense weight has one slice.
+        load: Returns the weights `[slices, rows, columns]`, detached, in storage dtype, on their device.
+        role: What the matrix does in its block (`"q"`, `"up"`, `"head"`, …), or `""` where unknown.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int, int]
+    load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
+    role: str = ""
+
+    @property
+    def long_side(self) -> int:
+        """N, the larger dimension of a slice."""
+        return max(self.shape[1:])
+
+    @property
+    def short_side(self) -> int:
+        """M, the smaller dimension of a slice: its number of eigenvalues."""
+        return min(self.shape[1:])
+
+    @property
+    def num_eigenvalues(self) -> int:
+        """Number of pooled eigenvalues, slices · M."""
+        return self.shape[0] * self.short_side
+
+    @property
+    def eigenvalue_factor(self) -> float:
+        """What eigenvalues are multiplied by after the solve (0.5 for convolutions, else 1)."""
+        return CONV_EIGENVALUE_FACTOR if self.kind == "conv" else 1.0
+
+    @property
+    def cost(self) -> float:
+        """Floating-point work of one analysis in units of one multiply-add, M²N + M³ a slice."""
+        n, m = self.long_side, self.short_side
+        return float(self.shape[0] * (m * m * n + m**3))
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A weight that was left out, and why."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Select:
+    """Which matrices to analyse.
+
+    Args:
+        include: Globs on the name; an empty sequence keeps every matrix.
+        exclude: Globs on the name; a match leaves the matrix out, also when it is included.
+        min_size: Least number of pooled eigenvalues (slices · M). 8 is the least tail a power-law fit accepts.
+        max_size: Largest number of pooled eigenvalues, or `None` for no bound.
+
+    Raises:
+        InvalidArgument: if a pattern list is a bare string, or the sizes are not `1 <= min_size <= max_size`.
+
+    >>> Select(include=["encoder.*"], exclude=["*.head"]).reason_to_skip(
+    ...     Matrix("encoder.head", "dense", (1, 64, 32), lambda: torch.zeros(1, 64, 32)))
+    "excluded by pattern '*.head'"
+    """
+
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    min_size: int = 8
+    max_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for argument in ("include", "exclude"):
+            if isinstance(getattr(self, argument), str):
+                raise InvalidArgument(
+                    f"Select: {argument} must be a sequence of globs; got the string {getattr(self, argument)!r}"
+                )
+        if self.min_size < 1:
+            raise InvalidArgument(f"Select: min_size must be >= 1; got {self.min_size!r}")
+        if self.max_size is not None and self.max_size < self.min_size:
+            raise InvalidArgument(
+                f"Select: max_size must be None or >= min_size={self.min_size}; got {self.max_size!r}"
+            )
+
+    def reason_to_skip(self, matrix: Matrix) -> str:
+        """Why `matrix` is left out, or `""` if it is analysed."""
+        if self.include and not any(fnmatchcase(matrix.name, p) for p in self.include):
+            return "matches no include pattern"
+        for pattern in self.exclude:
+            if fnmatchcase(matrix.name, pattern):
+                return f"excluded by pattern {pattern!r}"
+        if matrix.num_eigenvalues < self.min_size:
+            return f"{matrix.num_eigenvalues} eigenvalues, fewer than min_size={self.min_size}"
+        if self.max_size is not None and matrix.num_eigenvalues > self.max_size:
+            return f"{matrix.num_eigenvalues} eigenvalues, more than max_size={self.max_size}"
+        return ""
+
+    def apply(self, items: Iterable[Matrix | Skipped]) -> Iterator[Matrix | Skipped]:
+        """The same items in the same order, with every matrix that is not wanted turned into a `Skipped`."""
+        for item in items:
+            reason = self.reason_to_skip(item) if isinstance(item, Matrix) else ""
+            yield Skipped(item.name, item.kind, item.shape, reason) if reason else item

@@ -1,0 +1,361 @@
+"""What was seen: snapshots, findings and their history, as plain frozen data that outlives the run.
+
+Key names are made here and nowhere else: `ww/<metric>` for the model, `ww_<metric>/<layer>` for a layer, so that
+TensorBoard and W&B open one section a metric.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ww_monitor.errors import MissingDependency, WWMonitorError
+
+if TYPE_CHECKING:
+    import pandas
+
+SCHEMA = 1
+"""Version of the saved form; raised when a field changes its meaning."""
+
+NAN = float("nan")
+
+Severity = Literal["info", "warning", "critical"]
+
+
+def summary_key(metric: str) -> str:
+    """The key of a model-level value: `ww/alpha`."""
+    return f"ww/{metric}"
+
+
+def layer_key(metric: str, layer: str) -> str:
+    """The key of a layer's value: `ww_alpha/encoder.fc1`."""
+    return f"ww_{metric}/{layer}"
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of log10 λ in equal bins from `low` to `high`, and how many eigenvalues are numerically zero."""
+
+    low: float
+    high: float
+    counts: tuple[int, ...]
+    num_zero: int = 0
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        """The `len(counts) + 1` bin edges, in log10 λ."""
+        width = (self.high - self.low) / len(self.counts)
+        return tuple(self.low + width * i for i in range(len(self.counts) + 1))
+
+
+@dataclass(frozen=True)
+class TrapEntry:
+    """A weight large enough to make an outlier by itself: its address as stored, value and headroom."""
+
+    slice: int
+    row: int
+    column: int
+    value: float
+    headroom: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One analysed matrix.
+
+    Attributes:
+        name: Its name in the model.
+        kind: `"dense"`, `"conv"`, …
+        role: `"q"`, `"up"`, … or `""`.
+        shape: `(slices, rows, columns)`.
+        status: `"ok"`, or why numbers are missing.
+        verdict: What the numbers can be trusted for (see `ww_monitor.metrics`).
+        metrics: Values by metric name; NaN = not known.
+        esd: Histogram of the eigenvalues, where they are known.
+        trap_entries: The largest entries above the trap threshold.
+        eigenvalues: All eigenvalues, ascending, if they were asked for; never saved.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int, int]
+    status: str = "ok"
+    verdict: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    role: str = ""
+    esd: Histogram | None = None
+    trap_entries: tuple[TrapEntry, ...] = ()
+    eigenvalues: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
+
+    def value(self, metric: str) -> float:
+        """The value of `metric`, NaN if it is not known here."""
+        return self.metrics.get(metric, NAN)
+
+
+@dataclass(frozen=True)
+class SkippedLayer:
+    """A weight that was not analysed, and why."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something worth knowing about a layer (or, with `layer=""`, the model) that begins, holds or ends at a step.
+
+    Attributes:
+        rule: Name of the rule.
+        layer: Name of the layer.
+        severity: `"info"`, `"warning"` or `"critical"`.
+        message: One sentence with the numbers in it.
+        step: Optimizer step of the snapshot.
+        state: `"begin"` or `"end"`; a single analysis knows only `"begin"`.
+    """
+
+    rule: str
+    layer: str
+    severity: Severity
+    message: str
+    step: int | None = None
+    state: Literal["begin", "end"] = "begin"
+
+    def __str__(self) -> str:
+        where = f" at step {self.step}" if self.step is not None else ""
+        what = "" if self.state == "begin" else " is over"
+        return f"{self.rule}{what}{where}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One analysis of a model.
+
+    Attributes:
+        layers: The analysed matrices in model order.
+        skipped: What was left out, with reasons.
+        summary: Model-level values by metric name.
+        findings: What begins or ends with this snapshot.
+        step: Optimizer step, or `None` outside training.
+        epoch: Epoch, where the trainer has one.
+        preset: `"default"` or `"weightwatcher"`.
+        seconds: Wall time of the analysis.
+    """
+
+    layers: tuple[Layer, ...]
+    skipped: tuple[SkippedLayer, ...] = ()
+    summary: Mapping[str, float] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+    step: int | None = None
+    epoch: int | None = None
+    preset: str = "default"
+    seconds: float = NAN
+
+    def __getitem__(self, name: str) -> Layer:
+        """The layer of that name.
+
+        Raises:
+            KeyError: naming the layers there are.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(f"no layer {name!r}; there are {[layer.name for layer in self.layers]}")
+
+    def scalars(self, *, layers: bool = True) -> dict[str, float]:
+        """Every known value under its flat key, as plain floats; what is not known is absent."""
+        values = {summary_key(metric): value for metric, value in self.summary.items()}
+        if layers:
+            for layer in self.layers:
+                values.update({layer_key(metric, layer.name): value for metric, value in layer.metrics.items()})
+        return {key: float(value) for key, value in values.items() if math.isfinite(value)}
+
+    def with_findings(self, findings: Iterable[Finding]) -> Snapshot:
+        """The same snapshot with other findings."""
+        return replace(self, findings=tuple(findings))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python data for JSON: NaN and infinity become `None`, eigenvalues are left out."""
+        layers = [
+            {**asdict(replace(layer, metrics={}, eigenvalues=None)), "metrics": dict(layer.metrics)}
+            for layer in self.layers
+        ]
+        for layer in layers:
+            del layer["eigenvalues"]
+        data = {**asdict(replace(self, layers=(), summary={})), "layers": layers, "summary": dict(self.summary)}
+        return {"schema": SCHEMA, **_finite_or_none(data)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Snapshot:
+        """The inverse of `to_dict`.
+
+        Raises:
+            WWMonitorError: if the data was written by a later schema.
+        """
+        if data.get("schema", 0) > SCHEMA:
+            raise WWMonitorError(f"Snapshot.from_dict: schema {data['schema']} is newer than this version's {SCHEMA}")
+        return cls(
+            layers=tuple(_layer_from_dict(layer) for layer in data["layers"]),
+            skipped=tuple(SkippedLayer(**{**s, "shape": tuple(s["shape"])}) for s in data["skipped"]),
+            summary=_nan_for_none(data["summary"]),
+            findings=tuple(Finding(**finding) for finding in data["findings"]),
+            step=data["step"],
+            epoch=data["epoch"],
+            preset=data["preset"],
+            seconds=NAN if data["seconds"] is None else data["seconds"],
+        )
+
+    def to_json(self) -> str:
+        """One line of strict JSON."""
+        return json.dumps(self.to_dict(), allow_nan=False, separators=(",", ":"))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a layer; under `preset="weightwatcher"` with that tool's columns in its order.
+
+        Raises:
+            MissingDependency: if pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingDependency("Snapshot.to_pandas: needs pandas; pip install 'ww-monitor[plots]'") from error
+        row = _weightwatcher_row if self.preset == "weightwatcher" else _row
+        return pandas.DataFrame([row(index, layer) for index, layer in enumerate(self.layers)])
+
+
+class History:
+    """Snapshots in the order of their steps.
+
+    >>> history = History([Snapshot((Layer("fc", "dense", (1, 8, 8), metrics={"alpha": 3.0}),), step=10)])
+    >>> history.series("alpha", layer="fc")
+    ([10], [3.0])
+    """
+
+    def __init__(self, snapshots: Iterable[Snapshot] = ()) -> None:
+        self.snapshots: list[Snapshot] = list(snapshots)
+
+    def __len__(self) -> int:
+        return len(self.snapshots)
+
+    def __iter__(self) -> Iterator[Snapshot]:
+        return iter(self.snapshots)
+
+    def __getitem__(self, index: int) -> Snapshot:
+        return self.snapshots[index]
+
+    @property
+    def last(self) -> Snapshot:
+        """The latest snapshot."""
+        return self.snapshots[-1]
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Every layer that occurs, in the order of first occurrence."""
+        return list(dict.fromkeys(layer.name for snapshot in self.snapshots for layer in snapshot.layers))
+
+    @property
+    def findings(self) -> list[Finding]:
+        """The findings of all snapshots, in order."""
+        return [finding for snapshot in self.snapshots for finding in snapshot.findings]
+
+    def append(self, snapshot: Snapshot) -> None:
+        """Add a snapshot."""
+        self.snapshots.append(snapshot)
+
+    def of_layer(self, name: str) -> list[Layer]:
+        """The records of one layer, where it occurs, in order."""
+        return [layer for snapshot in self.snapshots for layer in snapshot.layers if layer.name == name]
+
+    def series(self, metric: str, *, layer: str | None = None) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric, of one layer or (with `None`) of the model; unknown values are NaN."""
+        steps, values = [], []
+        for index, snapshot in enumerate(self.snapshots):
+            if layer is None:
+                found = [snapshot.summary.get(metric, NAN)]
+            else:
+                found = [row.value(metric) for row in snapshot.layers if row.name == layer]
+            steps += [index if snapshot.step is None else snapshot.step] * len(found)
+            values += found
+        return steps, values
+
+    @classmethod
+    def read(cls, path: str | Path) -> History:
+        """The history in a JSON Lines file; a torn last line (a run that was killed) is left out.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            WWMonitorError: if a line before the last is no snapshot, naming the line.
+        """
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        history = cls()
+        for number, line in enumerate(lines, start=1):
+            try:
+                history.append(Snapshot.from_dict(json.loads(line)))
+            except (ValueError, KeyError, TypeError) as error:
+                if number < len(lines):
+                    raise WWMonitorError(f"History.read: line {number} of {path} is no snapshot") from error
+        return history
+
+
+def _layer_from_dict(data: Mapping[str, Any]) -> Layer:
+    esd = data["esd"]
+    return Layer(
+        **{
+            **data,
+            "shape": tuple(data["shape"]),
+            "metrics": _nan_for_none(data["metrics"]),
+            "esd": Histogram(**{**esd, "counts": tuple(esd["counts"])}) if esd else None,
+            "trap_entries": tuple(TrapEntry(**entry) for entry in data["trap_entries"]),
+        }
+    )
+
+
+def _nan_for_none(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {key: NAN if value is None else value for key, value in values.items()}
+
+
+def _finite_or_none(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite_or_none(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite_or_none(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _row(index: int, layer: Layer) -> dict[str, Any]:
+    slices, rows, columns = layer.shape
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "role": layer.role,
+        "slices": slices,
+        "N": max(rows, columns),
+        "M": min(rows, columns),
+        "status": layer.status,
+        "verdict": layer.verdict,
+        **layer.metrics,
+    }
+
+
+def _weightwatcher_row(index: int, layer: Layer) -> dict[str, Any]:
+    """Weightwatcher 0.7.7's row, except that a failed fit is NaN there and is never called over-trained."""
+    slices, rows, columns = layer.shape
+    alpha = layer.value("alpha")
+    return {
+        "layer_id": index,
+        "name": layer.name.rsplit(".", 1)[-1],
+        "longname": layer.name,
+        "layer_type": {"conv": "conv2d", "embedding": "embedding"}.get(layer.kind, "dense"),
+        "N": max(rows, columns),
+        "M": min(rows, columns),
+        "Q": max(rows, columns) / min(rows, columns),
+        "rf": slices,
+        "status": "success" if math.isfinite(alpha) else "failed",
+        "warning": "over-trained" if alpha < 2 else "under-trained" if alpha > 6 else "",
+        **layer.metrics,
+    }

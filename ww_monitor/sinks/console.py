@@ -1,0 +1,89 @@
+"""Findings as lines while a run lasts, and a table of its layers at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from ww_monitor.record import History, Snapshot
+
+MARK = {"info": "·", "warning": "!", "critical": "‼"}
+
+
+class Console:
+    """Prints a line for each finding that begins or ends, and `table` on request.
+
+    Args:
+        print_line: Where lines go; a trainer passes its progress bar's `print`, so that the bar stays whole.
+        info: Print informational findings too.
+    """
+
+    def __init__(self, print_line: Callable[[str], object] = print, *, info: bool = False) -> None:
+        self.print_line = print_line
+        self.info = info
+
+    def write(self, snapshot: Snapshot) -> None:
+        """One line a finding."""
+        for finding in snapshot.findings:
+            if self.info or finding.severity != "info":
+                self.print_line(f"ww_monitor {MARK[finding.severity]} {finding}")
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def table(history: History, *, limit: int = 40) -> str:
+    """The layers of a run as a rich table: alpha first → last, verdict, headroom, traps; the worst first where cut.
+
+    Args:
+        history: A run.
+        limit: At most this many layers.
+    """
+    from io import StringIO
+
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+
+    if not len(history):
+        return ""
+    view = Table(title=f"ww_monitor: {_span(history)}", title_justify="left")
+    for column, justify in (
+        ("layer", "left"),
+        ("shape", "right"),
+        ("alpha", "right"),
+        ("verdict", "left"),
+        ("headroom", "right"),
+        ("traps", "right"),
+    ):
+        view.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    first = {layer.name: layer for layer in history[0].layers}
+    rows = sorted(history.last.layers, key=lambda layer: -_known(layer.value("num_traps")))[:limit]
+    shown = {row.name for row in rows}
+    for layer in (layer for layer in history.last.layers if layer.name in shown):
+        began = first.get(layer.name, layer)
+        view.add_row(
+            layer.name,
+            "×".join(str(size) for size in layer.shape if size > 1),
+            f"{_number(began.value('alpha'))} → {_number(layer.value('alpha'))}",
+            layer.verdict,
+            _number(layer.value("trap_headroom")),
+            _number(layer.value("num_traps")),
+        )
+    if len(shown) < len(history.last.layers):
+        view.caption = f"{len(history.last.layers) - len(shown)} more layers in the history"
+    out = StringIO()
+    RichConsole(file=out, width=100).print(view)
+    return out.getvalue().rstrip("\n")
+
+
+def _span(history: History) -> str:
+    steps = [snapshot.step for snapshot in history if snapshot.step is not None]
+    return f"{len(history)} snapshots" + (f", steps {steps[0]} to {steps[-1]}" if steps else "")
+
+
+def _known(value: float) -> float:
+    return 0.0 if math.isnan(value) else value
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.2f}".rstrip("0").rstrip(".")
