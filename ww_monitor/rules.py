@@ -34,14 +34,20 @@ def trap(history: History, *, at_least: float = 0.5) -> Iterator[Finding]:
             yield _finding(history, trap, layer, "critical", _trap_message(layer))
 
 
-def trap_approaching(history: History, *, headroom: float = 0.8) -> Iterator[Finding]:
-    """The largest entry has grown to `headroom` of the size that makes a trap; over when it falls 5 % below."""
-    before = {layer.name: layer.value("trap_headroom") for layer in history[-2].layers} if len(history) > 1 else {}
+def trap_approaching(history: History, *, headroom: float = 0.8, rise: float = 1.1) -> Iterator[Finding]:
+    """The largest entry grows, and has reached `headroom` of the size that makes a trap; over 5 % below.
+
+    Growth counts from the oldest snapshot at hand, and must be to `rise` times: in small matrices a headroom near 1
+    is chance, so that a level alone says nothing (16 × 16 Gaussian slices of a 3 × 3 kernel are at 0.9).
+    """
     for layer in history.last.layers:
-        now = layer.value("trap_headroom")
-        held = before.get(layer.name, 0.0) >= headroom
-        if now >= (0.95 * headroom if held else headroom) and not layer.value("num_traps") >= 0.5:
-            message = f"the largest entry is at {now:.2f} of the size that makes a correlation trap"
+        series = [past.value("trap_headroom") for past in history.of_layer(layer.name)]
+        known = [value for value in series if value == value]
+        if len(known) < 2 or series[-1] != series[-1] or layer.value("num_traps") >= 0.5:
+            continue
+        now, held = known[-1], known[-2] >= headroom
+        if now >= (0.95 * headroom if held else headroom) and now >= rise * known[0]:
+            message = f"the largest entry grew from {known[0]:.2f} to {now:.2f} of the size that makes a trap"
             yield _finding(history, trap_approaching, layer, "info", message)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from ww_monitor.spectra.scan import best_candidates
 from ww_monitor.spectra.status import Status
 
 SMALL_SAMPLE = 20
@@ -14,9 +14,6 @@ SMALL_SAMPLE = 20
 
 SMALL_SAMPLE_TAIL = 8
 """Shortest tail of a small sample (weightwatcher 0.7.7)."""
-
-_CHUNK = 1 << 20
-"""Elements of the candidate × eigenvalue array held at a time (8 MiB in float64: it stays in cache)."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +77,10 @@ def fit_tail(eigenvalues: torch.Tensor, *, floor: torch.Tensor | float = 0.0, al
         )
     candidate = known & (tail_size >= shortest) & (log_sum > 1e-12) & torch.isfinite(alpha)
 
-    ks = ks_distances(log_x, torch.where(candidate, alpha - 1, 0.0), tail_size)
-    ks = torch.where(candidate, ks, float("inf"))
-    best = ks.argmin(1, keepdim=True)
+    best, ks = best_candidates(log_x, torch.where(candidate, alpha - 1, 0.0), candidate)
 
     def at_best(field: torch.Tensor) -> torch.Tensor:
-        return field.gather(1, best)[:, 0]
+        return field.gather(1, best[:, None])[:, 0]
 
     found = candidate.any(1)
     enough = num_fitted >= shortest[:, 0]
@@ -97,39 +92,9 @@ def fit_tail(eigenvalues: torch.Tensor, *, floor: torch.Tensor | float = 0.0, al
     return TailFit(
         alpha=best_alpha,
         xmin=torch.where(found, at_best(eigenvalues), float("nan")),
-        ks=torch.where(found, at_best(ks), float("nan")),
+        ks=torch.where(found, ks, float("nan")),
         sigma=(best_alpha - 1) / n_tail.sqrt(),
         n_tail=n_tail,
         num_fitted=num_fitted,
         status=status,
     )
-
-
-def ks_distances(log_x: torch.Tensor, exponent: torch.Tensor, tail_size: torch.Tensor) -> torch.Tensor:
-    """D_i = max_{j ≥ i} |m_j/m_i − (λ_j/λ_i)^-(alpha_i − 1)| for every candidate i, m_i = number of points from i on.
-
-    Args:
-        log_x: `[B, n]` ln λ, ascending.
-        exponent: `[B, n]` alpha_i − 1.
-        tail_size: `[n]` m_i = n, n−1, …, 1.
-
-    Returns:
-        `[B, n]`.
-    """
-    batch, n = log_x.shape
-    distances = torch.empty_like(log_x)
-    for start, stop in _candidate_chunks(batch, n):
-        model = (log_x[:, start:stop, None] - log_x[:, None, start:]).mul_(exponent[:, start:stop, None]).exp_()
-        deviation = model.sub_(tail_size[start:] / tail_size[start:stop, None]).abs_()
-        below = torch.ones(stop - start, n - start, dtype=torch.bool, device=log_x.device).tril(-1)
-        distances[:, start:stop] = deviation.masked_fill_(below, 0.0).amax(2)
-    return distances
-
-
-def _candidate_chunks(batch: int, n: int) -> Iterator[tuple[int, int]]:
-    """Ranges of candidates whose `[B, candidates, n − start]` array fits the chunk size."""
-    start = 0
-    while start < n:
-        stop = min(n, start + max(1, _CHUNK // (batch * (n - start))))
-        yield start, stop
-        start = stop

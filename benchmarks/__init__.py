@@ -1,0 +1,1 @@
+"""Ratios, measured in one interleaved run. `python -m benchmarks.engine`."""
