@@ -46,7 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    print(f"torch {torch.__version__}, numpy {np.__version__}, {torch.get_num_threads()} threads, {platform.machine()}\n")
+    print(
+        f"torch {torch.__version__}, numpy {np.__version__}, {torch.get_num_threads()} threads, {platform.machine()}\n"
+    )
     print("| matrices | analyze ÷ bare solver (median) | range over rounds |\n|---|---|---|")
     for name, build in MODELS.items():
         model = build()

@@ -10,6 +10,7 @@ from ww_monitor.analysis import analyze
 from ww_monitor.engine import Options
 from ww_monitor.errors import InvalidArgument, LayerError, MissingDependency, SpectralWarning, WWMonitorError
 from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.metric import metrics
 from ww_monitor.monitor import Monitor
 from ww_monitor.record import Finding, History, Layer, Snapshot
 
@@ -31,4 +32,5 @@ __all__ = [
     "SpectralWarning",
     "WWMonitorError",
     "analyze",
+    "metrics",
 ]

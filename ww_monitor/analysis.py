@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ww_monitor.engine import Options, analyze_matrices
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def analyze(
-    model: torch.nn.Module,
+    model: torch.nn.Module | Mapping[str, torch.Tensor] | str | Path,
     *,
     preset: str = "default",
     metrics: Sequence[str] | str | None = None,
@@ -29,6 +30,10 @@ def analyze(
     seed: int = 0,
     replicas: int = REPLICAS,
     significance: float = SIGNIFICANCE,
+    fit: str = "csn",
+    fit_k: int | None = None,
+    fix_fingers: str | None = None,
+    aspect_ratio: float | None = None,
     strict: bool = False,
 ) -> Snapshot:
     """Spectra, metrics and findings of every weight matrix of a model.
@@ -37,7 +42,8 @@ def analyze(
     be analysed has a `status` that says why and NaN for its numbers, and costs the other layers nothing.
 
     Args:
-        model: A torch module.
+        model: A torch module; a mapping from names to tensors; or the path of a checkpoint: a `.safetensors` file, a
+            torch file (`.bin`, `.pt`, `.pth`, `.th`, `.ckpt`; no pickled objects) or a directory with such weights.
         preset: `"default"`, or `"weightwatcher"` for that tool's columns and definitions (version 0.7.7).
         metrics: Names of metrics; `None` for the preset's standard ones, `"all"` for those that cost a multiple too.
         include: Globs on layer names; none keeps all.
@@ -47,6 +53,12 @@ def analyze(
         seed: Seed of the private generator that shuffles.
         replicas: Shuffles a layer that may hold a trap.
         significance: Probability of a false spike in a random layer, and of a false trap in one shuffle of it.
+        fit: `"csn"` (Clauset, Shalizi & Newman), `"hill"` (the `fit_k` largest eigenvalues), or `"truncated"` (a power
+            law with exponential cut-off from the xmin of `"csn"` on).
+        fit_k: Size of the Hill estimator's tail; `None` for half of the eigenvalues.
+        fix_fingers: `"clip_xmax"` leaves up to ten largest eigenvalues out where that lowers alpha by more than 1.
+        aspect_ratio: Fit the tail to windows of this ratio of long to short side (FARMS), so that alpha can be compared
+            between layers of different shape; `None` fits the whole matrices.
         strict: Raise on the first layer that fails, instead of giving it a status.
 
     Returns:
@@ -63,7 +75,19 @@ def analyze(
     >>> [(layer.name, layer.verdict) for layer in snapshot.layers], [layer.reason for layer in snapshot.skipped]
     ([('0', 'random_like')], ['4 eigenvalues, fewer than min_size=8'])
     """
-    options = Options(preset, metrics, seed, replicas, significance, strict, keep_eigenvalues=True)
+    options = Options(
+        preset=preset,
+        metrics=metrics,
+        seed=seed,
+        replicas=replicas,
+        significance=significance,
+        fit=fit,
+        fit_k=fit_k,
+        fix_fingers=fix_fingers,
+        aspect_ratio=aspect_ratio,
+        strict=strict,
+        keep_eigenvalues=True,
+    )
     select = Select(include, exclude, min_size, max_size)
     snapshot = analyze_matrices(select.apply(_walk(model)), options)
     return snapshot.with_findings(apply_rules(SINGLE_RULES, History([snapshot])))
@@ -72,8 +96,19 @@ def analyze(
 def _walk(model: object) -> Iterator[Matrix | Skipped]:
     import torch
 
-    from ww_monitor.walk.torch import walk
+    if isinstance(model, torch.nn.Module):
+        from ww_monitor.walk.torch import walk
 
-    if not isinstance(model, torch.nn.Module):
-        raise InvalidArgument(f"analyze: model must be a torch.nn.Module; got {type(model).__name__}")
-    return walk(model)
+        return walk(model)
+    if isinstance(model, Mapping):
+        from ww_monitor.walk.state_dict import walk_state_dict
+
+        return walk_state_dict(model)
+    if isinstance(model, (str, Path)):
+        from ww_monitor.walk.files import walk_files
+
+        return walk_files(model)
+    raise InvalidArgument(
+        "analyze: model must be a torch.nn.Module, a mapping from names to tensors, or a path; "
+        f"got {type(model).__name__}"
+    )

@@ -12,13 +12,25 @@ import torch
 
 from ww_monitor.errors import InvalidArgument, LayerError, check_choice, check_positive_int
 from ww_monitor.matrices import Matrix, Skipped
-from ww_monitor.metrics import PRESETS, Batch, Metric, choose, statuses, verdicts
+from ww_monitor.metric import (
+    FITS,
+    FIX_FINGERS,
+    PRESETS,
+    Batch,
+    Definitions,
+    Metric,
+    choose,
+    phases,
+    statuses,
+    verdicts,
+)
 from ww_monitor.record import NAN, Histogram, Layer, SkippedLayer, Snapshot, TrapEntry
 from ww_monitor.spectra import weightwatcher
 from ww_monitor.spectra.eigenvalues import eigenvalues
 from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE, per_matrix
 from ww_monitor.spectra.status import Status
 from ww_monitor.spectra.traps import HEADROOM_TO_SHUFFLE, REPLICAS, Elements, elements, large_entries, shuffled
+from ww_monitor.spectra.windows import windows
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +53,27 @@ class Options:
     seed: int = 0
     replicas: int = REPLICAS
     significance: float = SIGNIFICANCE
+    fit: str = "csn"
+    fit_k: int | None = None
+    fix_fingers: str | None = None
+    aspect_ratio: float | None = None
     strict: bool = False
     keep_eigenvalues: bool = False
 
     def __post_init__(self) -> None:
         check_choice("ww_monitor", "preset", self.preset, PRESETS)
         choose(self.metrics, self.preset)
+        check_choice("ww_monitor", "fit", self.fit, FITS)
+        check_choice("ww_monitor", "fix_fingers", self.fix_fingers, FIX_FINGERS)
+        if self.fit_k is not None:
+            check_positive_int("ww_monitor", "fit_k", self.fit_k)
+        if (self.fit_k is not None and self.fit != "hill") or (self.fix_fingers and self.fit == "hill"):
+            raise InvalidArgument(
+                f"ww_monitor: fit_k goes with fit='hill', fix_fingers with the others; got fit={self.fit!r},"
+                f" fit_k={self.fit_k!r}, fix_fingers={self.fix_fingers!r}"
+            )
+        if self.aspect_ratio is not None and not self.aspect_ratio >= 1:
+            raise InvalidArgument(f"ww_monitor: aspect_ratio must be None or >= 1; got {self.aspect_ratio!r}")
         check_positive_int("ww_monitor", "replicas", self.replicas)
         if not 0 < self.significance < 1:
             raise InvalidArgument(f"ww_monitor: significance must be between 0 and 1; got {self.significance!r}")
@@ -54,7 +81,15 @@ class Options:
     @property
     def chosen(self) -> list[Metric]:
         """The metrics asked for."""
-        return choose(self.metrics, self.preset)
+        options = [
+            name for name, active in (("truncated", self.fit == "truncated"), ("fingers", self.fix_fingers)) if active
+        ]
+        return choose(self.metrics, self.preset, options=options)
+
+    @property
+    def definitions(self) -> Definitions:
+        """What a batch needs to know."""
+        return Definitions(self.preset, self.fit, self.fit_k, self.fix_fingers, self.significance, self.seed)
 
     @property
     def needs(self) -> set[str]:
@@ -75,6 +110,7 @@ class _Measured:
     trap_severity: float = NAN
     trap_p_value: float = NAN
     trap_entries: tuple[TrapEntry, ...] = ()
+    window_eigenvalues: torch.Tensor | None = None
     randomized: weightwatcher.Randomized | None = None
 
 
@@ -173,6 +209,9 @@ def _measure(matrix: Matrix, options: Options) -> _Measured:
         if options.strict and status != Status.ZERO:
             raise ValueError(_complaint(weights, status))
         return measured
+    if options.aspect_ratio is not None:
+        cut = eigenvalues(windows(weights, options.aspect_ratio)).values.flatten().sort().values
+        measured = replace(measured, window_eigenvalues=(cut * matrix.eigenvalue_factor).cpu())
     if options.needs & {"elements", "shuffled"} and matrix.short_side >= LEAST_TRAP_SIDE:
         measured = _measure_traps(measured, weights, options)
     if "randomized" in options.needs:
@@ -242,7 +281,8 @@ def _layers(pairs: Sequence[tuple[Matrix, _Measured]], options: Options) -> list
         status=torch.tensor([one.status for one in measured]),
         long_side=first.long_side,
         dtype=measured[0].dtype,
-        preset=options.preset,
+        definitions=options.definitions,
+        window_eigenvalues=_windows_of(measured),
         trap_headroom=stacked("trap_headroom"),
         mean_shift=stacked("mean_shift"),
         num_traps=stacked("num_traps"),
@@ -251,7 +291,7 @@ def _layers(pairs: Sequence[tuple[Matrix, _Measured]], options: Options) -> list
         randomized=[one.randomized for one in measured],
     )
     columns = {metric.name: metric.function(batch).tolist() for metric in options.chosen}
-    status, verdict = statuses(batch), verdicts(batch)
+    status, verdict, phase = statuses(batch), verdicts(batch), phases(batch)
     rows = []
     for b, (matrix, one) in enumerate(pairs):
         values = {name: float(column[b]) for name, column in columns.items()}
@@ -264,12 +304,22 @@ def _layers(pairs: Sequence[tuple[Matrix, _Measured]], options: Options) -> list
                 verdict[b],
                 values,
                 role=matrix.role,
+                phase=phase[b],
                 esd=_histogram(batch.eigenvalues[b], float(batch.floor[b])) if one.status == Status.OK else None,
                 trap_entries=one.trap_entries,
                 eigenvalues=tuple(batch.eigenvalues[b].tolist()) if options.keep_eigenvalues else None,
             )
         )
     return rows
+
+
+def _windows_of(measured: Sequence[_Measured]) -> torch.Tensor | None:
+    """`[B, n]`, NaN for a layer without a spectrum; `None` if no windows were asked for."""
+    known = next((one.window_eigenvalues for one in measured if one.window_eigenvalues is not None), None)
+    if known is None:
+        return None
+    rows = [one.window_eigenvalues for one in measured]
+    return torch.stack([torch.full_like(known, NAN) if row is None else row for row in rows])
 
 
 def _histogram(spectrum: torch.Tensor, floor: float) -> Histogram | None:

@@ -73,8 +73,9 @@ class Layer:
         role: `"q"`, `"up"`, … or `""`.
         shape: `(slices, rows, columns)`.
         status: `"ok"`, or why numbers are missing.
-        verdict: What the numbers can be trusted for (see `ww_monitor.metrics`).
+        verdict: What the numbers can be trusted for (see `ww_monitor.metric`).
         metrics: Values by metric name; NaN = not known.
+        phase: Phase of training by heavy-tailed self-regularization, `""` where it cannot be told.
         esd: Histogram of the eigenvalues, where they are known.
         trap_entries: The largest entries above the trap threshold.
         eigenvalues: All eigenvalues, ascending, if they were asked for; never saved.
@@ -87,6 +88,7 @@ class Layer:
     verdict: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     role: str = ""
+    phase: str = ""
     esd: Histogram | None = None
     trap_entries: tuple[TrapEntry, ...] = ()
     eigenvalues: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
@@ -267,6 +269,10 @@ class History:
         """Add a snapshot."""
         self.snapshots.append(snapshot)
 
+    def _rewind(self, step: int | None) -> None:
+        while step is not None and self.snapshots and self.last.step is not None and self.last.step >= step:
+            self.snapshots.pop()
+
     def of_layer(self, name: str) -> list[Layer]:
         """The records of one layer, where it occurs, in order."""
         return [layer for snapshot in self.snapshots for layer in snapshot.layers if layer.name == name]
@@ -287,6 +293,8 @@ class History:
     def read(cls, path: str | Path) -> History:
         """The history in a JSON Lines file; a torn last line (a run that was killed) is left out.
 
+        Where a run was resumed from before its last snapshot, what it saw again replaces what was seen first.
+
         Raises:
             FileNotFoundError: if there is no such file.
             WWMonitorError: if a line before the last is no snapshot, naming the line.
@@ -295,10 +303,13 @@ class History:
         history = cls()
         for number, line in enumerate(lines, start=1):
             try:
-                history.append(Snapshot.from_dict(json.loads(line)))
-            except (ValueError, KeyError, TypeError) as error:
+                snapshot = Snapshot.from_dict(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 if number < len(lines):
                     raise WWMonitorError(f"History.read: line {number} of {path} is no snapshot") from error
+            else:
+                history._rewind(snapshot.step)
+                history.append(snapshot)
         return history
 
 
@@ -338,6 +349,7 @@ def _row(index: int, layer: Layer) -> dict[str, Any]:
         "M": min(rows, columns),
         "status": layer.status,
         "verdict": layer.verdict,
+        "phase": layer.phase,
         **layer.metrics,
     }
 

@@ -32,6 +32,12 @@ def build_monitor(
     min_size: int,
     max_size: int | None,
     seed: int,
+    replicas: int,
+    significance: float,
+    fit: str,
+    fit_k: int | None,
+    fix_fingers: str | None,
+    aspect_ratio: float | None,
     strict: bool,
     rules: Sequence[Rule],
     sinks: Sequence[Sink],
@@ -45,7 +51,18 @@ def build_monitor(
         rules=rules,
         sinks=sinks,
         select=Select(include, exclude, min_size, max_size),
-        options=Options(preset=preset, metrics=metrics, seed=seed, strict=strict),
+        options=Options(
+            preset=preset,
+            metrics=metrics,
+            seed=seed,
+            replicas=replicas,
+            significance=significance,
+            fit=fit,
+            fit_k=fit_k,
+            fix_fingers=fix_fingers,
+            aspect_ratio=aspect_ratio,
+            strict=strict,
+        ),
     )
 
 
@@ -56,21 +73,26 @@ class Session:
         monitor: Keeps the state; outlives the session.
         folder: Where the history file goes; `None` writes none.
         print_line: Where console lines go; `None` prints none.
-        resumed: Whether the run continues an earlier one, and its history file.
+        continues: Name of the history file of the run that this one continues, or `""`.
     """
 
     def __init__(
-        self, monitor: Monitor, *, folder: Path | None, print_line: Callable[[str], object] | None, resumed: bool
+        self, monitor: Monitor, *, folder: Path | None, print_line: Callable[[str], object] | None, continues: str = ""
     ) -> None:
         self.monitor = monitor
         self.print_line = print_line
-        self.history_path = None if folder is None else history_path(folder, resumed=resumed)
+        self.history_path = None if folder is None else history_path(folder, continues=continues)
         self._own: list[Sink] = []
         if self.history_path is not None:
             self._own.append(JsonLines(self.history_path))
         if print_line is not None:
             self._own.append(Console(print_line))
         monitor.sinks.extend(self._own)
+
+    @property
+    def history_name(self) -> str:
+        """The name of the history file, for the run that continues this one; `""` without a file."""
+        return "" if self.history_path is None else self.history_path.name
 
     def announce(self, snapshot: Snapshot) -> None:
         """One line: what is watched, what one analysis took, how often it runs, where the history goes."""
@@ -99,14 +121,13 @@ class Session:
         self.monitor.sinks = [sink for sink in self.monitor.sinks if sink not in self._own]
 
 
-def history_path(folder: Path, *, resumed: bool) -> Path:
-    """The history file of a run in `folder`: the latest one if the run is resumed, else one that is not there yet.
+def history_path(folder: Path, *, continues: str = "") -> Path:
+    """The history file of a run in `folder`: the one it continues, else one that is not there yet.
 
-    So two runs that log to one folder never mix.
+    So two runs that log to one folder never mix, nor do two monitors of one run.
     """
+    if continues:
+        return folder / continues
     stem, suffix = HISTORY_FILE.split(".")
     names = [folder / HISTORY_FILE] + [folder / f"{stem}-{number}.{suffix}" for number in range(1, 10_000)]
-    taken = [path for path in names if path.exists()]
-    if resumed and taken:
-        return taken[-1]
-    return next(path for path in names if path not in taken)
+    return next(path for path in names if not path.exists())

@@ -17,6 +17,8 @@ from ww_monitor.record import Snapshot, summary_key
 from ww_monitor.rules import TRAINING_RULES, Rule
 from ww_monitor.sinks import Sink
 from ww_monitor.sinks.tensorboard import write_histograms
+from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE
+from ww_monitor.spectra.traps import REPLICAS
 from ww_monitor.walk.torch import walk
 
 _NAMESPACES = ("pytorch_lightning", "lightning.pytorch")
@@ -58,6 +60,12 @@ class SpectralMonitor(*_callback_bases()):  # type: ignore[misc]
         min_size: Least number of eigenvalues of a layer.
         max_size: Largest number of eigenvalues of a layer.
         seed: Seed of the private generator that shuffles.
+        replicas: Shuffles a layer that may hold a trap.
+        significance: Probability of a false spike in a random layer, and of a false trap in one shuffle of it.
+        fit: `"csn"`, `"hill"` or `"truncated"`; this and the next three as in `ww_monitor.analyze`.
+        fit_k: Size of the Hill estimator's tail.
+        fix_fingers: `"clip_xmax"` or `None`.
+        aspect_ratio: Of the windows that the tail is fitted to, or `None`.
         strict: Raise when a layer fails.
         rules: What to look for (`ww_monitor.rules`).
         sinks: Further sinks.
@@ -82,6 +90,12 @@ class SpectralMonitor(*_callback_bases()):  # type: ignore[misc]
         min_size: int = 8,
         max_size: int | None = None,
         seed: int = 0,
+        replicas: int = REPLICAS,
+        significance: float = SIGNIFICANCE,
+        fit: str = "csn",
+        fit_k: int | None = None,
+        fix_fingers: str | None = None,
+        aspect_ratio: float | None = None,
         strict: bool = False,
         rules: Sequence[Rule] = TRAINING_RULES,
         sinks: Sequence[Sink] = (),
@@ -101,6 +115,12 @@ class SpectralMonitor(*_callback_bases()):  # type: ignore[misc]
             min_size=min_size,
             max_size=max_size,
             seed=seed,
+            replicas=replicas,
+            significance=significance,
+            fit=fit,
+            fit_k=fit_k,
+            fix_fingers=fix_fingers,
+            aspect_ratio=aspect_ratio,
             strict=strict,
             rules=rules,
             sinks=sinks,
@@ -108,17 +128,20 @@ class SpectralMonitor(*_callback_bases()):  # type: ignore[misc]
         self._console = console
         self._history = history
         self._session: Session | None = None
+        self._history_name = ""
         self._resumed = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """First snapshot, so that every key exists before a callback looks for it."""
         monitor, step = self.monitor, trainer.global_step
-        if not self._resumed and monitor.last_step is not None and step <= monitor.last_step:
+        if not self._resumed and monitor.last_step is not None and (step == 0 or step < monitor.last_step):
             monitor.restart()
+            self._history_name = ""
         folder = self._folder(trainer)
         if trainer.is_global_zero:
             print_line = _printer(trainer) if self._console else None
-            self._session = Session(monitor, folder=folder, print_line=print_line, resumed=step > 0)
+            self._session = Session(monitor, folder=folder, print_line=print_line, continues=self._history_name)
+            self._history_name = self._session.history_name
         if monitor.last_step == step and len(monitor.history):
             self._publish_metrics(trainer, monitor.history.last.scalars(layers=False))
         else:
@@ -161,18 +184,21 @@ class SpectralMonitor(*_callback_bases()):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain Python values, as resuming with `weights_only` needs."""
-        return self.monitor.state_dict()
+        return {**self.monitor.state_dict(), "history_file": self._history_name}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a resumed run."""
         with self.monitor.guard("resume", always=True):
             self.monitor.load_state_dict(state_dict)
+            self._history_name = state_dict["history_file"]
             self._resumed = True
 
     @property
     def state_key(self) -> str:
-        """One key for every monitor of these settings, whatever the base class."""
-        return f"ww_monitor.SpectralMonitor(every={self.monitor.cadence!r}, preset={self.monitor.options.preset!r})"
+        """One key for every monitor that looks at the same things as often, whatever the base class."""
+        monitor, options = self.monitor, self.monitor.options
+        what = f"preset={options.preset!r}, metrics={options.metrics!r}, seed={options.seed}, {monitor.select}"
+        return f"ww_monitor.SpectralMonitor(every={monitor.cadence!r}, {what})"
 
     def _observe(self, trainer: Any, pl_module: Any, *, x: int) -> dict[str, float]:
         """Analyse on rank 0, tell every rank, publish; returns the model-level values."""

@@ -61,12 +61,9 @@ def fit_tail(eigenvalues: torch.Tensor, *, floor: torch.Tensor | float = 0.0, al
     3.0
     """
     batch, n = eigenvalues.shape
-    known = eigenvalues > torch.as_tensor(floor, dtype=torch.float64, device=eigenvalues.device).reshape(-1, 1)
+    known, log_x, log_sum = tail_exponents(eigenvalues, floor)
     num_fitted = known.sum(1)
-    log_x = torch.where(known, eigenvalues, 1.0).log()
-    log_x = torch.where(known, log_x - log_x[:, -1:], 0.0)
     tail_size = torch.arange(n, 0, -1, dtype=torch.float64, device=eigenvalues.device)
-    log_sum = log_x.flip(1).cumsum(1).flip(1) - tail_size * log_x
 
     small = (num_fitted < SMALL_SAMPLE)[:, None]
     alpha = 1 + (tail_size - small.double()) / log_sum
@@ -98,3 +95,19 @@ def fit_tail(eigenvalues: torch.Tensor, *, floor: torch.Tensor | float = 0.0, al
         num_fitted=num_fitted,
         status=status,
     )
+
+
+def tail_exponents(
+    eigenvalues: torch.Tensor, floor: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return λ > floor, ln(λ/λmax) and Σ_{j ≥ i} ln(λ_j/λ_i) for every i, each `[B, n]`; 0 logs below the floor.
+
+    Args:
+        eigenvalues: `[B, n]` float64, ascending.
+        floor: Scalar or `[B]`.
+    """
+    known = eigenvalues > torch.as_tensor(floor, dtype=torch.float64, device=eigenvalues.device).reshape(-1, 1)
+    log_x = torch.where(known, eigenvalues, 1.0).log()
+    log_x = torch.where(known, log_x - log_x[:, -1:], 0.0)
+    size = torch.arange(eigenvalues.shape[1], 0, -1, dtype=torch.float64, device=eigenvalues.device)
+    return known, log_x, log_x.flip(1).cumsum(1).flip(1) - size * log_x

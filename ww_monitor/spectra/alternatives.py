@@ -1,0 +1,190 @@
+"""Other laws for the tail of a spectrum, and how the power law compares with them.
+
+Every function works on one tail: the eigenvalues from xmin on, ascending, on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from scipy.special import erfc, log_ndtr
+from scipy.stats import chi2
+
+from ww_monitor.spectra.powerlaw import TailFit, fit_tail
+
+BOOTSTRAP_REPLICAS = 200
+"""Synthetic spectra of a goodness-of-fit test: its p-value is good to ½/√replicas = 0.035 (Clauset et al., §4.1)."""
+
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(120)
+
+
+@dataclass(frozen=True)
+class TruncatedFit:
+    """Power law with exponential cut-off, p(λ) ∝ λ^-alpha exp(−Lambda λ) for λ ≥ xmin.
+
+    Attributes:
+        alpha: Exponent, at least 1.
+        rate: Lambda, at least 0, in units of 1/λ.
+        ks: Kolmogorov–Smirnov distance to the tail.
+        log_likelihood: `[n]` log density of each point.
+    """
+
+    alpha: float
+    rate: float
+    ks: float
+    log_likelihood: np.ndarray
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The power law against another law on one tail.
+
+    Attributes:
+        ratio: Normalised log-likelihood ratio; positive favours the power law.
+        p_value: Probability of a ratio as large in size if both are equally good: only below 0.1 or so has the sign
+            of `ratio` a meaning.
+    """
+
+    ratio: float
+    p_value: float
+
+
+def fit_truncated(tail: np.ndarray, *, alpha: float) -> TruncatedFit:
+    """Maximise −alpha Σ ln λ − Lambda Σ λ − n ln Z over alpha ≥ 1, Lambda ≥ 0; Z = ∫_xmin^∞ t^-alpha e^(−Lambda t) dt.
+
+    The family is exponential, so that the likelihood is concave and has one maximum; Z and its derivatives come from
+    Gauss–Legendre quadrature in ln t. Source: Clauset, Shalizi & Newman 2009, table 2.1.
+
+    Args:
+        tail: `[n]` eigenvalues from xmin on, ascending.
+        alpha: Exponent of the power-law fit, where the search starts.
+    """
+    u = tail / tail[0]
+    mean_log, mean = float(np.log(u).mean()), float(u.mean())
+
+    def negative(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        log_z, expected_log, expected = _cutoff_moments(parameters[0], parameters[1])
+        value = parameters[0] * mean_log + parameters[1] * mean + log_z
+        return value, np.array([mean_log - expected_log, mean - expected])
+
+    start = np.array([max(1.0 + 1e-6, min(alpha, 30.0)), 0.1 / mean])
+    best = minimize(negative, start, jac=True, method="L-BFGS-B", bounds=[(1.0, 100.0), (0.0, None)])
+    exponent, rate = float(best.x[0]), float(best.x[1])
+    if rate == 0.0 and exponent <= 1.0:
+        exponent = 1.0 + 1e-9
+    log_z = _cutoff_moments(exponent, rate)[0]
+    log_likelihood = -exponent * np.log(u) - rate * u - log_z - math.log(tail[0])
+    survival = np.array([math.exp(_log_survival(exponent, rate, point) - log_z) for point in u])
+    empirical = np.arange(len(u), 0, -1) / len(u)
+    return TruncatedFit(exponent, rate / float(tail[0]), float(np.abs(survival - empirical).max()), log_likelihood)
+
+
+def _cutoff_moments(alpha: float, rate: float) -> tuple[float, float, float]:
+    """Return ln ∫_1^∞ t^-alpha e^(−rate t) dt, E ln t and E t."""
+    s, weight = _log_grid(alpha, rate, 1.0)
+    exponent = (1 - alpha) * s - rate * np.exp(s)
+    peak = exponent.max()
+    density = weight * np.exp(exponent - peak)
+    total = density.sum()
+    return peak + math.log(total), float(density @ s / total), float(density @ np.exp(s) / total)
+
+
+def _log_survival(alpha: float, rate: float, point: float) -> float:
+    """Return ln ∫_point^∞ t^-alpha e^(−rate t) dt."""
+    s, weight = _log_grid(alpha, rate, point)
+    exponent = (1 - alpha) * s - rate * np.exp(s)
+    peak = exponent.max()
+    return float(peak + math.log(float(weight @ np.exp(exponent - peak))))
+
+
+def _log_grid(alpha: float, rate: float, point: float) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes s = ln t from ln `point` to where the integrand has fallen by e^-60, and their weights."""
+    by_power = 60.0 / max(alpha - 1, 1e-9)
+    by_cutoff = math.log1p(60.0 / (rate * point)) if rate > 0 else math.inf
+    length = min(by_power, by_cutoff, 600.0)
+    return math.log(point) + length * (_NODES + 1) / 2, length * _WEIGHTS / 2
+
+
+def compare(tail: np.ndarray, *, alpha: float) -> dict[str, Comparison]:
+    """Likelihood ratios of the power law against an exponential, a log-normal and a truncated power law.
+
+    Vuong's test for the first two; the truncated law contains the power law, so that its p-value is that of Wilks'
+    χ² with one degree of freedom. Source: Vuong 1989 (Econometrica 57); Clauset, Shalizi & Newman 2009, §5 and
+    appendix C.
+
+    Args:
+        tail: `[n]` eigenvalues from xmin on, ascending; n ≥ 3 and not all equal.
+        alpha: Exponent of its power-law fit.
+    """
+    u = tail / tail[0]
+    power_law = math.log(alpha - 1) - alpha * np.log(u)
+    cutoff = fit_truncated(u, alpha=alpha).log_likelihood
+    nested = float((power_law - cutoff).sum())
+    vuong = {"exponential": _exponential(u), "lognormal": _lognormal(u)}
+    compared = {name: _vuong(power_law - other) for name, other in vuong.items()}
+    compared["truncated"] = Comparison(_vuong(power_law - cutoff).ratio, float(chi2.sf(max(0.0, -2 * nested), 1)))
+    return compared
+
+
+def _vuong(difference: np.ndarray) -> Comparison:
+    spread = float(difference.std()) * math.sqrt(len(difference))
+    if spread == 0.0:
+        return Comparison(0.0, 1.0)
+    ratio = float(difference.sum()) / spread
+    return Comparison(ratio, float(erfc(abs(ratio) / math.sqrt(2))))
+
+
+def _exponential(u: np.ndarray) -> np.ndarray:
+    """Log density of the exponential on u ≥ 1 with its maximum-likelihood rate."""
+    rate = 1 / (u.mean() - 1)
+    return np.asarray(math.log(rate) - rate * (u - 1))
+
+
+def _lognormal(u: np.ndarray) -> np.ndarray:
+    """Log density of the log-normal truncated to u ≥ 1 with its maximum-likelihood parameters."""
+    y = np.log(u)
+
+    def log_density(parameters: np.ndarray) -> np.ndarray:
+        mu, sigma = parameters[0], math.exp(parameters[1])
+        log_tail = log_ndtr(mu / sigma)
+        return np.asarray(-0.5 * ((y - mu) / sigma) ** 2 - parameters[1] - 0.5 * math.log(2 * math.pi) - log_tail - y)
+
+    scale = max(float(y.std()), 1e-6)
+    starts = ([float(y.mean()), math.log(scale)], [-3 * scale, math.log(2 * scale)])
+    bounds = [(-50 * scale, 50 * scale), (math.log(scale) - 5, math.log(scale) + 5)]
+
+    def negative(parameters: np.ndarray) -> float:
+        return -float(log_density(parameters).sum())
+
+    found = [minimize(negative, np.array(start), method="L-BFGS-B", bounds=bounds) for start in starts]
+    return log_density(min(found, key=lambda result: float(result.fun)).x)
+
+
+def goodness_of_fit(eigenvalues: torch.Tensor, fit: TailFit, *, seed: int, replicas: int = BOOTSTRAP_REPLICAS) -> float:
+    """P(D* ≥ D) over synthetic spectra drawn from the fit, each fitted anew: small means no power law.
+
+    A synthetic spectrum draws each point from the power law with probability n_tail/n, else from the eigenvalues
+    below xmin. Source: Clauset, Shalizi & Newman 2009, §4.1.
+
+    Args:
+        eigenvalues: `[n]` of one layer, those above its floor.
+        fit: Its tail, as one row.
+        seed: Seed of a private generator.
+        replicas: Number of synthetic spectra; all are fitted in one batch.
+    """
+    alpha, xmin, n_tail = float(fit.alpha[0]), float(fit.xmin[0]), int(fit.n_tail[0])
+    n = len(eigenvalues)
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(replicas, n, generator=generator, dtype=torch.float64)
+    body = eigenvalues[: n - n_tail]
+    drawn = xmin * (1 - uniform).clamp(min=1e-300) ** (-1 / (alpha - 1))
+    if len(body):
+        from_body = body[torch.randint(len(body), (replicas, n), generator=generator)]
+        in_tail = torch.rand(replicas, n, generator=generator) < n_tail / n
+        drawn = torch.where(in_tail, drawn, from_body)
+    synthetic = fit_tail(drawn.sort(1).values)
+    return float((synthetic.ks >= fit.ks[0]).double().mean())
