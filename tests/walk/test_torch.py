@@ -280,7 +280,9 @@ def test_gpt2():
     assert {n: m.role for n, m in matrices(model).items()} == {
         "transformer.wte": "embed",
         "transformer.wpe": "embed",
-        "transformer.h.0.attn.c_attn": "qkv",
+        "transformer.h.0.attn.c_attn.q": "q",
+        "transformer.h.0.attn.c_attn.k": "k",
+        "transformer.h.0.attn.c_attn.v": "v",
         "transformer.h.0.attn.c_proj": "o",
         "transformer.h.0.mlp.c_fc": "up",
         "transformer.h.0.mlp.c_proj": "down",

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 from torch.nn.parameter import Parameter, is_lazy
-from torch.nn.utils import parametrizations, parametrize
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
+from torch.nn.utils import parametrize
 
+from ww_monitor.errors import InvalidArgument, check_choice
 from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.walk import fused
+from ww_monitor.walk import lora as adapters
+from ww_monitor.walk.parts import KERNEL, WHOLE, Part, Split, blocks, check_split, is_expert_stack, matrix, split_parts
+from ww_monitor.walk.reading import (
+    defect,
+    dequantized_shape,
+    identity,
+    is_packed,
+    originals,
+    own_tensors,
+    read_dense,
+    shape,
+    stand_in,
+    tied_to,
+)
 from ww_monitor.walk.roles import infer_role
 
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
@@ -39,35 +52,73 @@ _QUANTIZED = (
     ("torch.ao.nn.quantized.dynamic.modules.rnn", "RNNBase"),
     ("torch.ao.nn.quantized.dynamic.modules.rnn", "RNNCellBase"),
 )
+_ROUTER = re.compile("[Rr]outer|Gate(?!d)|(?<![a-z])gate")  # class names of what sends tokens to experts
+_PACKED = ("weight", "qweight", "W_q")  # where quantised modules keep their integers
 _OTHER = "other"  # the kind of a `Skipped` that no known module owns
 
 
-def walk(model: nn.Module) -> Iterator[Matrix | Skipped]:
+def walk(
+    model: nn.Module,
+    *,
+    split: Split | None = None,
+    experts: Literal["separate", "pooled"] = "separate",
+    lora: Sequence[str] = ("base", "delta"),
+) -> Iterator[Matrix | Skipped]:
     """The weight matrices of `model` in module order, and what was left out with the reason.
 
     A kernel `[a, b, *k]` gives prod(k) slices a × b, a bilinear weight one slice an output; the stacked projections
-    of an attention and the stacked gates of a recurrent layer are cut apart. Frozen weights are included, tied ones
-    appear once under their first name. Nothing is read before `Matrix.load` is called, and reading leaves the model,
-    its buffers, its training flags and the random generators as they were.
+    of an attention, the stacked gates of a recurrent layer, known fused projections (`c_attn.q`, `gate_up_proj.up`)
+    and stacked experts (`experts.down_proj.3`) are cut apart. Frozen weights are included, tied ones appear once
+    under their first name, quantised ones are dequantised by `load` where their class offers it. Nothing is read
+    before `Matrix.load` is called, and reading leaves the model, its buffers, its training flags and the random
+    generators as they were.
 
     Args:
         model: Any module; wrappers (`torch.compile`, data parallel, FSDP, activation checkpointing) leave no mark on
-            the names.
+            the names, nor does the `base_layer` of a LoRA adapter.
+        split: Globs on the names of dense weights, each with the number of equal parts or the sizes of the parts that
+            its outputs are cut into, named `.0`, `.1`, …; the first match counts, and 1 keeps a fused weight whole.
+        experts: `"separate"` for one matrix an expert, `"pooled"` for one matrix with a slice an expert.
+        lora: What is listed of a weight with LoRA adapters: `"base"` under its own name, `"delta"` (s·B·A of every
+            adapter, as `<name>.lora[<adapter>]`) and `"merged"` (base plus active adapters, as `<name>.merged`).
 
-    Yields:
+    Returns:
         A `Matrix` for every weight, a `Skipped` for every parameter of two or more dimensions that is none or cannot
-        be read. The tensors behind a parametrization are part of the weight they make and are not listed.
+        be read. The tensors behind a parametrization are part of the weight they make and are not listed. While it is
+        consumed, it raises `InvalidArgument` if the sizes of a `split` do not add up.
+
+    Raises:
+        InvalidArgument: naming the argument, its value and the choices.
 
     >>> from torch import nn
     >>> net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Conv2d(4, 6, kernel_size=3))
     >>> [(matrix.name, matrix.kind, matrix.shape) for matrix in walk(net)]
     [('0', 'dense', (1, 4, 8)), ('2', 'conv', (9, 6, 4))]
     """
-    seen: dict[object, str] = {}
-    taken: set[str] = set()
+    check_split("walk", split)
+    check_choice("walk", "experts", experts, ("separate", "pooled"))
+    adapters.check_lora("walk", lora)
     root = _unwrap(model)
+    return _walk(root, _Walk(split, experts == "separate", tuple(lora), adapters.find_adapters(root)))
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """What one walk was asked for, and what it has met."""
+
+    split: Split | None
+    separate: bool
+    lora: tuple[str, ...]
+    adapters: adapters.Adapters
+    owners: dict[str, nn.Module] = field(default_factory=dict)  # by cleaned path
+    seen: dict[object, str] = field(default_factory=dict)  # the first name of a stored tensor, by its identity
+
+
+def _walk(root: nn.Module, this: _Walk) -> Iterator[Matrix | Skipped]:
+    taken: set[str] = set()
     for path, module in _modules(root):
-        for item in _items(module, path, seen):
+        this.owners.setdefault(path, module)
+        for item in _items(module, path, this):
             yield replace(item, name=_unique(item.name or _class_name(root), taken))
 
 
@@ -85,13 +136,24 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once with its cleaned path, except those that compute a parametrization."""
+    """Every module once with its cleaned path, except those that compute a parametrization or a LoRA delta."""
     inside: set[int] = set()
+    adapted: set[str] = set()
     for path, module in root.named_modules():
         if parametrize.is_parametrized(module):
             inside.update(map(id, module.get_submodule("parametrizations").modules()))
+        if adapters.is_lora(module):
+            inside.update(map(id, adapters.inner_modules(module)))
+            adapted.add(f"{path}.base_layer".lstrip("."))
         if id(module) not in inside:
-            yield ".".join(part for part in path.split(".") if part not in _WRAPPERS), module
+            yield _clean(path, adapted), module
+
+
+def _clean(path: str, adapted: set[str]) -> str:
+    """`path` without wrappers and without the `base_layer` of adapters."""
+    parts = path.split(".")
+    ends = [".".join(parts[: i + 1]) for i in range(len(parts))] if adapted else parts
+    return ".".join(part for part, end in zip(parts, ends, strict=True) if part not in _WRAPPERS and end not in adapted)
 
 
 def _join(path: str, attribute: str) -> str:
@@ -114,223 +176,160 @@ def _class_name(module: nn.Module) -> str:
     return parametrize.type_before_parametrizations(module).__name__
 
 
-def _loaded(home: str, name: str) -> type | tuple[()]:
-    """The class `home.name` if somebody imported it, else an empty tuple (which no object is an instance of)."""
-    return getattr(sys.modules.get(home), name, ())
-
-
 # --- which attributes of a module are weights
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight of a module: its attribute and the parts it is cut into along dimension 0, by the name they get."""
+    """A weight of a module.
+
+    Attributes:
+        attribute: Where the module has it.
+        kind: The kind of its matrices.
+        parts: What it is cut into by the definition of its class, or `None` where its name and owner decide.
+        stem: What the names of the parts start with after the path, `None` for the attribute.
+        axis: The output axis.
+    """
 
     attribute: str
     kind: str
-    parts: tuple[str, ...]
+    parts: tuple[Part, ...] | None = WHOLE
+    stem: str | None = None
+    axis: int = 0
 
 
-def _weights(module: nn.Module) -> Iterator[_Weight]:
-    """The weights that a module of a known class has by its definition, absent ones included."""
+def _weights(module: nn.Module, path: str) -> Iterator[_Weight]:
+    """The weights that a module has by its class, absent ones included, and the stacks of experts it holds itself."""
     if isinstance(module, nn.MultiheadAttention):
-        yield _Weight("in_proj_weight", "attention", ("q", "k", "v"))
-        yield from (_Weight(f"{part}_proj_weight", "attention", (part,)) for part in "qkv")
+        embed_dim = module.embed_dim
+        yield _Weight("in_proj_weight", "attention", blocks("qkv", (embed_dim,) * 3), "")
+        yield from (_Weight(f"{part}_proj_weight", "attention", blocks(part, (embed_dim,)), "") for part in "qkv")
     elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         yield from _recurrent_weights(module)
-    elif isinstance(module, _loaded("transformers.pytorch_utils", "Conv1D")):
-        yield _Weight("weight", "dense", ("",))
+    elif isinstance(module, adapters.loaded("transformers.pytorch_utils", "Conv1D")):
+        yield _Weight("weight", "dense", None, axis=1)
+    elif kind := next((kind for known, kind in _KINDS if isinstance(module, known)), ""):
+        fixed = None if isinstance(module, nn.Linear) else KERNEL if kind == "conv" else WHOLE
+        yield _Weight("weight", kind, fixed)
     else:
-        yield from (_Weight("weight", kind, ("",)) for known, kind in _KINDS if isinstance(module, known))
+        yield from _bare_weights(module, path)
 
 
 def _recurrent_weights(module: nn.RNNBase | nn.RNNCellBase) -> Iterator[_Weight]:
     """weight_ih and weight_hh of every layer and direction, cut into gates, and the projection weight_hr, whole."""
-    gates = next((tuple(gates) for known, gates in _GATES if isinstance(module, known)), ("",))
+    gates = next((gates for known, gates in _GATES if isinstance(module, known)), "")
+    cut = blocks(gates, (module.hidden_size,) * len(gates)) if gates else WHOLE
     ends = [""]
     if isinstance(module, nn.RNNBase):
         directions = ("", "_reverse")[: 1 + module.bidirectional]
         ends = [f"_l{layer}{direction}" for layer in range(module.num_layers) for direction in directions]
     for end in ends:
         for stem in ("weight_ih", "weight_hh", "weight_hr"):
-            parts = ("",) if stem == "weight_hr" else gates
-            yield _Weight(stem + end, "recurrent", tuple(_join(stem + end, part) for part in parts))
+            yield _Weight(stem + end, "recurrent", WHOLE if stem == "weight_hr" else cut)
+
+
+def _bare_weights(module: nn.Module, path: str) -> Iterator[_Weight]:
+    """The weights among the parameters of a module of an unknown class: a router, quantised ones, stacked experts."""
+    tensors = own_tensors(module)
+    class_name = _class_name(module)
+    for attribute, tensor in tensors.items():
+        if is_lazy(tensor):
+            continue
+        if attribute in _PACKED and is_packed(module, tensor):
+            yield _Weight(attribute, "dense", None, stem="")
+        elif isinstance(tensor, Parameter) and tensor.is_floating_point():
+            routes = attribute == "weight" and tensor.ndim == 2 and _ROUTER.search(class_name)
+            if routes or is_expert_stack(f"{path}.{class_name}", tensor.shape):
+                yield _Weight(attribute, "dense", None)
 
 
 # --- from attributes to items
 
 
-def _items(module: nn.Module, path: str, seen: dict[object, str]) -> Iterator[Matrix | Skipped]:
+def _items(module: nn.Module, path: str, this: _Walk) -> Iterator[Matrix | Skipped]:
     """The matrices of one module, then its parameters of two or more dimensions that are no known weight."""
-    if any(isinstance(module, _loaded(home, name)) for home, name in _QUANTIZED):
+    if any(isinstance(module, adapters.loaded(home, name)) for home, name in _QUANTIZED):
         yield Skipped(path, _OTHER, (), "a quantized module: no floating-point weight")
         return
-    weights = list(_weights(module))
+    if adapters.is_lora(module):
+        yield from adapters.factors(module, path)
+        return
+    weights = list(_weights(module, path))
     for weight in weights:
-        yield from _cut_weight(module, path, weight, seen)
-    yield from _leftovers(module, path, weights, seen)
+        yield from _cut_weight(module, path, weight, this)
+    yield from _leftovers(module, path, weights, this.seen)
 
 
 @torch.no_grad()
-def _cut_weight(module: nn.Module, path: str, weight: _Weight, seen: dict[object, str]) -> list[Matrix | Skipped]:
+def _cut_weight(module: nn.Module, path: str, weight: _Weight, this: _Walk) -> list[Matrix | Skipped]:
     """The matrices of one weight, or the reason why there are none; nothing for an optional weight that is absent."""
     name = _join(path, weight.attribute)
-    shape: tuple[int, ...] = ()
+    size: tuple[int, ...] = ()
     try:
-        like = _stand_in(module, weight.attribute)
+        like = stand_in(module, weight.attribute)
         if like is None:
             absent = Skipped(name, weight.kind, (), "no weight tensor in the module: packed or sharded elsewhere")
             return [absent] if weight.attribute == "weight" else []
-        shape = _shape(like)
-        key = _identity(_own_tensors(module).get(weight.attribute))
-        reason = _defect(like, weight.kind) or _tied_to(seen.get(key))
-        if reason:
-            return [Skipped(name, weight.kind, shape, reason)]
-        shapes = [_slices(like, weight, index).shape for index in range(len(weight.parts))]
+        dense = dequantized_shape(module, like)
+        size = dense or shape(like)
+        key = identity(own_tensors(module).get(weight.attribute))
+        reason = "" if dense else defect(like, weight.kind)
+        layer = this.adapters.get((id(module), weight.attribute))
+        if (reason and layer is None) or key in this.seen:
+            return [Skipped(name, weight.kind, size, reason or tied_to(this.seen.get(key)))]
+        size = adapters.weight_shape(layer) if reason else size
+        items = list(_parts(module, path, weight, size, this, reason))
+    except InvalidArgument:
+        raise
     except Exception as error:  # noqa: BLE001 - the user's code runs here, and one broken layer must not end the walk
-        return [Skipped(name, weight.kind, shape, f"could not be read: {type(error).__name__}: {error}")]
+        return [Skipped(name, weight.kind, size, f"could not be read: {type(error).__name__}: {error}")]
     if key is not None:
-        seen[key] = name
-    names, kind, load = [_join(path, part) for part in weight.parts], weight.kind, partial(_load, module, weight)
-    return [
-        Matrix(name, kind, (slices, rows, columns), partial(load, index), infer_role(name, kind))
-        for index, (name, (slices, rows, columns)) in enumerate(zip(names, shapes, strict=True))
-    ]
+        this.seen[key] = name
+    return items
+
+
+def _parts(
+    module: nn.Module, path: str, weight: _Weight, size: tuple[int, ...], this: _Walk, reason: str
+) -> Iterator[Matrix | Skipped]:
+    """The matrices of a weight of shape `size`, and those of its adapters."""
+    name = _join(path, weight.attribute if weight.stem is None else weight.stem)
+    parts = weight.parts or _cut(module, name, weight, size, this)
+    load, role = partial(read_dense, module, weight.attribute), infer_role(name, weight.kind)
+    layer = this.adapters.get((id(module), weight.attribute))
+    for part in parts:
+        item = matrix(name, weight.kind, part, size, load, role)
+        if layer is None:
+            yield item
+        else:
+            yield from adapters.adapted(item, part, layer, load, this.lora, reason)
+
+
+def _cut(module: nn.Module, name: str, weight: _Weight, size: tuple[int, ...], this: _Walk) -> tuple[Part, ...]:
+    """The parts of a dense weight that its name, its owner and the caller decide."""
+    if len(size) == 3:
+        beside = getattr(module, "down_proj", None)
+        layout = fused.declared_layout(module) or fused.layout_beside(size, getattr(beside, "shape", None))
+        return fused.expert_parts(weight.attribute, size, layout, separate=this.separate)
+    owner = this.owners.get(name.rpartition(".")[0])
+    wished = split_parts(this.split, name, size, weight.axis)
+    return wished or fused.fused_parts(name, size, weight.axis, owner) or WHOLE
 
 
 def _leftovers(module: nn.Module, path: str, weights: list[_Weight], seen: dict[object, str]) -> Iterator[Skipped]:
     """The module's own parameters and packed weights of two or more dimensions that none of `weights` stands for."""
     listed = {weight.attribute + end for weight in weights for end in ("", "_orig", "_g", "_v")}
     owner = f"{'other ' if weights else ''}parameters of {_class_name(module)}"
-    tensors = _own_tensors(module)
+    tensors = own_tensors(module)
     if parametrize.is_parametrized(module):
         computed = module.get_submodule("parametrizations").named_children()
-        tensors |= {attribute: _originals(functions)[-1] for attribute, functions in computed}
+        tensors |= {attribute: originals(functions)[-1] for attribute, functions in computed}
     for attribute, tensor in tensors.items():
         if attribute in listed or is_lazy(tensor) or tensor.ndim < 2:
             continue
         reason = ""
         if isinstance(tensor, Parameter):
-            reason = _tied_to(seen.get(_identity(tensor))) or f"{owner} are not a known weight"
+            reason = tied_to(seen.get(identity(tensor))) or f"{owner} are not a known weight"
         elif attribute in ("weight", "qweight") and not tensor.is_floating_point():
             reason = "integer weights"
         if reason:
-            yield Skipped(_join(path, attribute), _OTHER, _shape(tensor), reason)
-
-
-def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers that `module` itself registers, by attribute."""
-    own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-    return {**own, **dict(module.named_buffers(recurse=False, remove_duplicate=False))}
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape, `()` before a lazy module has one."""
-    return () if is_lazy(tensor) else tuple(tensor.shape)
-
-
-def _defect(weight: Tensor, kind: str) -> str:
-    """Why `weight` has no spectrum, or `""`."""
-    if is_lazy(weight):
-        return "not initialised: a lazy module before its first forward pass"
-    least, most = (3, 5) if kind == "conv" else (2, 3)
-    defects = (
-        (weight.is_meta, "on the meta device: no data"),
-        (weight.layout is not torch.strided, f"sparse weights (layout {weight.layout})"),
-        (weight.is_complex(), "complex weights"),
-        (not weight.is_complex() and not weight.is_floating_point(), "integer weights"),
-        (not least <= weight.ndim <= most, f"{weight.ndim}-dimensional where a {kind} weight has {least} to {most}"),
-        (0 in weight.shape, f"empty: a zero in the shape {tuple(weight.shape)}"),
-    )
-    return next((reason for found, reason in defects if found), "")
-
-
-def _identity(stored: Tensor | None) -> object:
-    """What two tied weights have in common: their storage, or the object where that has no address.
-
-    A weight that is computed (`stored` is None) has numbers of its own, also where it is made of a tied parameter.
-    """
-    if stored is None:
-        return None
-    if type(stored) in (Tensor, Parameter) and stored.layout is torch.strided and stored.data_ptr():
-        return stored.device, stored.data_ptr(), stored.shape, stored.stride()
-    return id(stored)
-
-
-def _tied_to(first: str | None) -> str:
-    """The reason to leave out a weight that was met before as `first`."""
-    return "" if first is None else f"tied to {first}"
-
-
-# --- reading
-
-
-@torch.no_grad()
-def _load(module: nn.Module, weight: _Weight, index: int) -> Tensor:
-    """One part of the weight the module computes with now, `[slices, rows, columns]`."""
-    return _slices(_read(module, weight.attribute).detach(), weight, index)
-
-
-def _slices(tensor: Tensor, weight: _Weight, index: int) -> Tensor:
-    """Part `index` of the weight, as a view: `[a, b, *k]` → `[prod(k), a, b]`, `[a, b]` → `[1, a, b]`."""
-    part = tensor.chunk(len(weight.parts))[index]
-    if weight.kind == "conv":
-        return part.flatten(2).permute(2, 0, 1)
-    return part if part.ndim == 3 else part.unsqueeze(0)
-
-
-def _read(module: nn.Module, attribute: str) -> Tensor:
-    """The weight the module computes with: the tensor itself, or computed from what is stored now."""
-    if parametrize.is_parametrized(module, attribute):
-        return _evaluate(module.get_submodule(f"parametrizations.{attribute}"))
-    _, compute = _hook(module, attribute)
-    tensor: Tensor = compute()
-    return tensor
-
-
-def _stand_in(module: nn.Module, attribute: str) -> Tensor | None:
-    """A tensor with the shape, dtype, layout and device of the weight, computed only where they cannot be known."""
-    if not parametrize.is_parametrized(module, attribute):
-        stored, _ = _hook(module, attribute)
-        return getattr(module, stored, None)
-    functions = module.get_submodule(f"parametrizations.{attribute}")
-    of_torch = all(type(function).__module__ == parametrizations.__name__ for function in functions.children())
-    checked = not functions.unsafe and not any(hasattr(function, "right_inverse") for function in functions.children())
-    return _originals(functions)[-1] if of_torch or checked else _evaluate(functions)
-
-
-def _hook(module: nn.Module, attribute: str) -> tuple[str, Callable[[], Tensor]]:
-    """The attribute that stores the weight and a function that computes it: pruning and norms of the older kind."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, BasePruningMethod) and hook._tensor_name == attribute:
-            return f"{attribute}_orig", partial(hook.apply_mask, module)
-        if isinstance(hook, SpectralNorm) and hook.name == attribute:
-            return f"{attribute}_orig", partial(hook.compute_weight, module, do_power_iteration=False)
-        if isinstance(hook, WeightNorm) and hook.name == attribute:
-            return f"{attribute}_v", partial(hook.compute_weight, module)
-    return attribute, partial(getattr, module, attribute)
-
-
-def _originals(functions: nn.Module) -> list[Tensor]:
-    """The tensors a parametrization starts from; the last one of torch's own has the shape of the weight."""
-    return list(_own_tensors(functions).values())
-
-
-def _evaluate(functions: nn.Module) -> Tensor:
-    """f(originals) in evaluation mode on copies of the buffers; flags, buffers and random generators stay as they were.
-
-    `parametrize.cached()` is by-passed: a value without gradient in that cache would stop the training of the weight.
-    """
-    flags = [(module, module.training) for module in functions.modules()]
-    copies = {name: buffer.clone() for name, buffer in functions.named_buffers()}
-    device = _originals(functions)[-1].device
-    generators = [device] if device.type in ("cuda", "xpu") else []
-    try:
-        for module, _ in flags:
-            module.training = False  # not .eval(): a class may override it to do more
-        with torch.random.fork_rng(generators, device_type=device.type):
-            tensor: Tensor = functional_call(functions, copies, ())
-            return tensor
-    finally:
-        for module, training in flags:
-            module.training = training
+            yield Skipped(_join(path, attribute), _OTHER, shape(tensor), reason)

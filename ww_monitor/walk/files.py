@@ -1,0 +1,228 @@
+"""A checkpoint on disk → its weight matrices, read lazily, one tensor at a time, and never a pickled object."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ww_monitor.errors import MissingDependency, WWMonitorError
+from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.walk.parts import Split, check_split
+from ww_monitor.walk.state_dict import Scaling, Unread, unread, walk_unread
+
+_TORCH = (".bin", ".pt", ".pth", ".th", ".ckpt")
+_KERAS = (".keras", ".h5")
+_INSIDE = ("state_dict", "model_state_dict", "model_state", "model")  # where checkpoints keep the weights
+_IN_FOLDER = (  # the first that finds something counts
+    "model*.safetensors",
+    "pytorch_model*.bin",
+    "adapter_model*.safetensors",
+    "adapter_model*.bin",
+)
+_RECOGNISED = f"a .safetensors file, a torch file ({', '.join(_TORCH)}), or a directory with {', '.join(_IN_FOLDER)}"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def walk_files(path: str | Path, *, split: Split | None = None) -> Iterator[Matrix | Skipped]:
+    """The weight matrices of a checkpoint, and what was left out with the reason.
+
+    Shapes come from the header, numbers are read when `Matrix.load` is called. What names and shapes mean is told in
+    `walk_state_dict`.
+
+    Args:
+        path: A `.safetensors` file; a `.bin`, `.pt`, `.pth`, `.th` or `.ckpt` file, read with
+            `torch.load(weights_only=True)`; or a directory with `model*.safetensors`, `pytorch_model*.bin` (both also
+            in shards) or the `adapter_model` of a LoRA, whose scaling is read from `adapter_config.json`.
+        split: As for `walk_state_dict`.
+
+    Returns:
+        A `Matrix` for every weight, a `Skipped` for every other tensor of two or more dimensions.
+
+    Raises:
+        FileNotFoundError: if nothing is there, or a shard is missing.
+        WWMonitorError: if what is there is no checkpoint of these kinds, is damaged, or holds pickled objects.
+        MissingDependency: if a package is needed to read it.
+        InvalidArgument: if `split` is malformed.
+
+    >>> import tempfile, torch
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> torch.save({"fc.weight": torch.zeros(4, 8), "fc.bias": torch.zeros(4)}, f"{folder.name}/net.pt")
+    >>> [(matrix.name, matrix.kind, matrix.shape) for matrix in walk_files(f"{folder.name}/net.pt")]
+    [('fc', 'dense', (1, 4, 8))]
+    >>> folder.cleanup()
+    """
+    check_split("walk_files", split)
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"walk_files: no file or directory {str(path)!r}; looked for {_RECOGNISED}")
+    files = _weight_files(path) if path.is_dir() else [path]
+    tensors = {key: value for file in files for key, value in _read_file(file).items()}
+    return walk_unread(tensors, split, _lora_scaling(files[0].parent))
+
+
+# --- which files
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files of a directory: the one in one piece, else the shards of the index, else all there are."""
+    for pattern in _IN_FOLDER:
+        whole = folder / pattern.replace("*", "")
+        if whole.is_file():
+            return [whole]
+        indices = sorted(folder.glob(f"{pattern}.index.json"))
+        files = sorted(folder.glob(pattern))
+        if indices:
+            files = [folder / name for name in _shards(indices[0])]
+        for file in files:
+            if not file.is_file():
+                raise FileNotFoundError(f"walk_files: {indices[0].name} names {file.name!r}, which is not in {folder}")
+        if files:
+            return files
+    raise WWMonitorError(f"walk_files: expected weights in {str(folder)!r}, found none; use {_RECOGNISED}")
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise WWMonitorError(f"walk_files: expected a `weight_map` from tensors to files in {index}") from error
+
+
+def _read_file(path: Path) -> Mapping[str, Unread]:
+    """What one file holds, by name."""
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        return _safetensors(path)
+    if suffix in _KERAS:
+        if find_spec("keras") is None:
+            raise MissingDependency(f"walk_files: reading {path.name} needs keras; install `ww-monitor[keras]`")
+        raise WWMonitorError(f"walk_files: Keras files such as {path.name} are not read yet; use {_RECOGNISED}")
+    if suffix in _TORCH:
+        return _torch_file(path)
+    raise WWMonitorError(f"walk_files: expected {_RECOGNISED}; got {path.name!r}")
+
+
+# --- safetensors
+
+
+def _safetensors(path: Path) -> dict[str, Unread]:
+    """The tensors of a safetensors file; only its header is read."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise MissingDependency(
+            f"walk_files: reading {path.name} needs safetensors; install `ww-monitor[huggingface]`"
+        ) from error
+    found = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - the handle is no mapping
+                header = file.get_slice(key)
+                dtype = _DTYPES.get(header.get_dtype())
+                found[key] = Unread(tuple(header.get_shape()), dtype, partial(_from_safetensors, path, key))
+    except SafetensorError as error:
+        raise WWMonitorError(f"walk_files: {path} is no readable safetensors file: {error}") from error
+    return found
+
+
+def _from_safetensors(path: Path, key: str) -> Tensor:
+    """One tensor; the file is mapped for this call only, so that pages of earlier tensors do not pile up."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(key)
+        return tensor
+
+
+# --- torch.save
+
+
+def _torch_file(path: Path) -> dict[str, Unread]:
+    """The tensors of a torch file. A file of torch >= 1.6 is mapped, and mapped anew for every tensor that is read."""
+    found = _tensors(_torch_load(path), path)
+    read = partial(_from_torch, path) if zipfile.is_zipfile(path) else found.__getitem__
+    described = {key: unread(tensor, partial(read, key)) for key, tensor in found.items()}
+    return {key: replace(item, identity=(path, item.identity)) for key, item in described.items()}
+
+
+def _from_torch(path: Path, key: str) -> Tensor:
+    return _tensors(_torch_load(path), path)[key]
+
+
+def _torch_load(path: Path) -> object:
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise WWMonitorError(
+            f"walk_files: {path} is damaged or holds pickled Python objects, which can run any code when they are "
+            f"loaded, and is not read; save the model's state_dict() alone and read that: {_first_line(error)}"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise WWMonitorError(f"walk_files: {path} is no readable torch file: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _tensors(content: object, path: Path) -> dict[str, Tensor]:
+    """The named tensors of a checkpoint, out of the mapping that training scripts and Lightning put around them."""
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in _INSIDE if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    found = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if not found:
+        raise WWMonitorError(
+            f"walk_files: expected a mapping from names to tensors in {path}, alone or under one of "
+            f"{', '.join(map(repr, _INSIDE))}; got {type(content).__name__}"
+        )
+    return found
+
+
+# --- adapters
+
+
+def _lora_scaling(folder: Path) -> Scaling | None:
+    """The scaling alpha / r, or alpha / √r with `use_rslora`, from an adapter_config.json beside the weights."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        patterns, alpha = dict(config.get("alpha_pattern") or {}), float(config["lora_alpha"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WWMonitorError(f"walk_files: expected a LoRA configuration with `lora_alpha` in {file}") from error
+    return partial(_scaling, patterns=patterns, alpha=alpha, root=bool(config.get("use_rslora")))
+
+
+def _scaling(name: str, rank: int, patterns: Mapping[str, Any], alpha: float, root: bool) -> float:
+    own = next((a for pattern, a in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", name)), alpha)
+    return float(own) / (math.sqrt(rank) if root else rank)

@@ -1,0 +1,139 @@
+"""Projections that models store fused: which names they have, and where they may be cut.
+
+The layouts are read off the `forward` of the models in transformers 5.23 and timm 1.0. A weight is cut only where its
+sizes are certain; `split` of the walkers cuts, or with 1 keeps whole, whatever this file does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ww_monitor.walk.parts import WHOLE, Part, blocks, each_expert, halves, interleaved_heads
+
+_QKV = ("q", "k", "v")
+_OF_CLASS = {  # attentions that put their rows in another order than the others with a projection of that name
+    ("qkv_proj", "MiniMaxLightningAttention"): "interleaved",
+    ("in_proj", "DisentangledSelfAttention"): "interleaved",
+    ("qkv_proj", "CodeGenAttention"): "unknown",
+    ("gate_up_proj", "Phi4MultimodalAudioMLP"): "unknown",
+}
+_ORDER = {
+    "c_attn": "blocks",
+    "query_key_value": "interleaved",
+    "qkv": "blocks",
+    "qkv_proj": "blocks",
+    "Wqkv": "blocks",
+    "in_proj": "blocks",
+    "gate_up_proj": "halves",
+}
+_WITHOUT_OWNER = ("c_attn", "qkv", "Wqkv", "gate_up_proj")  # names with one meaning in every family with such a layer
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of an attention: of the queries, of the keys and values, and their width (0: not known)."""
+
+    queries: int
+    keys: int
+    head_dim: int = 0
+
+    def width(self, outputs: int) -> int:
+        """The rows a head has in a fused weight with `outputs` rows, or 0 if they do not fit."""
+        count = self.queries + 2 * self.keys
+        width = self.head_dim or outputs // count
+        return width if count * width == outputs and self.queries % self.keys == 0 else 0
+
+
+def fused_parts(name: str, shape: Sequence[int], axis: int, owner: nn.Module | None) -> tuple[Part, ...]:
+    """The named parts of a fused projection; nothing if the weight is none or its layout is not certain.
+
+    Args:
+        name: Dotted name of the weight.
+        shape: Its two dimensions.
+        axis: The output axis: 0, or 1 for the transposed linear layer of GPT-2.
+        owner: The module that holds the layer, or `None` where there are tensors only.
+
+    >>> [part.end for part in fused_parts("blocks.0.attn.qkv", (96, 32), 0, None)]
+    ['q', 'k', 'v']
+    """
+    last = name.rpartition(".")[2]
+    order = _OF_CLASS.get((last, type(owner).__name__), _ORDER.get(last, "unknown"))
+    if order == "unknown" or (owner is None and last not in _WITHOUT_OWNER):
+        return ()
+    outputs, inputs = shape[axis], shape[1 - axis]
+    if order == "halves":
+        return halves(outputs, axis, alternate=False) if outputs % 2 == 0 else ()
+    if last == "c_attn" and axis == 1 and outputs == 2 * inputs:
+        return blocks(("k", "v"), (inputs, inputs), axis)  # the cross-attention of GPT-2: the queries have their own
+    heads = None if owner is None else _heads(owner, config=last != "in_proj")
+    if order == "interleaved" or getattr(owner, "multi_query", True) is False:
+        width = heads.width(outputs) if heads else 0
+        return interleaved_heads(heads.queries, heads.keys, width) if heads and width else ()
+    return _qkv_blocks(last, outputs, inputs, axis, heads)
+
+
+def _qkv_blocks(last: str, outputs: int, inputs: int, axis: int, heads: Heads | None) -> tuple[Part, ...]:
+    if heads is None:
+        certain = outputs == 3 * inputs and last != "in_proj"  # the input projection of Mamba and LFM2 is no attention
+        return blocks(_QKV, (inputs,) * 3, axis) if certain else ()
+    if last == "in_proj" and outputs != 3 * inputs:
+        return ()
+    width = heads.width(outputs)
+    return blocks(_QKV, (heads.queries * width, heads.keys * width, heads.keys * width), axis) if width else ()
+
+
+def _heads(owner: nn.Module, *, config: bool) -> Heads | None:
+    """The heads that an attention, or its configuration, says it has."""
+    sources = (owner, getattr(owner, "config", None)) if config else (owner,)
+    queries = _first(sources, ("num_attention_heads", "num_heads", "n_heads"))
+    if not queries:
+        return None
+    keys = _first(sources, ("num_key_value_heads", "num_kv_heads", "kv_heads"))
+    return Heads(queries, keys or queries, _first(sources, ("head_dim", "head_size")))
+
+
+def _first(sources: Sequence[object], attributes: Sequence[str]) -> int:
+    """The first of the attributes that is a positive integer, or 0."""
+    values = (getattr(source, attribute, None) for source in sources for attribute in attributes)
+    return next((value for value in values if isinstance(value, int) and value > 0), 0)
+
+
+# --- experts
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How the experts of a layer store gate and up projection in one tensor: along which axis, and if alternating."""
+
+    axis: int
+    alternate: bool = False
+
+
+def declared_layout(owner: nn.Module) -> ExpertLayout | None:
+    """The layout that an experts module of transformers declares, or `None`."""
+    transposed, concatenated = getattr(owner, "is_transposed", None), getattr(owner, "is_concatenated", None)
+    if not isinstance(transposed, bool) or not isinstance(concatenated, bool):
+        return None
+    return ExpertLayout(2 if transposed else 1, alternate=not concatenated)
+
+
+def layout_beside(fused: Sequence[int], down: Sequence[int] | None) -> ExpertLayout | None:
+    """The layout that follows from the down projection: `[E, 2I, H]` beside `[E, H, I]`, or both transposed."""
+    if down is None or len(down) != 3:
+        return None
+    if (fused[1], fused[2]) == (2 * down[2], down[1]):
+        return ExpertLayout(1)
+    return ExpertLayout(2) if (fused[1], fused[2]) == (down[2], 2 * down[1]) else None
+
+
+def expert_parts(
+    attribute: str, shape: Sequence[int], layout: ExpertLayout | None, *, separate: bool
+) -> tuple[Part, ...]:
+    """The matrices of a stack of experts `[E, a, b]`: gate and up apart where the layout is known."""
+    parts: tuple[Part, ...] = WHOLE
+    if attribute == "gate_up_proj" and layout is not None and shape[layout.axis] % 2 == 0:
+        parts = halves(shape[layout.axis], layout.axis, alternate=layout.alternate)
+    return tuple(each_expert(parts, shape[0])) if separate else parts

@@ -1,0 +1,164 @@
+"""Low-rank adapters of PEFT: the base weight, every adapter's delta, and both together.
+
+A LoRA layer computes with W + Σ s·B·A, the sum over its active adapters (Hu et al. 2021, eq. 3; s = alpha / r). PEFT is
+never imported here: only a model that somebody made with it holds such layers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ww_monitor.errors import InvalidArgument
+from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.walk.parts import Part, variant
+
+CHOICES = ("base", "delta", "merged")
+_HOME = "peft.tuners.lora.layer"
+_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+_INSIDE = (*_FACTORS, "lora_dropout", "lora_magnitude_vector")
+
+Adapters = Mapping["tuple[int, str]", Any]
+"""The LoRA layer around a weight, by the identity of the module that holds the weight and its attribute."""
+
+
+def loaded(home: str, name: str) -> type | tuple[()]:
+    """The class `home.name` if somebody imported it, else an empty tuple (which no object is an instance of)."""
+    return getattr(sys.modules.get(home), name, ())
+
+
+def check_lora(where: str, lora: Sequence[str]) -> None:
+    """Raise `InvalidArgument` unless `lora` lists some of `"base"`, `"delta"`, `"merged"`."""
+    if isinstance(lora, str) or not lora or any(choice not in CHOICES for choice in lora):
+        listed = ", ".join(map(repr, CHOICES))
+        raise InvalidArgument(f"{where}: lora must be a sequence of some of {listed}; got {lora!r}")
+
+
+def is_lora(module: nn.Module) -> bool:
+    """Whether `module` is a LoRA layer of PEFT, which holds the adapted module as `base_layer`."""
+    return isinstance(module, loaded(_HOME, "LoraLayer"))
+
+
+def find_adapters(root: nn.Module) -> Adapters:
+    """The LoRA layers of a model by the weight they adapt."""
+    return {
+        (id(layer.get_base_layer()), _attribute(layer)): layer  # type: ignore[operator]
+        for layer in root.modules()
+        if is_lora(layer)
+    }
+
+
+def _attribute(layer: Any) -> str:
+    if _is(layer, "ParamWrapper"):
+        return str(layer.parameter_name)
+    return "in_proj_weight" if _is(layer, "MultiheadAttention") else "weight"
+
+
+def _is(layer: object, *names: str) -> bool:
+    return any(isinstance(layer, loaded(_HOME, name)) for name in names)
+
+
+def inner_modules(layer: nn.Module) -> Iterator[nn.Module]:
+    """The modules inside a LoRA layer that hold its factors, without the adapted module."""
+    for name, child in layer.named_children():
+        if name in _INSIDE:
+            yield from child.modules()
+
+
+def factors(layer: nn.Module, path: str) -> Iterator[Skipped]:
+    """The factors of a LoRA layer, which have no spectrum of interest of their own."""
+    for name, child in layer.named_children():
+        for inner, parameter in child.named_parameters() if name in _FACTORS else ():
+            inner = inner.removesuffix(".weight")
+            reason = f"factor of lora[{inner}]"
+            yield Skipped(f"{path}.{name}.{inner}", "other", tuple(parameter.shape), reason)
+
+
+def weight_shape(layer: Any) -> tuple[int, ...]:
+    """The shape of the weight that a LoRA layer adapts, from the layer: a quantised base may not tell."""
+    shape = (int(layer.out_features), int(layer.in_features))
+    return shape[::-1] if getattr(layer, "fan_in_fan_out", False) else shape
+
+
+def adapted(
+    item: Matrix, part: Part, layer: Any, read: Callable[[], Tensor], lora: Sequence[str], defect: str = ""
+) -> Iterator[Matrix | Skipped]:
+    """What `lora` chooses of one matrix of an adapted weight.
+
+    Args:
+        item: The matrix without adapter.
+        part: The part of the weight that it is.
+        layer: The LoRA layer.
+        read: Reads the weight as it is stored.
+        lora: Some of `"base"`, `"delta"` and `"merged"`.
+        defect: Why the stored weight cannot be read; the deltas can.
+    """
+    variants = [adapter for adapter in _adapters(layer) if adapter in getattr(layer, "lora_variant", {})]
+    inside = [adapter for adapter in layer.merged_adapters if adapter in variants]
+    if "base" in lora:
+        reason = defect or (f"merged with lora[{inside[0]}], which is more than a sum" if inside else "")
+        base = variant(item, "", partial(_base, layer, read), part)
+        yield _skip(base, reason) if reason else base
+    else:
+        yield _skip(item, "base weight of an adapter: not in lora")
+    if "delta" in lora:
+        for adapter in _adapters(layer):
+            yield variant(item, f"lora[{adapter}]", partial(_delta, layer, adapter), part)
+    if "merged" in lora:
+        merged = variant(item, "merged", partial(_merged, layer, read), part)
+        active = [adapter for adapter in _active(layer) if adapter in variants and not layer.merged]
+        reason = defect or (f"lora[{active[0]}] is more than a sum of base and delta" if active else "")
+        yield _skip(merged, reason) if reason else merged
+
+
+def _skip(item: Matrix, reason: str) -> Skipped:
+    return Skipped(item.name, item.kind, item.shape, reason)
+
+
+def _adapters(layer: Any) -> list[str]:
+    return [*layer.lora_A.keys(), *layer.lora_embedding_A.keys()]
+
+
+def _active(layer: Any) -> list[str]:
+    return [adapter for adapter in layer.active_adapters if adapter in _adapters(layer)]
+
+
+def _base(layer: Any, read: Callable[[], Tensor]) -> Tensor:
+    """W, without the adapters that were merged into what is stored."""
+    return reduce(lambda weight, adapter: _add(weight, -_delta(layer, adapter)), layer.merged_adapters, read())
+
+
+def _merged(layer: Any, read: Callable[[], Tensor]) -> Tensor:
+    """W + Σ s·B·A over the active adapters; what is stored if adapters were merged into it."""
+    active = [] if layer.merged else _active(layer)
+    return reduce(lambda weight, adapter: _add(weight, _delta(layer, adapter)), active, read())
+
+
+def _add(weight: Tensor, delta: Tensor) -> Tensor:
+    precision = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
+    return weight.to(precision) + delta.to(precision)
+
+
+def _delta(layer: Any, adapter: str) -> Tensor:
+    """s·B·A in the shape of the weight, at least in float32: rounded to half precision its rank would not be r."""
+    if adapter in layer.lora_embedding_A:
+        left, right, transposed = layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter], True
+    elif _is(layer, "ParamWrapper", "_ConvNd"):
+        delta: Tensor = layer.get_delta_weight(adapter)
+        return delta
+    else:
+        left, right = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+        transposed = bool(getattr(layer, "fan_in_fan_out", False))
+    product = low_rank(left, right, layer.scaling[adapter])
+    return product.T if transposed else product
+
+
+def low_rank(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """s·B·A, at least in float32."""
+    precision = torch.promote_types(left.dtype, torch.float32)
+    return (left.to(precision) @ right.to(precision)) * scaling

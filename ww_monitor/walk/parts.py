@@ -1,0 +1,209 @@
+"""How one stored tensor is cut into matrices: blocks, heads, gates, kernel slices and experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ww_monitor.errors import InvalidArgument
+from ww_monitor.matrices import Matrix
+
+LEAST_EXPERT_SIDE = 8
+"""Both sides of an expert's matrix have at least this many entries: below lie tables of scales and biases, and 8 is
+the least number of eigenvalues that is analysed."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One matrix of a tensor.
+
+    Attributes:
+        end: What is appended to the name of the tensor, or `""`.
+        take: The whole tensor → the slices `[rows, columns]` or `[slices, rows, columns]`, a view where it can be.
+        role: The role that the cut gives the matrix, or `None` where its name must tell.
+    """
+
+    end: str
+    take: Callable[[Tensor], Tensor]
+    role: str | None = None
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        """The part as `[slices, rows, columns]`."""
+        part = self.take(tensor)
+        return part if part.ndim == 3 else part.unsqueeze(0)
+
+    def shape(self, whole: Sequence[int]) -> tuple[int, int, int]:
+        """The shape of the part of a tensor of shape `whole`; nothing is read."""
+        slices, rows, columns = self.stack(torch.empty(tuple(whole), device="meta")).shape
+        return slices, rows, columns
+
+
+Split = Mapping[str, "int | Sequence[int]"]
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _kernel(tensor: Tensor) -> Tensor:
+    """`[a, b, *k]` → `[prod(k), a, b]`."""
+    return tensor.flatten(2).permute(2, 0, 1)
+
+
+def _block(tensor: Tensor, axis: int, start: int, size: int) -> Tensor:
+    return tensor.narrow(axis, start, size)
+
+
+def _every_second(tensor: Tensor, axis: int, start: int) -> Tensor:
+    return tensor.movedim(axis, -1)[..., start::2].movedim(-1, axis)
+
+
+def _of_groups(tensor: Tensor, groups: int, rows: int, start: int, size: int) -> Tensor:
+    """Rows start … start + size - 1 of every one of `groups` groups of `rows` rows, one group below the other."""
+    return tensor.view(groups, rows, -1)[:, start : start + size].reshape(groups * size, -1)
+
+
+def _expert(tensor: Tensor, take: Callable[[Tensor], Tensor], index: int) -> Tensor:
+    return take(tensor)[index]
+
+
+WHOLE = (Part("", _as_it_is),)
+KERNEL = (Part("", _kernel),)
+
+
+def blocks(ends: Sequence[str], sizes: Sequence[int], axis: int = 0) -> tuple[Part, ...]:
+    """Neighbouring blocks of the given sizes along one axis.
+
+    >>> [part.shape((12, 5)) for part in blocks(("q", "k", "v"), (8, 2, 2))]
+    [(1, 8, 5), (1, 2, 5), (1, 2, 5)]
+    """
+    starts = accumulate(sizes, initial=0)
+    return tuple(
+        Part(end, partial(_block, axis=axis, start=start, size=size), _role(end))
+        for end, start, size in zip(ends, starts, sizes, strict=False)
+    )
+
+
+def interleaved_heads(queries: int, keys: int, head_dim: int) -> tuple[Part, ...]:
+    """q, k and v out of rows ordered `[keys, queries / keys + 2, head_dim]`: a group of queries, its key, its value.
+
+    The layout of GPT-NeoX and BLOOM (queries = keys) and of Falcon (keys = 1, or grouped), as their `forward` reshapes.
+    """
+    group = queries // keys
+    cuts = (("q", 0, group), ("k", group, 1), ("v", group + 1, 1))
+    return tuple(
+        Part(
+            end,
+            partial(
+                _of_groups, groups=keys, rows=(group + 2) * head_dim, start=start * head_dim, size=count * head_dim
+            ),
+            end,
+        )
+        for end, start, count in cuts
+    )
+
+
+def halves(size: int, axis: int, *, alternate: bool) -> tuple[Part, ...]:
+    """Gate and up projection out of one tensor: the first and the second half, or every second row."""
+    if not alternate:
+        return blocks(("gate", "up"), (size // 2, size // 2), axis)
+    return tuple(
+        Part(end, partial(_every_second, axis=axis, start=start), end) for start, end in enumerate(("gate", "up"))
+    )
+
+
+def each_expert(parts: Sequence[Part], experts: int) -> Iterator[Part]:
+    """One matrix an expert out of parts `[experts, rows, columns]`; the number of the expert ends the name."""
+    for part in parts:
+        for index in range(experts):
+            end = f"{part.end}.{index}" if part.end else str(index)
+            yield Part(end, partial(_expert, take=part.take, index=index), part.role)
+
+
+def is_expert_stack(owner: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor of a module (`owner`: its path and class name) holds the matrices of several experts."""
+    named = any(word in owner.lower() for word in ("expert", "moe"))
+    return named and len(shape) == 3 and shape[0] > 1 and min(shape[1:]) >= LEAST_EXPERT_SIDE
+
+
+def matrix(name: str, kind: str, part: Part, shape: Sequence[int], read: Callable[[], Tensor], role: str) -> Matrix:
+    """The matrix that a part of a tensor makes; `role` counts where the cut gives none."""
+    own_role = role if part.role is None else part.role
+    return Matrix(
+        ".".join(filter(None, (name, part.end))), kind, part.shape(shape), partial(_load, read, part), own_role
+    )
+
+
+@torch.no_grad()
+def _load(read: Callable[[], Tensor], part: Part) -> Tensor:
+    return part.stack(read().detach())
+
+
+def variant(item: Matrix, label: str, read: Callable[[], Tensor], part: Part) -> Matrix:
+    """The same part of another tensor, with `label` (if any) at the end of its name."""
+    return replace(item, name=".".join(filter(None, (item.name, label))), load=partial(_load, read, part))
+
+
+def _role(end: str) -> str | None:
+    return end if end in ("q", "k", "v", "gate", "up") else ""
+
+
+def unfit(dtype: torch.dtype, shape: Sequence[int], kind: str) -> str:
+    """Why a tensor has no spectrum, or `""`."""
+    least, most = (3, 5) if kind == "conv" else (2, 3)
+    defects = (
+        (dtype.is_complex, "complex weights"),
+        (not dtype.is_complex and not dtype.is_floating_point, "integer weights"),
+        (not least <= len(shape) <= most, f"{len(shape)}-dimensional where a {kind} weight has {least} to {most}"),
+        (0 in shape, f"empty: a zero in the shape {tuple(shape)}"),
+    )
+    return next((reason for found, reason in defects if found), "")
+
+
+# --- the caller's own cuts
+
+
+def check_split(where: str, split: Split | None) -> None:
+    """Raise `InvalidArgument` unless `split` maps globs to a number of parts or to their sizes."""
+    if split is None:
+        return
+    if not isinstance(split, Mapping):
+        raise InvalidArgument(f"{where}: split must be a mapping from globs; got {type(split).__name__}")
+    for pattern, sizes in split.items():
+        listed = [sizes] if isinstance(sizes, int) else sizes
+        if not _are_sizes(listed):
+            raise InvalidArgument(
+                f"{where}: split[{pattern!r}] must be a number of parts or a sequence of their sizes, all >= 1; "
+                f"got {sizes!r}"
+            )
+
+
+def _are_sizes(listed: object) -> bool:
+    """Whether `listed` is a sequence of one or more integers of at least 1."""
+    if not isinstance(listed, Sequence) or not listed:
+        return False
+    return all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in listed)
+
+
+def split_parts(split: Split | None, name: str, shape: Sequence[int], axis: int) -> tuple[Part, ...]:
+    """The parts `0`, `1`, … that the first matching glob asks for; nothing if none matches.
+
+    Raises:
+        InvalidArgument: if the sizes do not add up to the output axis.
+    """
+    for pattern, sizes in (split or {}).items():
+        if not fnmatchcase(name, pattern):
+            continue
+        listed = [shape[axis] // sizes] * sizes if isinstance(sizes, int) else list(sizes)
+        if sum(listed) != shape[axis]:
+            raise InvalidArgument(
+                f"walk: split[{pattern!r}] must add up to the {shape[axis]} outputs of {name!r}; got {sizes!r}"
+            )
+        return WHOLE if len(listed) == 1 else blocks([str(i) for i in range(len(listed))], listed, axis)
+    return ()

@@ -1,0 +1,151 @@
+"""Reading a weight of a module: what it computes with now, without a trace in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parameter import Parameter, is_lazy
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from ww_monitor.walk.parts import unfit
+
+
+def read(module: nn.Module, attribute: str) -> Tensor:
+    """The weight the module computes with: the tensor itself, or computed from what is stored now."""
+    if parametrize.is_parametrized(module, attribute):
+        return _evaluate(module.get_submodule(f"parametrizations.{attribute}"))
+    _, compute = _hook(module, attribute)
+    tensor: Tensor = compute()
+    return tensor
+
+
+def read_dense(module: nn.Module, attribute: str) -> Tensor:
+    """The weight the module computes with, dequantised where the tensor or else the module offers it."""
+    tensor = read(module, attribute)
+    if _offers_dequantize(tensor):
+        return tensor.dequantize()
+    if not tensor.is_floating_point() and _offers_dequantize(module):
+        dense: Tensor = module.dequantize()  # type: ignore[operator]
+        return dense
+    return tensor
+
+
+def is_packed(module: nn.Module, stored: Tensor) -> bool:
+    """Whether a tensor is quantised and it or its module offers to dequantise it."""
+    if is_lazy(stored):
+        return False
+    return _offers_dequantize(stored) or (not stored.is_floating_point() and _offers_dequantize(module))
+
+
+def dequantized_shape(module: nn.Module, stored: Tensor) -> tuple[int, ...] | None:
+    """The shape of the weight behind a quantised tensor; `None` if it is none, or nobody offers to dequantise it."""
+    if not is_packed(module, stored):
+        return None
+    if stored.is_floating_point():  # a tensor class that behaves like the weight it stands for
+        return tuple(stored.shape)
+    features = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if all(isinstance(size, int) for size in features):
+        return features  # type: ignore[return-value]
+    dense: Tensor = (stored if _offers_dequantize(stored) else module).dequantize()  # type: ignore[operator]
+    return tuple(dense.shape)
+
+
+def _offers_dequantize(owner: Tensor | nn.Module) -> bool:
+    """Whether a class of its own brings `dequantize`; plain tensors have a method of that name which is none."""
+    if isinstance(owner, Tensor):
+        return owner.is_quantized or getattr(type(owner), "dequantize", None) is not Tensor.dequantize
+    return callable(getattr(type(owner), "dequantize", None))
+
+
+def stand_in(module: nn.Module, attribute: str) -> Tensor | None:
+    """A tensor with the shape, dtype, layout and device of the weight, computed only where they cannot be known."""
+    if not parametrize.is_parametrized(module, attribute):
+        stored, _ = _hook(module, attribute)
+        return getattr(module, stored, None)
+    functions = module.get_submodule(f"parametrizations.{attribute}")
+    of_torch = all(type(function).__module__ == parametrizations.__name__ for function in functions.children())
+    checked = not functions.unsafe and not any(hasattr(function, "right_inverse") for function in functions.children())
+    return originals(functions)[-1] if of_torch or checked else _evaluate(functions)
+
+
+def _hook(module: nn.Module, attribute: str) -> tuple[str, Callable[[], Tensor]]:
+    """The attribute that stores the weight and a function that computes it: pruning and norms of the older kind."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == attribute:
+            return f"{attribute}_orig", partial(hook.apply_mask, module)
+        if isinstance(hook, SpectralNorm) and hook.name == attribute:
+            return f"{attribute}_orig", partial(hook.compute_weight, module, do_power_iteration=False)
+        if isinstance(hook, WeightNorm) and hook.name == attribute:
+            return f"{attribute}_v", partial(hook.compute_weight, module)
+    return attribute, partial(getattr, module, attribute)
+
+
+def originals(functions: nn.Module) -> list[Tensor]:
+    """The tensors a parametrization starts from; the last one of torch's own has the shape of the weight."""
+    return list(own_tensors(functions).values())
+
+
+def _evaluate(functions: nn.Module) -> Tensor:
+    """f(originals) in evaluation mode on copies of the buffers; flags, buffers and random generators stay as they were.
+
+    `parametrize.cached()` is by-passed: a value without gradient in that cache would stop the training of the weight.
+    """
+    flags = [(module, module.training) for module in functions.modules()]
+    copies = {name: buffer.clone() for name, buffer in functions.named_buffers()}
+    device = originals(functions)[-1].device
+    generators = [device] if device.type in ("cuda", "xpu") else []
+    try:
+        for module, _ in flags:
+            module.training = False  # not .eval(): a class may override it to do more
+        with torch.random.fork_rng(generators, device_type=device.type):
+            tensor: Tensor = functional_call(functions, copies, ())
+            return tensor
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that `module` itself registers, by attribute."""
+    own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    return {**own, **dict(module.named_buffers(recurse=False, remove_duplicate=False))}
+
+
+def shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape, `()` before a lazy module has one."""
+    return () if is_lazy(tensor) else tuple(tensor.shape)
+
+
+def defect(weight: Tensor, kind: str) -> str:
+    """Why `weight` has no spectrum, or `""`."""
+    if is_lazy(weight):
+        return "not initialised: a lazy module before its first forward pass"
+    if weight.is_meta:
+        return "on the meta device: no data"
+    if weight.layout is not torch.strided:
+        return f"sparse weights (layout {weight.layout})"
+    return unfit(weight.dtype, weight.shape, kind)
+
+
+def identity(stored: Tensor | None) -> object:
+    """What two tied weights have in common: their storage, or the object where that has no address.
+
+    A weight that is computed (`stored` is None) has numbers of its own, also where it is made of a tied parameter.
+    """
+    if stored is None:
+        return None
+    if type(stored) in (Tensor, Parameter) and stored.layout is torch.strided and stored.data_ptr():
+        return stored.device, stored.data_ptr(), stored.shape, stored.stride()
+    return id(stored)
+
+
+def tied_to(first: str | None) -> str:
+    """The reason to leave out a weight that was met before as `first`."""
+    return "" if first is None else f"tied to {first}"

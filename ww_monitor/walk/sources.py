@@ -1,0 +1,53 @@
+"""Whatever holds weights → its weight matrices: the walker for each kind of source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ww_monitor.errors import InvalidArgument
+from ww_monitor.matrices import Matrix, Skipped
+
+Source = nn.Module | Mapping[str, Tensor] | str | Path
+
+WHOLE: Mapping[str, int] = {"*": 1}
+"""`split` that leaves every fused weight whole, as weightwatcher does."""
+
+
+def walk_source(
+    source: Source,
+    *,
+    split: Mapping[str, int | Sequence[int]] | None = None,
+    experts: Literal["separate", "pooled"] = "separate",
+    lora: Sequence[str] = ("base", "delta"),
+) -> Iterator[Matrix | Skipped]:
+    """The weight matrices of a torch module, a mapping from names to tensors, or a checkpoint on disk.
+
+    Args:
+        source: The weights.
+        split: Glob → number or sizes of the parts that a fused weight is cut into along its output axis.
+        experts: One matrix an expert, or one of all experts' slices; modules only.
+        lora: Which of `"base"`, `"delta"` and `"merged"` to give for a layer with adapters; modules only.
+
+    Raises:
+        InvalidArgument: if `source` or an option is none of these.
+    """
+    if isinstance(source, nn.Module):
+        from ww_monitor.walk.torch import walk
+
+        return walk(source, split=split, experts=experts, lora=lora)
+    if isinstance(source, Mapping):
+        from ww_monitor.walk.state_dict import walk_state_dict
+
+        return walk_state_dict(source, split=split)
+    if isinstance(source, (str, Path)):
+        from ww_monitor.walk.files import walk_files
+
+        return walk_files(source, split=split)
+    raise InvalidArgument(
+        "ww_monitor: model must be a torch.nn.Module, a mapping from names to tensors, or a path; "
+        f"got {type(source).__name__}"
+    )

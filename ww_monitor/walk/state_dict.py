@@ -1,0 +1,211 @@
+"""Named tensors without their modules → weight matrices, by what names and shapes alone can tell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ww_monitor.errors import InvalidArgument
+from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.walk import fused
+from ww_monitor.walk.lora import low_rank
+from ww_monitor.walk.parts import (
+    KERNEL,
+    WHOLE,
+    Part,
+    Split,
+    blocks,
+    check_split,
+    is_expert_stack,
+    matrix,
+    split_parts,
+    unfit,
+)
+from ww_monitor.walk.reading import identity, tied_to
+from ww_monitor.walk.roles import infer_role
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_EMBEDDING = re.compile(r"(.*_)?(embed(ding)?s?|emb|wte|wpe)(_(?!out).*)?|[a-z]*embed", re.IGNORECASE)
+_RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
+_LORA = re.compile(r"(?P<name>.*)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.weight")
+_COMPUTED = re.compile(r"(.*\.)?(parametrizations\..*|weight\w*_(orig|g|v))")
+_OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A tensor that is not read yet: what is known of it, and how it is read.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype, or `None` for one that is not read.
+        read: Returns the tensor.
+        identity: What it has in common with a tied tensor, or `None` where that is not known.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    read: Callable[[], Tensor]
+    identity: object = None
+
+
+Scaling = Callable[[str, int], float]
+"""Name of the adapted module and rank → the scaling s of its delta s·B·A."""
+
+
+def walk_state_dict(tensors: Mapping[str, Tensor], *, split: Split | None = None) -> Iterator[Matrix | Skipped]:
+    """The weight matrices among named tensors, in their order, and what was left out with the reason.
+
+    Without module classes, names and shapes must tell: `*.weight` of two dimensions is dense, or an embedding if its
+    module is called so; of three to five dimensions a kernel; `in_proj_weight` is the q, k and v of an attention;
+    `weight_ih_*` and `weight_hh_*` are recurrent and stay whole; a stack `[experts, rows, columns]` under a name with
+    "expert" or "moe" gives one matrix an expert; factors `lora_A` and `lora_B` give their delta B·A. Of the fused
+    projections those are cut whose layout needs no module (`c_attn`, `qkv`, `Wqkv`, `gate_up_proj`).
+
+    Args:
+        tensors: A state dict; the prefixes of data parallel and of `torch.compile` leave no mark on the names.
+        split: Globs on the names of dense weights, each with the number of equal parts or the sizes of the parts that
+            its first axis is cut into, named `.0`, `.1`, …; the first match counts, and 1 keeps a fused weight whole.
+
+    Returns:
+        A `Matrix` for every weight, a `Skipped` for every other tensor of two or more dimensions.
+
+    Raises:
+        InvalidArgument: if `tensors` is no mapping from names to tensors, or `split` is malformed.
+
+    >>> import torch
+    >>> tensors = {"fc.weight": torch.zeros(4, 8), "fc.bias": torch.zeros(4), "conv.weight": torch.zeros(6, 4, 3, 3)}
+    >>> [(matrix.name, matrix.kind, matrix.shape) for matrix in walk_state_dict(tensors)]
+    [('fc', 'dense', (1, 4, 8)), ('conv', 'conv', (9, 6, 4))]
+    """
+    check_split("walk_state_dict", split)
+    if not isinstance(tensors, Mapping):
+        raise InvalidArgument(f"walk_state_dict: tensors must be a mapping; got {type(tensors).__name__}")
+    tensors = {key: value for key, value in tensors.items() if not key.endswith("_extra_state")}
+    wrong = next((key for key, value in tensors.items() if not isinstance(value, Tensor)), None)
+    if wrong is not None:
+        raise InvalidArgument(
+            f"walk_state_dict: every value must be a tensor; got {type(tensors[wrong]).__name__} for {wrong!r}"
+        )
+    return walk_unread({key: unread(tensor, partial(_self, tensor)) for key, tensor in tensors.items()}, split)
+
+
+def unread(tensor: Tensor, read: Callable[[], Tensor]) -> Unread:
+    """The description of a tensor that `read` reads."""
+    return Unread(tuple(tensor.shape), tensor.dtype, read, identity(tensor))
+
+
+def _self(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def walk_unread(
+    tensors: Mapping[str, Unread], split: Split | None = None, scaling: Scaling | None = None
+) -> Iterator[Matrix | Skipped]:
+    """`walk_state_dict` of tensors that are not read yet, with the scaling of LoRA deltas (1 if it is not known)."""
+    tensors = _cleaned(tensors)
+    seen: dict[object, str] = {}
+    for key, value in tensors.items():
+        if len(value.shape) < 2:
+            continue
+        own = value.identity is None or _LORA.fullmatch(key)  # a factor may serve several layers: each has its delta
+        if not own and value.identity in seen:
+            yield Skipped(_name(key), _OTHER, value.shape, tied_to(seen[value.identity]))
+            continue
+        items = list(_items(key, value, tensors, split, scaling))
+        if not own and any(isinstance(item, Matrix) for item in items):
+            seen[value.identity] = _name(key)
+        yield from items
+
+
+def _cleaned(tensors: Mapping[str, Unread]) -> dict[str, Unread]:
+    """The tensors by their names without wrappers; `module.` goes where every name starts with it."""
+    dropped = (*_WRAPPERS, "base_layer") if any(_LORA.fullmatch(key) for key in tensors) else _WRAPPERS
+    found = {".".join(part for part in key.split(".") if part not in dropped): tensors[key] for key in tensors}
+    parallel = all(key.startswith("module.") for key in found)
+    return {key.removeprefix("module.") if parallel else key: value for key, value in found.items()}
+
+
+def _name(key: str) -> str:
+    """The name of the module where the tensor is its plain weight, else the key."""
+    return key.removesuffix(".weight")
+
+
+def _items(
+    key: str, value: Unread, tensors: Mapping[str, Unread], split: Split | None, scaling: Scaling | None
+) -> Iterator[Matrix | Skipped]:
+    """The matrices of one tensor of two or more dimensions, or the reason why there are none."""
+    if factor := _LORA.fullmatch(key):
+        yield from _delta(key, factor, tensors, scaling)
+        return
+    kind, parts, reason = _meaning(key, value, tensors, split)
+    if not reason:
+        reason = "a storage type that is not read" if value.dtype is None else unfit(value.dtype, value.shape, kind)
+    if reason:
+        yield Skipped(_name(key), kind, value.shape, reason)
+        return
+    name = key.rpartition(".")[0] if kind == "attention" else _name(key)
+    for part in parts:
+        yield matrix(name, kind, part, value.shape, value.read, infer_role(name, kind))
+
+
+def _meaning(
+    key: str, value: Unread, tensors: Mapping[str, Unread], split: Split | None
+) -> tuple[str, tuple[Part, ...], str]:
+    """The kind of a tensor, its parts, and why it is no weight if it is none."""
+    path, _, attribute = key.rpartition(".")
+    rows, ndim = value.shape[0], len(value.shape)
+    if _COMPUTED.fullmatch(key):
+        return _OTHER, (), "stored before pruning or a parametrization, which needs the model"
+    if _RECURRENT.fullmatch(attribute):
+        return "recurrent", WHOLE, ""
+    if attribute == "in_proj_weight" and ndim == 2 and rows % 3 == 0:
+        return "attention", blocks("qkv", (rows // 3,) * 3), ""
+    if attribute in ("q_proj_weight", "k_proj_weight", "v_proj_weight") and ndim == 2:
+        return "attention", blocks(attribute[0], (rows,)), ""
+    if attribute != "weight" and is_expert_stack(path, value.shape):
+        beside = tensors.get(f"{path}.down_proj")
+        layout = fused.layout_beside(value.shape, beside.shape if beside else None)
+        declared = None if f"{key}_bias" in tensors else layout  # with a bias the two may alternate, as in GPT-OSS
+        return "dense", fused.expert_parts(attribute, value.shape, declared, separate=True), ""
+    if attribute != "weight":
+        return _OTHER, (), "its name is none of a known weight"
+    if ndim > 2:
+        return "conv", KERNEL, ""
+    if _EMBEDDING.fullmatch(path.rpartition(".")[2]):
+        return "embedding", WHOLE, ""
+    return "dense", _dense_parts(path, value.shape, split), ""
+
+
+def _dense_parts(name: str, shape: tuple[int, ...], split: Split | None) -> tuple[Part, ...]:
+    transposed = name.endswith("c_attn") and shape[1] in (2 * shape[0], 3 * shape[0])  # GPT-2 stores [in, out]
+    wished = split_parts(split, name, shape, int(transposed))
+    return wished or fused.fused_parts(name, shape, int(transposed), None) or WHOLE
+
+
+def _delta(
+    key: str, factor: re.Match[str], tensors: Mapping[str, Unread], scaling: Scaling | None
+) -> Iterator[Matrix | Skipped]:
+    """The delta s·B·A at the place of its factor A; a factor without its other half is left out."""
+    name, adapter = factor["name"], factor["adapter"]
+    ends = [f"{name}.lora_{which}{f'.{adapter}' if adapter else ''}.weight" for which in "AB"]
+    label = f"lora[{adapter or 'default'}]"
+    yield Skipped(_name(key), _OTHER, tensors[key].shape, f"factor of {label}")
+    if factor["factor"] == "B" or not all(end in tensors for end in ends):
+        return
+    right, left = (tensors[end] for end in ends)
+    if len(right.shape) != 2 or len(left.shape) != 2 or right.shape[0] != left.shape[1]:
+        return
+    scale = scaling(name, right.shape[0]) if scaling else 1.0
+    shape = (left.shape[0], right.shape[1])
+    role = infer_role(name, "dense")
+    yield matrix(f"{name}.{label}", "dense", WHOLE[0], shape, partial(_product, left, right, scale), role)
+
+
+def _product(left: Unread, right: Unread, scaling: float) -> Tensor:
+    return low_rank(left.read(), right.read(), scaling)
