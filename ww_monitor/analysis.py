@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from ww_monitor.engine import Options, analyze_matrices
-from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.matrices import Select
 from ww_monitor.record import History, Snapshot
 from ww_monitor.rules import SINGLE_RULES, apply_rules
 from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE
 from ww_monitor.spectra.traps import REPLICAS
-
-if TYPE_CHECKING:
-    import torch
+from ww_monitor.walk.delta import delta
+from ww_monitor.walk.sources import WHOLE, Source, walk_source
 
 
 def analyze(
-    model: torch.nn.Module | Mapping[str, torch.Tensor] | str | Path,
+    model: Source,
     *,
+    base: Source | None = None,
     preset: str = "default",
     metrics: Sequence[str] | str | None = None,
     include: Sequence[str] = (),
@@ -34,6 +32,9 @@ def analyze(
     fit_k: int | None = None,
     fix_fingers: str | None = None,
     aspect_ratio: float | None = None,
+    split: Mapping[str, int | Sequence[int]] | None = None,
+    experts: Literal["separate", "pooled"] = "separate",
+    lora: Sequence[str] = ("base", "delta"),
     strict: bool = False,
 ) -> Snapshot:
     """Spectra, metrics and findings of every weight matrix of a model.
@@ -44,6 +45,7 @@ def analyze(
     Args:
         model: A torch module; a mapping from names to tensors; or the path of a checkpoint: a `.safetensors` file, a
             torch file (`.bin`, `.pt`, `.pth`, `.th`, `.ckpt`; no pickled objects) or a directory with such weights.
+        base: A model to subtract first: the spectra are those of W − W₀, paired by name.
         preset: `"default"`, or `"weightwatcher"` for that tool's columns and definitions (version 0.7.7).
         metrics: Names of metrics; `None` for the preset's standard ones, `"all"` for those that cost a multiple too.
         include: Globs on layer names; none keeps all.
@@ -59,6 +61,10 @@ def analyze(
         fix_fingers: `"clip_xmax"` leaves up to ten largest eigenvalues out where that lowers alpha by more than 1.
         aspect_ratio: Fit the tail to windows of this ratio of long to short side (FARMS), so that alpha can be compared
             between layers of different shape; `None` fits the whole matrices.
+        split: Glob on the name → number or sizes of the parts that a fused weight is cut into along its outputs;
+            fused projections of known models are cut without it, 1 leaves them whole (as weightwatcher's preset does).
+        experts: `"separate"` gives a matrix for each expert of a stacked weight, `"pooled"` one with a slice for each.
+        lora: Which of `"base"`, `"delta"` (B·A with its scale) and `"merged"` to analyse of a layer with adapters.
         strict: Raise on the first layer that fails, instead of giving it a status.
 
     Returns:
@@ -66,7 +72,7 @@ def analyze(
         eigenvalues.
 
     Raises:
-        InvalidArgument: naming the argument, its value and the choices.
+        InvalidArgument: naming the argument, its value and the choices; or the layers that have no pair in `base`.
         LayerError: with `strict`, naming the layer, what was expected and what came.
 
     >>> import torch, ww_monitor
@@ -89,26 +95,10 @@ def analyze(
         keep_eigenvalues=True,
     )
     select = Select(include, exclude, min_size, max_size)
-    snapshot = analyze_matrices(select.apply(_walk(model)), options)
+    if split is None and preset == "weightwatcher":
+        split = WHOLE
+    items = select.apply(walk_source(model, split=split, experts=experts, lora=lora))
+    if base is not None:
+        items = delta(items, select.apply(walk_source(base, split=split, experts=experts, lora=lora)))
+    snapshot = analyze_matrices(items, options)
     return snapshot.with_findings(apply_rules(SINGLE_RULES, History([snapshot])))
-
-
-def _walk(model: object) -> Iterator[Matrix | Skipped]:
-    import torch
-
-    if isinstance(model, torch.nn.Module):
-        from ww_monitor.walk.torch import walk
-
-        return walk(model)
-    if isinstance(model, Mapping):
-        from ww_monitor.walk.state_dict import walk_state_dict
-
-        return walk_state_dict(model)
-    if isinstance(model, (str, Path)):
-        from ww_monitor.walk.files import walk_files
-
-        return walk_files(model)
-    raise InvalidArgument(
-        "analyze: model must be a torch.nn.Module, a mapping from names to tensors, or a path; "
-        f"got {type(model).__name__}"
-    )

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+from ww_monitor.baseline import Baseline
 from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.errors import InvalidArgument, SpectralWarning, check_choice, check_positive_int
 from ww_monitor.matrices import Matrix, Select, Skipped
@@ -48,6 +49,10 @@ class Monitor:
         patience: For how many consecutive snapshots it must hold in the same layer.
         select: Which matrices to analyse.
         options: How to analyse.
+        track_delta: Follow how far each matrix has moved from its weights at the first snapshot: `delta_norm` =
+            ‖W − W₀‖_F/‖W₀‖_F, and `left_rotation`, `right_rotation` = how far its 8 leading singular directions have
+            turned, 0 to 1. Fine-tuning turns them while spectra stay put. Holds a copy of the weights on the host;
+            after a resume the first snapshot is that of the resumed run.
 
     Raises:
         InvalidArgument: naming the argument, its value and the choices.
@@ -64,6 +69,7 @@ class Monitor:
         patience: int = 3,
         select: Select | None = None,
         options: Options | None = None,
+        track_delta: bool = False,
     ) -> None:
         if every_n_steps is None and every_n_epochs is None:
             every_n_steps = DEFAULT_EVERY_N_STEPS
@@ -75,21 +81,24 @@ class Monitor:
             if value is not None:
                 check_positive_int("Monitor", argument, value)
         check_choice("Monitor", "stop_on", stop_on, (None, *STOP_ON))
+        sinks = list(sinks)
         for sink in sinks:
-            if not isinstance(sink, Sink):
+            if isinstance(sink, type) or not isinstance(sink, Sink):
                 raise InvalidArgument(f"Monitor: sinks must have write and close; got {sink!r}")
         self.every_n_steps = every_n_steps
         self.every_n_epochs = every_n_epochs
         self.schedule: Schedule = never if every_n_steps is None else schedule_every_n_steps(every_n_steps)
         self.rules = tuple(rules)
-        self.sinks: list[Sink] = list(sinks)
+        self.sinks: list[Sink] = sinks
         self.stop_on = stop_on
         self.patience = patience
         self.select = select or Select()
         self.options = options or Options()
+        self.track_delta = track_delta
         self.history = History()
         self.last_step: int | None = None
         self.stop_reason = ""
+        self._baseline: Baseline | None = None
         self._active: list[Finding] = []
         self._held: Counter[tuple[str, str]] = Counter()
         self._said: set[str] = set()
@@ -127,7 +136,9 @@ class Monitor:
         self.last_step = step
         snapshot = None
         with self.guard("analysis"):
-            snapshot = self._record(analyze_matrices(self.select.apply(matrices), self.options, step=step, epoch=epoch))
+            items = list(self.select.apply(matrices))
+            analysed = analyze_matrices(items, self.options, step=step, epoch=epoch)
+            snapshot = self._record(analysed.with_metrics(self._drift(items)) if self.track_delta else analysed)
         if snapshot is not None:
             for sink in self.sinks:
                 with self.guard(f"sink {type(sink).__name__}", key=f"sink {id(sink)}", always=True):
@@ -143,7 +154,12 @@ class Monitor:
     def restart(self) -> None:
         """Forget what was seen: a new run begins with this monitor."""
         self.history, self.last_step, self.stop_reason = History(), None, ""
-        self._active, self._held = [], Counter()
+        self._active, self._held, self._baseline = [], Counter(), None
+
+    def _drift(self, items: Sequence[Matrix | Skipped]) -> dict[str, dict[str, float]]:
+        if self._baseline is None:
+            self._baseline = Baseline.capture(items)
+        return self._baseline.drift(items)
 
     def _record(self, snapshot: Snapshot) -> Snapshot:
         holding = apply_rules(self.rules, History([*self.history.snapshots[-self._lookback :], snapshot]))
@@ -201,7 +217,7 @@ class Monitor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the state was taken."""
         self.last_step = state["last_step"]
-        self.stop_reason = state["stop_reason"]
+        self.stop_reason = state["stop_reason"] if self.stop_on else ""
         self._active = [Finding(**finding) for finding in state["active"]]
         self._held = Counter({(rule, layer): count for rule, layer, count in state["held"]})
         self.history = History(Snapshot.from_dict(json.loads(line)) for line in state["recent"])

@@ -181,6 +181,16 @@ class Snapshot:
         """The same snapshot with other findings."""
         return replace(self, findings=tuple(findings))
 
+    def with_metrics(self, values: Mapping[str, Mapping[str, float]]) -> Snapshot:
+        """The same snapshot with further metrics by layer, and their means over the layers where they are known."""
+        layers = tuple(replace(layer, metrics={**layer.metrics, **values.get(layer.name, {})}) for layer in self.layers)
+        added = dict.fromkeys(name for row in values.values() for name in row)
+        summary = dict(self.summary)
+        for name in added:
+            known = [value for layer in layers if math.isfinite(value := layer.value(name))]
+            summary[name] = sum(known) / len(known) if known else NAN
+        return replace(self, layers=layers, summary=summary)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python data for JSON: NaN and infinity become `None`, eigenvalues are left out."""
         layers = [

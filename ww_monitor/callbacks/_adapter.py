@@ -41,6 +41,7 @@ def build_monitor(
     strict: bool,
     rules: Sequence[Rule],
     sinks: Sequence[Sink],
+    track_delta: bool,
 ) -> Monitor:
     """The Monitor of these arguments, checked at construction; they mean what they do in `Monitor` and `analyze`."""
     return Monitor(
@@ -50,6 +51,7 @@ def build_monitor(
         patience=patience,
         rules=rules,
         sinks=sinks,
+        track_delta=track_delta,
         select=Select(include, exclude, min_size, max_size),
         options=Options(
             preset=preset,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,7 +21,7 @@ from ww_monitor.sinks import Sink
 from ww_monitor.sinks.tensorboard import write_histograms
 from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE
 from ww_monitor.spectra.traps import REPLICAS
-from ww_monitor.walk.torch import walk
+from ww_monitor.walk.sources import WHOLE, walk_source
 
 _NAMESPACES = ("pytorch_lightning", "lightning.pytorch")
 
@@ -66,6 +68,10 @@ class SpectralMonitor(*_callback_bases()):  # type: ignore[misc]
         fit_k: Size of the Hill estimator's tail.
         fix_fingers: `"clip_xmax"` or `None`.
         aspect_ratio: Of the windows that the tail is fitted to, or `None`.
+        split: How to cut fused weights; this and the next two as in `ww_monitor.analyze`.
+        experts: `"separate"` or `"pooled"`.
+        lora: Which of `"base"`, `"delta"` and `"merged"`.
+        track_delta: Follow W − W₀ and the rotation of the leading subspaces (see `ww_monitor.Monitor`).
         strict: Raise when a layer fails.
         rules: What to look for (`ww_monitor.rules`).
         sinks: Further sinks.
@@ -96,6 +102,10 @@ class SpectralMonitor(*_callback_bases()):  # type: ignore[misc]
         fit_k: int | None = None,
         fix_fingers: str | None = None,
         aspect_ratio: float | None = None,
+        split: Mapping[str, int | Sequence[int]] | None = None,
+        experts: Literal["separate", "pooled"] = "separate",
+        lora: Sequence[str] = ("base", "delta"),
+        track_delta: bool = False,
         strict: bool = False,
         rules: Sequence[Rule] = TRAINING_RULES,
         sinks: Sequence[Sink] = (),
@@ -124,7 +134,12 @@ class SpectralMonitor(*_callback_bases()):  # type: ignore[misc]
             strict=strict,
             rules=rules,
             sinks=sinks,
+            track_delta=track_delta,
         )
+        if split is None and preset == "weightwatcher":
+            split = WHOLE
+        self._walk = partial(walk_source, split=split, experts=experts, lora=lora)
+        self._walk(torch.nn.Module())  # a wrong choice is refused here, not at the first step
         self._console = console
         self._history = history
         self._session: Session | None = None
@@ -196,15 +211,21 @@ class SpectralMonitor(*_callback_bases()):  # type: ignore[misc]
     @property
     def state_key(self) -> str:
         """One key for every monitor that looks at the same things as often, whatever the base class."""
-        monitor, options = self.monitor, self.monitor.options
-        what = f"preset={options.preset!r}, metrics={options.metrics!r}, seed={options.seed}, {monitor.select}"
-        return f"ww_monitor.SpectralMonitor(every={monitor.cadence!r}, {what})"
+        settings = [f"every={self.monitor.cadence!r}"]
+        for part in (self.monitor.options, self.monitor.select):
+            for field in fields(part):
+                value = getattr(part, field.name)
+                if value != field.default and field.name != "strict":
+                    settings.append(f"{field.name}={value!r}")
+        return f"ww_monitor.SpectralMonitor({', '.join(settings)})"
 
     def _observe(self, trainer: Any, pl_module: Any, *, x: int) -> dict[str, float]:
         """Analyse on rank 0, tell every rank, publish; returns the model-level values."""
         snapshot: Snapshot | None = None
         if trainer.is_global_zero:
-            snapshot = self.monitor.observe(walk(pl_module), step=trainer.global_step, epoch=trainer.current_epoch)
+            snapshot = self.monitor.observe(
+                self._walk(pl_module), step=trainer.global_step, epoch=trainer.current_epoch
+            )
         else:
             self.monitor.last_step = trainer.global_step
         values = snapshot.scalars(layers=False) if snapshot else {}

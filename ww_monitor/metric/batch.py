@@ -17,6 +17,7 @@ from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE, Bulk, bulk
 from ww_monitor.spectra.null import NullBand, null_band
 from ww_monitor.spectra.powerlaw import SMALL_SAMPLE, TailFit, fit_tail
 from ww_monitor.spectra.status import Status
+from ww_monitor.spectra.subspaces import numerical_floor
 
 FITS = ("csn", "hill", "truncated")
 FIX_FINGERS = (None, "clip_xmax")
@@ -84,8 +85,18 @@ class Batch:
 
     @cached_property
     def fitted_eigenvalues(self) -> torch.Tensor:
-        """`[B, n]` what the tail is fitted to: of the matrices, or of their windows."""
-        return self.eigenvalues if self.window_eigenvalues is None else self.window_eigenvalues
+        """`[B, n]` what the tail is fitted to: of the matrices, or of their windows; ties where `flat`."""
+        values = self.eigenvalues if self.window_eigenvalues is None else self.window_eigenvalues
+        return values if self.follows_weightwatcher else torch.where(self.flat[:, None], values[:, -1:], values)
+
+    @cached_property
+    def flat(self) -> torch.Tensor:
+        """`[B]` whether all eigenvalues are equal to within 64 storage roundings, so that a fit would fit rounding."""
+        n = self.eigenvalues.shape[1]
+        known = self.eigenvalues > self.rounding_floor[:, None]
+        smallest = torch.where(known, self.eigenvalues, float("inf")).amin(1)
+        closeness = min(0.5, 64 * torch.finfo(self.dtype).eps)
+        return (self.eigenvalues[:, -1] / smallest - 1 < closeness) & (self.rank > n / 2)
 
     @property
     def follows_weightwatcher(self) -> bool:
@@ -101,16 +112,10 @@ class Batch:
 
     @cached_property
     def rounding_floor(self) -> torch.Tensor:
-        """`[B]` eigenvalues at or below it are numerically zero.
-
-        The larger of the solver's error, N·2⁻⁵²·λmax, and the largest eigenvalue that rounding the weights to their
-        storage precision makes by itself: (eps²/12)·mean(w²)·(√N + √M)², uniform rounding errors being a random
-        matrix.
-        """
+        """`[B]` eigenvalues at or below it are numerically zero."""
         n, m = self.long_side, self.short_side
         mean_square = self.eigenvalues.sum(1) / (self.slices * n * m)
-        rounding = torch.finfo(self.dtype).eps ** 2 / 12 * mean_square * (n**0.5 + m**0.5) ** 2
-        return torch.maximum(rounding, n * torch.finfo(torch.float64).eps * self.eigenvalues[:, -1])
+        return numerical_floor(self.eigenvalues[:, -1], mean_square, n, m, dtype=self.dtype)
 
     @cached_property
     def rank(self) -> torch.Tensor:
@@ -177,9 +182,10 @@ class Batch:
 
     @cached_property
     def bulk(self) -> Bulk:
-        """The random bulk, from the closed form."""
+        """The random bulk, from the closed form; not known where half of the eigenvalues are only rounding."""
+        known = (self.rank >= self.eigenvalues.shape[1] / 2)[:, None]
         return bulk(
-            self.eigenvalues,
+            torch.where(known, self.eigenvalues, float("nan")),
             long_side=self.long_side,
             short_side=self.short_side,
             slices=self.slices,
@@ -235,11 +241,8 @@ def verdicts(batch: Batch) -> list[str]:
     - `ok`.
     """
     tail, n = batch.tail, batch.eigenvalues.shape[1]
-    smallest = torch.where(batch.eigenvalues > batch.rounding_floor[:, None], batch.eigenvalues, float("inf")).amin(1)
-    closeness = min(0.5, 64 * torch.finfo(batch.dtype).eps)
-    flat = (batch.eigenvalues[:, -1] / smallest - 1 < closeness) & (batch.rank > n / 2)
     tests = [
-        ("degenerate", flat),
+        ("degenerate", batch.flat),
         ("rank_deficient", batch.rank < n / 2),
         ("few_eigenvalues", (tail.num_fitted < SMALL_SAMPLE) | (tail.status == Status.FEW_EIGENVALUES)),
         ("degenerate", tail.status == Status.DEGENERATE),

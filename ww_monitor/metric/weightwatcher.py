@@ -69,20 +69,24 @@ def sv_min(batch: Batch) -> torch.Tensor:
 def rank_loss(batch: Batch) -> torch.Tensor:
     """Σ over slices of #{s ≤ s_max · N · 2⁻⁵²}."""
     singular = batch.slice_eigenvalues.sqrt()
-    return (singular <= _rank_tolerance(batch) * singular[:, :, -1:]).sum((1, 2)).double()
+    return _where_known(batch, (singular <= _rank_tolerance(batch) * singular[:, :, -1:]).sum((1, 2)))
 
 
 @metric(default=False, weightwatcher="weak_rank_loss", source=WW)
 def weak_rank_loss(batch: Batch) -> torch.Tensor:
     """#{λ < 1e-6}, absolute."""
-    return (batch.eigenvalues < 1e-6).sum(1).double()
+    return _where_known(batch, (batch.eigenvalues < 1e-6).sum(1))
 
 
 @metric(default=False, weightwatcher="matrix_rank", source=WW)
 def matrix_rank(batch: Batch) -> torch.Tensor:
     """#{√λ > max √λ · N · 2⁻⁵²} over the pooled spectrum."""
     singular = batch.eigenvalues.sqrt()
-    return (singular > _rank_tolerance(batch) * singular[:, -1:]).sum(1).double()
+    return _where_known(batch, (singular > _rank_tolerance(batch) * singular[:, -1:]).sum(1))
+
+
+def _where_known(batch: Batch, count: torch.Tensor) -> torch.Tensor:
+    return torch.where(torch.isfinite(batch.eigenvalues[:, -1]), count.double(), float("nan"))
 
 
 def _rank_tolerance(batch: Batch) -> float:

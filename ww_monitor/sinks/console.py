@@ -42,6 +42,7 @@ def table(history: History, *, limit: int = 40) -> str:
     from io import StringIO
 
     from rich.console import Console as RichConsole
+    from rich.markup import escape
     from rich.table import Table
 
     if not len(history):
@@ -62,7 +63,7 @@ def table(history: History, *, limit: int = 40) -> str:
     for layer in (layer for layer in history.last.layers if layer.name in shown):
         began = first.get(layer.name, layer)
         view.add_row(
-            layer.name,
+            escape(layer.name),
             "×".join(str(size) for size in layer.shape if size > 1),
             f"{_number(began.value('alpha'))} → {_number(layer.value('alpha'))}",
             layer.verdict,

@@ -140,7 +140,7 @@ def tracy_widom_quantile(p: float) -> float:
 @lru_cache(maxsize=256)
 def _quantile(p: float) -> float:
     log_sf = _log_sf_grid()
-    target = np.log(p)
+    target = np.log(p) if p > 0 else -np.inf
     if not float(log_sf[-1]) < target < float(log_sf[0]):
         raise ValueError(f"tracy_widom_quantile: p must be between 1e-136 and 1; got {p!r}")
     return float(

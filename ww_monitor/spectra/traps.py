@@ -21,10 +21,13 @@ from ww_monitor.spectra.marchenko_pastur import (
 )
 
 HEADROOM_TO_SHUFFLE = 0.8
-"""Below this headroom the shuffled spectrum is not computed: it has no outlier. Measured over 200 shuffles each of
-Gaussian, uniform, Laplace, Student t (3 to 8 degrees of freedom) and log-normal elements at five shapes, a matrix
-with a headroom below 0.8 showed an outlier in no more shuffles than the significance level allows
-(`tests/spectra/test_traps.py`)."""
+"""Below this headroom the shuffled spectrum is not computed and no trap is counted. Measured at the level of 0.1 % on
+16,000 matrices of independent elements at five shapes with a headroom below 0.8 (`tests/spectra/test_traps.py` has a
+smaller version): 0.05 % of the shuffles had an outlier for Gaussian, uniform and log-normal (σ = ½) elements, 0.5 %
+for Laplace, and 0.3, 0.3, 0.5, 1.0 and 2.5 % for Student t with 8, 7, 6, 5 and 4 degrees of freedom; two of the
+matrices had one in at least half of three shuffles, which makes a finding. Heavier tails do not stay below 0.8. What
+the rule does miss is many entries crowded just under the limit, as if clipped there: Student t with 3 degrees of
+freedom clipped at 0.79 has an outlier in a quarter of the shuffles."""
 
 REPLICAS = 3
 """Shuffles of a matrix that is not skipped. Our choice: enough to see whether a trap depends on the shuffle."""
@@ -137,7 +140,8 @@ def large_entries(matrices: torch.Tensor, stats: Elements, *, limit: int = 8) ->
     top = torch.nan_to_num(ratio, nan=0.0).flatten().topk(min(limit, ratio.numel()))
     above = top.values > 1.0
     where = top.indices[above]
-    index = torch.stack(torch.unravel_index(where, matrices.shape), 1)
+    plane, rest = where // matrices[0].numel(), where % matrices[0].numel()
+    index = torch.stack([plane, rest // matrices.shape[2], rest % matrices.shape[2]], 1)
     return LargeEntries(index, matrices.flatten()[where], top.values[above])
 
 

@@ -1,0 +1,110 @@
+"""A plan says what an analysis would do, without reading a weight."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import ww_monitor
+from ww_monitor import plan
+from ww_monitor.errors import InvalidArgument, MissingDependency
+from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.plan import Rates, describe, measured_rates, operations, plan_matrices
+
+RATES = Rates(gram=1e9, solve=1e8)
+
+
+def unreadable(name, shape, kind="dense"):
+    return Matrix(name, kind, shape, lambda: pytest.fail("a weight was read"))
+
+
+def model():
+    return nn.Sequential(nn.Linear(40, 30), nn.Conv2d(3, 8, 3), nn.Linear(8, 4), nn.Embedding(50, 12))
+
+
+def test_reads_no_weight():
+    found = plan_matrices([unreadable("fc", (1, 30, 40))], rates=RATES)
+    assert [row.name for row in found.rows] == ["fc"]
+
+
+def test_plans_the_layers_that_analyze_analyses_and_skips_those_it_skips():
+    options = {"exclude": ["3"], "min_size": 5, "max_size": 29}
+    for chosen in ({}, options, {"include": ["0", "1"]}):
+        found, done = describe(model(), **chosen), ww_monitor.analyze(model(), **chosen)
+        assert [(row.name, row.shape) for row in found.rows] == [(layer.name, layer.shape) for layer in done.layers]
+        assert [(item.name, item.reason) for item in found.skipped] == [
+            (item.name, item.reason) for item in done.skipped
+        ]
+
+
+def test_a_row_has_the_shape_and_the_work_of_its_layer():
+    (row,) = plan_matrices([unreadable("conv", (9, 8, 30), "conv")], rates=RATES).rows
+    assert (row.long_side, row.short_side, row.num_eigenvalues) == (30, 8, 72)
+    assert row.operations == pytest.approx(9 * (8 * 8 * 30 + 4 / 3 * 8**3))
+    assert row.seconds == pytest.approx(9 * (8 * 8 * 30 / 1e9 + 4 / 3 * 8**3 / 1e8))
+
+
+def test_totals_are_sums():
+    found = plan_matrices([unreadable("a", (1, 30, 40)), unreadable("b", (1, 10, 10))], rates=RATES)
+    assert found.num_eigenvalues == 40
+    assert found.operations == sum(row.operations for row in found.rows)
+    assert found.seconds == sum(row.seconds for row in found.rows)
+
+
+def test_nothing_to_analyse_costs_nothing():
+    found = plan_matrices([Skipped("x", "other", (3, 4), "integer weights")], rates=RATES)
+    assert (found.num_eigenvalues, found.operations, found.seconds) == (0, 0, 0)
+    assert "skipped x 3×4: integer weights" in str(found)
+
+
+def test_prints_a_table_with_reasons_and_totals():
+    text = str(plan_matrices([unreadable("fc", (1, 300, 600)), Skipped("e", "dense", (), "why")], rates=RATES))
+    assert text.splitlines() == [
+        "name  kind   role  shape    eigenvalues  seconds",
+        "fc    dense        300×600  300          0.41",
+        "skipped e : why",
+        "1 matrices, 300 eigenvalues, 9e+07 operations, about 0.41 s (1 skipped)",
+    ]
+
+
+def test_the_rate_is_measured_once(monkeypatch):
+    measured_rates.cache_clear()
+    calls = []
+    monkeypatch.setattr(plan, "_time", lambda w: calls.append(w.shape) or (0.5, 0.25))
+    assert measured_rates() == measured_rates() == Rates(512**3 / 0.5, 4 / 3 * 512**3 / 0.25)
+    assert calls == [(512, 512)] * 2
+    measured_rates.cache_clear()
+
+
+def test_the_measured_rate_is_a_rate():
+    rates = describe(model()).rates
+    assert 1e7 < rates.gram < 1e14
+    assert 1e7 < rates.solve < 1e14
+
+
+def test_the_measurement_leaves_the_random_streams_alone():
+    measured_rates.cache_clear()
+    before = torch.get_rng_state()
+    measured_rates()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_work_does_not_depend_on_which_side_is_longer():
+    assert operations((2, 30, 70)) == operations((2, 70, 30))
+
+
+def test_the_table_ends_with_what_is_skipped(monkeypatch):
+    pytest.importorskip("pandas")
+    found = plan_matrices([unreadable("a", (1, 30, 40)), Skipped("x", "other", (3, 4), "integer weights")], rates=RATES)
+    table = found.to_pandas()
+    assert list(table["skipped"]) == ["", "integer weights"]
+    assert math.isnan(table["seconds"][1])
+    monkeypatch.setitem(__import__("sys").modules, "pandas", None)
+    with pytest.raises(MissingDependency, match=r"ww-monitor\[plots\]"):
+        found.to_pandas()
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(InvalidArgument, match="min_size must be >= 1; got 0"):
+        describe(model(), min_size=0)

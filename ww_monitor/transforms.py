@@ -1,0 +1,339 @@
+"""New weights from a spectrum: keep the leading singular components, or remove those that carry correlation traps."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ww_monitor.engine import Options, analyze_matrices
+from ww_monitor.errors import InvalidArgument, check_choice
+from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.spectra.erg import correlation_space
+from ww_monitor.spectra.marchenko_pastur import bulk
+from ww_monitor.spectra.traps import HEADROOM_TO_SHUFFLE, elements
+from ww_monitor.walk.sources import walk_source
+from ww_monitor.walk.stored import Stored
+
+logger = logging.getLogger(__name__)
+
+_KEEP = ("erg", "detX", "alpha", "spikes")
+_LEAST_TRAPS = 0.5
+_TRAP_SHARE = 0.25
+"""Least share of a singular value that comes from trap entries in a direction that is removed. Our choice: for a lone
+entry in a square random matrix it is (h² − 1)/(h² + 1) at headroom h (Benaych-Georges & Nadakuditi 2012), a quarter
+from h = 1.3 on; of a learnt direction spread over all entries it is almost 0."""
+
+
+@dataclass(frozen=True)
+class TransformedLayer:
+    """What became of one layer.
+
+    Attributes:
+        name: Of the layer.
+        kept: Singular components that stay, over all slices; with `method="clip"` entries that stay.
+        of: Singular components (entries) there were.
+        reason: Why the layer is unchanged, bit for bit, or `""` if it changed.
+    """
+
+    name: str
+    kept: int
+    of: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """A transformed model.
+
+    Attributes:
+        state_dict: The model's own keys. Copies that share nothing with the model, or with `inplace=True` the live
+            tensors.
+        layers: One a weight of the model.
+    """
+
+    state_dict: dict[str, Any]
+    layers: tuple[TransformedLayer, ...]
+
+    @property
+    def changed(self) -> tuple[TransformedLayer, ...]:
+        """The layers that changed."""
+        return tuple(layer for layer in self.layers if not layer.reason)
+
+    @property
+    def unchanged(self) -> tuple[TransformedLayer, ...]:
+        """The layers that did not, each with its reason."""
+        return tuple(layer for layer in self.layers if layer.reason)
+
+
+def svd_smooth(
+    model: torch.nn.Module | Mapping[str, Any],
+    keep: str | int | float = "erg",
+    *,
+    inplace: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Transformed:
+    """W → Σ_{i ≤ K} s_i u_i v_iᵀ for every weight matrix W, its K leading singular components.
+
+    A layer whose K is not known (the fit failed) or is 0 stays as it is and says why; so does one whose other
+    components together weigh no more than the rounding of its storage precision, at most ½ eps ‖W‖_F, which makes
+    smoothing twice the same as smoothing once. Only weights stored in a tensor of the model are written, fused ones
+    part by part; one that is computed (pruned, parametrized, quantized) is left alone. Source: weightwatcher 0.7.7's
+    `SVDSmoothing`, whose result is float32 and randomised; here the decomposition is exact and the precision stays.
+
+    Args:
+        model: A torch module or its state dict.
+        keep: `"erg"` (or `"detX"`): the effective correlation space, as many leading eigenvalues as have a product
+            of 1 after rescaling to mean 1, including the one that takes it below. `"alpha"`: the power-law tail.
+            `"spikes"`: the eigenvalues above the random bulk. These count over all slices of a kernel together. An
+            integer: components of every slice. A float in (0, 1]: that share of M of every slice, at least 1.
+            A tail of fewer than 20 is fitted by another rule than a long spectrum, so only there `"alpha"` may cut
+            a second time.
+        inplace: Write into the model instead of into a copy.
+        include: Globs on layer names; none keeps all.
+        exclude: Globs on layer names to leave out.
+
+    Returns:
+        `.state_dict`, and `.changed` and `.unchanged` layers.
+
+    Raises:
+        InvalidArgument: naming the argument, its value and the choices.
+
+    >>> _ = torch.manual_seed(0)
+    >>> net = torch.nn.Sequential(torch.nn.Linear(64, 32))
+    >>> smooth = svd_smooth(net, keep=4)
+    >>> torch.linalg.matrix_rank(smooth.state_dict["0.weight"]).item(), smooth.changed
+    (4, (TransformedLayer(name='0', kept=4, of=32, reason=''),))
+    """
+    _check_keep(keep)
+
+    def smooth(matrix: Matrix, weights: torch.Tensor) -> _Change:
+        return _smooth(matrix, weights, keep)
+
+    return _transform(model, smooth, inplace=inplace, select=Select(include, exclude))
+
+
+def svd_sharpen(
+    model: torch.nn.Module | Mapping[str, Any],
+    *,
+    method: str = "directions",
+    inplace: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+) -> Transformed:
+    """W → W − Σ s_i u_i v_iᵀ over the singular directions that carry its correlation traps.
+
+    A trap entry has |w − mean| > σ(NM)^¼; a layer has traps if its shuffled de-meaned matrix has an outlier
+    (`num_traps` ≥ ½) and there is such an entry. A direction carries a trap if its singular value
+    s = Σ_ij u_i w_ij v_j exceeds the random bulk and at least a quarter of it comes from trap entries; at most
+    ⌈num_traps⌉ are removed, the most concentrated first. Learnt directions spread over many entries and stay.
+    A layer without traps stays bit for bit.
+    weightwatcher 0.7.7 removes as many *leading* directions as there are traps, whether they carry them or not, and
+    reduces a layer to rank one where its fit fails.
+
+    Args:
+        model: A torch module or its state dict.
+        method: `"directions"`, or `"clip"` to set the trap entries to mean ± 0.8 σ(NM)^¼ instead, the headroom
+            below which no shuffle shows an outlier. `"directions"` leaves an entry with a headroom below about 1.3
+            where it is, because no direction has formed around it.
+        inplace: Write into the model instead of into a copy.
+        include: Globs on layer names; none keeps all.
+        exclude: Globs on layer names to leave out.
+        seed: Seed of the private generator that shuffles.
+
+    Returns:
+        `.state_dict`, and `.changed` and `.unchanged` layers.
+
+    Raises:
+        InvalidArgument: naming the argument, its value and the choices.
+
+    >>> _ = torch.manual_seed(0)
+    >>> net = torch.nn.Sequential(torch.nn.Linear(100, 50), torch.nn.Linear(50, 20))
+    >>> with torch.no_grad():
+    ...     net[0].weight[3, 7] = 2.0
+    >>> [(layer.name, layer.kept, layer.of, layer.reason) for layer in svd_sharpen(net).layers]
+    [('0', 49, 50, ''), ('1', 20, 20, 'no traps')]
+    """
+    check_choice("svd_sharpen", "method", method, ("directions", "clip"))
+
+    def sharpen(matrix: Matrix, weights: torch.Tensor) -> _Change:
+        return _sharpen(matrix, weights, method, seed)
+
+    return _transform(model, sharpen, inplace=inplace, select=Select(include, exclude))
+
+
+# --- one layer
+
+
+@dataclass(frozen=True)
+class _Change:
+    """New weights `[R, N, M]` in float64, or `None` with the reason."""
+
+    weights: torch.Tensor | None
+    kept: int
+    of: int
+    reason: str = ""
+
+
+def _check_keep(keep: str | int | float) -> None:
+    if isinstance(keep, str):
+        valid = keep in _KEEP
+    elif isinstance(keep, int):
+        valid = keep >= 1 and not isinstance(keep, bool)
+    else:
+        valid = isinstance(keep, float) and 0 < keep <= 1
+    if not valid:
+        listed = ", ".join(map(repr, _KEEP))
+        raise InvalidArgument(
+            f"svd_smooth: keep must be one of {listed}, an integer >= 1 or a float in (0, 1]; got {keep!r}"
+        )
+
+
+def _smooth(matrix: Matrix, weights: torch.Tensor, keep: str | int | float) -> _Change:
+    components = matrix.num_eigenvalues
+    count, verdict = _pooled_count(matrix, keep) if isinstance(keep, str) else (_slice_count(matrix, keep), "")
+    if not count >= 1:
+        return _Change(None, components, components, f"keep={keep!r} gives no number of components: {verdict}")
+    u, s, vh = torch.linalg.svd(weights.double(), full_matrices=False)
+    eigenvalues = s.square()
+    if isinstance(keep, str):
+        smallest = eigenvalues.flatten().sort(descending=True).values[: int(count)].amin()
+        kept = eigenvalues >= smallest
+    else:
+        kept = torch.arange(s.shape[1], device=s.device).expand_as(s) < count
+    rounding = max(torch.finfo(weights.dtype).eps / 2, matrix.long_side * torch.finfo(torch.float64).eps)
+    if bool(torch.where(kept, 0.0, eigenvalues).sum() <= rounding**2 * eigenvalues.sum()):
+        return _Change(None, components, components, "the rest is no more than the rounding of its precision")
+    return _Change(u @ (torch.where(kept, s, 0.0)[:, :, None] * vh), int(kept.sum()), components)
+
+
+def _pooled_count(matrix: Matrix, keep: str) -> tuple[float, str]:
+    """The number of components that the pooled spectrum says to keep, NaN where that failed, and its verdict."""
+    metric = "n_tail" if keep == "alpha" else "num_spikes"
+    layer = analyze_matrices([matrix], Options(metrics=[metric], keep_eigenvalues=True)).layers[0]
+    if keep in ("alpha", "spikes"):
+        return layer.value(metric), layer.verdict
+    spectrum = torch.tensor(layer.eigenvalues or [float("nan")], dtype=torch.float64)
+    return float(correlation_space(spectrum[None]).size), layer.verdict
+
+
+def _slice_count(matrix: Matrix, keep: int | float) -> int:
+    if isinstance(keep, int):
+        return min(keep, matrix.short_side)
+    return max(1, math.floor(keep * matrix.short_side + 1e-9))
+
+
+def _sharpen(matrix: Matrix, weights: torch.Tensor, method: str, seed: int) -> _Change:
+    w = weights.double()
+    stats = elements(w)
+    mean, threshold = stats.mean[:, None, None], (stats.std * (w[0].numel() ** 0.25))[:, None, None]
+    is_trap = (w - mean).abs() > threshold
+    of = matrix.num_eigenvalues if method == "directions" else w.numel()
+    if not bool(is_trap.any()):
+        return _Change(None, of, of, "no traps")
+    num_traps = analyze_matrices([matrix], Options(metrics=["num_traps"], seed=seed)).layers[0].value("num_traps")
+    if not num_traps >= _LEAST_TRAPS:
+        known = num_traps == num_traps
+        return _Change(None, of, of, "no traps" if known else "too small to count its traps")
+    if method == "clip":
+        limit = HEADROOM_TO_SHUFFLE * threshold
+        return _Change(torch.where(is_trap, mean + (w - mean).sign() * limit, w), of - int(is_trap.sum()), of)
+    removed, count = _trap_directions(w, torch.where(is_trap, w - mean, 0.0), math.ceil(num_traps))
+    if count == 0:
+        return _Change(None, of, of, "no singular direction is concentrated on its traps; method='clip' removes them")
+    return _Change(w - removed, of - count, of)
+
+
+def _trap_directions(w: torch.Tensor, traps: torch.Tensor, most: int) -> tuple[torch.Tensor, int]:
+    """The sum of the components that carry traps, `[R, N, M]`, and their number.
+
+    Args:
+        w: `[R, N, M]` float64.
+        traps: `[R, N, M]` the trap entries, de-meaned, and 0 elsewhere.
+        most: Largest number of components.
+    """
+    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    long_side, short_side = max(w.shape[1:]), min(w.shape[1:])
+    edge = bulk(s.square().flip(1), long_side=long_side, short_side=short_side).edge_max.sqrt()
+    share = torch.where(s > edge[:, None], ((u.mT @ traps) * vh).sum(2) / s, 0.0)
+    best = share.flatten().topk(min(most, share.numel()))
+    chosen = torch.zeros_like(share, dtype=torch.bool).flatten()
+    chosen[best.indices[best.values >= _TRAP_SHARE]] = True
+    chosen = chosen.view_as(share)
+    return u @ (torch.where(chosen, s, 0.0)[:, :, None] * vh), int(chosen.sum())
+
+
+# --- one model
+
+
+def _transform(
+    model: torch.nn.Module | Mapping[str, Any],
+    change: Callable[[Matrix, torch.Tensor], _Change],
+    *,
+    inplace: bool,
+    select: Select,
+) -> Transformed:
+    if not isinstance(model, (torch.nn.Module, Mapping)):
+        raise InvalidArgument(
+            f"transform: model must be a torch.nn.Module or its state dict; got {type(model).__name__}"
+        )
+    live = dict(model.state_dict() if isinstance(model, torch.nn.Module) else model)
+    return transform_matrices(select.apply(walk_source(model)), live, change, inplace=inplace)
+
+
+@torch.no_grad()
+def transform_matrices(
+    items: Iterable[Matrix | Skipped],
+    live: Mapping[str, Any],
+    change: Callable[[Matrix, torch.Tensor], _Change],
+    *,
+    inplace: bool,
+) -> Transformed:
+    """Write `change(matrix, weights)` where the weights are a view of one of the tensors `live`.
+
+    A layer that fails, or whose result is not finite, stays as it is.
+
+    Args:
+        items: What a walker yields, after selection.
+        live: The model's tensors by key.
+        change: The transform of one layer.
+        inplace: Write into `live` instead of into a copy.
+    """
+    target = Stored(live, inplace=inplace)
+    rows = []
+    for item in items:
+        if isinstance(item, Skipped):
+            rows.append(TransformedLayer(item.name, 0, 0, item.reason or "skipped"))
+            continue
+        try:
+            rows.append(_apply(item, change, target))
+        except Exception as error:
+            logger.debug("layer %s stays as it is", item.name, exc_info=error)
+            size = item.num_eigenvalues
+            rows.append(TransformedLayer(item.name, size, size, f"error: {type(error).__name__}: {error}"))
+    return Transformed(target.tensors, tuple(rows))
+
+
+def _apply(matrix: Matrix, change: Callable[[Matrix, torch.Tensor], _Change], target: Stored) -> TransformedLayer:
+    weights = matrix.load().detach()
+    size = matrix.num_eigenvalues
+    homes = target.views(weights)
+    if not homes:
+        return TransformedLayer(matrix.name, size, size, "its weights are computed, not stored in one tensor")
+    if not bool(torch.isfinite(weights.double()).all()):
+        return TransformedLayer(matrix.name, size, size, "not finite")
+    result = change(matrix, weights)
+    if result.weights is None:
+        return TransformedLayer(matrix.name, result.kept, result.of, result.reason)
+    new = result.weights.to(weights.dtype)
+    if not bool(torch.isfinite(new.double()).all()):
+        return TransformedLayer(matrix.name, size, size, f"the result does not fit into {weights.dtype}")
+    for home in homes:
+        home.copy_(new)
+    return TransformedLayer(matrix.name, result.kept, result.of)
