@@ -94,7 +94,7 @@ def stable_rank(batch: Batch) -> torch.Tensor:
 def entropy(batch: Batch) -> torch.Tensor:
     """−Σ p ln p / ln rank with p = λ/Σλ and rank = #{λ > floor}."""
     p = batch.eigenvalues / batch.eigenvalues.sum(1, keepdim=True)
-    flatness = -torch.special.xlogy(p, p).sum(1) / batch.rank.log()
+    flatness = -torch.special.xlogy(p, p).sum(1) / batch.rank.double().log()
     return torch.where(batch.rank > 1, flatness, NAN)
 
 

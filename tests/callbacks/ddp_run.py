@@ -1,0 +1,76 @@
+"""Trains with two processes on the CPU, watched by SpectralMonitor; each rank leaves what it saw in a JSON file.
+
+Run as `python ddp_run.py FOLDER early_stopping|stop_on`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ww_monitor.callbacks.lightning import SpectralMonitor
+
+
+class Net(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 10))
+        with torch.no_grad():
+            self.net[0].weight[3, 4] = 2.0
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class Counting(CSVLogger):
+    """Counts the calls that reach the Trainer's loggers on this rank."""
+
+    calls = 0
+
+    def log_metrics(self, metrics, step=None):
+        type(self).calls += 1
+        super().log_metrics(metrics, step)
+
+
+def main(folder: Path, what: str) -> None:
+    monitor = SpectralMonitor(every_n_steps=2, stop_on="traps" if what == "stop_on" else None, console=False)
+    callbacks = [monitor]
+    if what == "early_stopping":
+        callbacks.append(EarlyStopping("ww/num_traps", mode="max", stopping_threshold=0.5))
+    logger = Counting(folder)
+    trainer = pl.Trainer(
+        max_epochs=5,
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        callbacks=callbacks,
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    data = TensorDataset(torch.randn(128, 24), torch.arange(128) % 10)
+    trainer.fit(Net(), DataLoader(data, batch_size=8))
+    report = {
+        "step": trainer.global_step,
+        "alpha": float(trainer.callback_metrics["ww/alpha"]),
+        "snapshots": len(monitor.monitor.history),
+        "log calls": logger.calls,
+        "last step": monitor.monitor.last_step,
+    }
+    (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,376 @@
+"""Sinks: one contract for every sink of the folder, and what each of them writes."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ww_monitor
+from ww_monitor import sinks
+from ww_monitor.callbacks._adapter import history_path
+from ww_monitor.record import Finding, Histogram, History, Layer, Snapshot
+from ww_monitor.sinks import Sink
+from ww_monitor.sinks.console import Console, table
+from ww_monitor.sinks.jsonl import JsonLines
+from ww_monitor.sinks.memory import Memory
+from ww_monitor.sinks.tensorboard import TensorBoard
+
+NAN = float("nan")
+
+
+def snapshot(step: int | None = 10, **fields: Any) -> Snapshot:
+    row = Layer(
+        "encoder.fc",
+        "dense",
+        (1, 32, 16),
+        verdict="ok",
+        metrics={"alpha": 2.5 + (step or 0) / 100, "num_traps": 0.0, "sigma": NAN, "trap_headroom": 0.7},
+        esd=Histogram(-2.0, 1.0, (3, 0, 5, 8)),
+    )
+    defaults = {
+        "layers": (row,),
+        "summary": {"alpha": row.metrics["alpha"], "sigma": NAN},
+        "findings": (Finding("trap", "encoder.fc", "critical", "encoder.fc: 2 traps", step=step),),
+    }
+    return Snapshot(**{**defaults, **fields}, step=step)
+
+
+# --- the contract
+
+Factory = Callable[[Path], tuple[Sink, Callable[[], int] | None]]
+
+
+def make_memory(folder: Path):
+    sink = Memory()
+    return sink, lambda: len(sink.history)
+
+
+def make_json_lines(folder: Path):
+    path = folder / "deep" / "run.jsonl"
+    return JsonLines(path), lambda: len(History.read(path))
+
+
+def make_console(folder: Path):
+    lines: list[str] = []
+    return Console(lines.append), lambda: len(lines)
+
+
+def make_tensorboard(folder: Path):
+    return TensorBoard(folder), lambda: len(scalars(folder).get("ww/alpha", []))
+
+
+FACTORIES = {
+    "Memory": make_memory,
+    "JsonLines": make_json_lines,
+    "Console": make_console,
+    "TensorBoard": make_tensorboard,
+}
+"""How the contract tests make a sink, and count the snapshots that arrived; a new sink enters here."""
+
+
+def sink_classes() -> dict[str, type]:
+    """Every public class with `write` that a module of the folder defines."""
+    found = {}
+    for module in pkgutil.iter_modules(sinks.__path__, prefix=f"{sinks.__name__}."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if inspect.isclass(value) and value.__module__ == module.name and not name.startswith("_"):
+                found[name] = value
+    return {name: value for name, value in found.items() if hasattr(value, "write")}
+
+
+def events(folder: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0}).Reload()
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    read = events(folder)
+    return {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+
+
+def test_every_sink_of_the_folder_is_under_contract():
+    assert sink_classes().keys() == FACTORIES.keys()
+
+
+@pytest.mark.parametrize("name", sink_classes())
+def test_a_sink_has_write_and_close_and_says_what_it_does(name):
+    kind = sink_classes()[name]
+    assert list(inspect.signature(kind.write).parameters) == ["self", "snapshot"]
+    assert list(inspect.signature(kind.close).parameters) == ["self"]
+    assert kind.__doc__
+    assert kind.write.__doc__
+    assert kind.close.__doc__
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_sink_takes_snapshots_of_every_kind(name, tmp_path):
+    sink, count = FACTORIES[name](tmp_path)
+    assert isinstance(sink, Sink)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Conv2d(16, 16, 3), torch.nn.Linear(2, 2))
+    net[0].weight.data[0, 0] = 9.0
+    for one in (
+        snapshot(),
+        snapshot(None),
+        Snapshot((), step=20),
+        ww_monitor.analyze(net),
+        ww_monitor.analyze(net, preset="weightwatcher"),
+    ):
+        sink.write(one)
+    sink.close()
+    assert count() >= 2
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_sink_can_be_closed_twice_and_unused(name, tmp_path):
+    used, count = FACTORIES[name](tmp_path / "used")
+    used.write(snapshot())
+    used.close()
+    used.close()
+    assert count() == 1
+    unused, _ = FACTORIES[name](tmp_path / "unused")
+    unused.close()
+    unused.close()
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_write_after_close_opens_again(name, tmp_path):
+    sink, count = FACTORIES[name](tmp_path)
+    for step in (10, 20, 30):
+        sink.write(snapshot(step))
+        sink.close()
+    assert count() == 3
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_sink_leaves_the_snapshot_as_it_is(name, tmp_path):
+    one = snapshot()
+    before = one.to_json()
+    sink, _ = FACTORIES[name](tmp_path)
+    sink.write(one)
+    sink.close()
+    assert one.to_json() == before
+
+
+@pytest.mark.parametrize("thing", [print, object(), "sink", {}, type("Half", (), {"write": print})()])
+def test_what_lacks_write_or_close_is_no_sink(thing):
+    assert not isinstance(thing, Sink)
+
+
+# --- memory
+
+
+def test_memory_keeps_the_snapshots_themselves():
+    sink, one = Memory(), snapshot()
+    sink.write(one)
+    assert sink.history[0] is one
+    assert not sink.closed
+    sink.close()
+    assert sink.closed
+
+
+# --- JSON lines
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
+    path = tmp_path / "a" / "b" / "run.jsonl"
+    sink = JsonLines(path)
+    assert not path.parent.exists()
+    for count in (1, 2, 3):
+        sink.write(snapshot(count))
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(1, count + 1))
+    assert path.read_text().endswith("\n")
+    sink.close()
+
+
+def test_a_second_sink_appends(tmp_path):
+    for step in (10, 20):
+        sink = JsonLines(str(tmp_path / "run.jsonl"))
+        sink.write(snapshot(step))
+        sink.close()
+    assert [one.step for one in History.read(tmp_path / "run.jsonl")] == [10, 20]
+
+
+@pytest.mark.parametrize("torn", ["{", '{"schema":1,"layers":[', "x" * 5000])
+@pytest.mark.parametrize("whole", [0, 1, 2])
+def test_a_torn_last_line_is_cut_off_before_the_first_append(tmp_path, torn, whole):
+    path = tmp_path / "run.jsonl"
+    path.write_text("".join(snapshot(step).to_json() + "\n" for step in range(whole)) + torn)
+    sink = JsonLines(path)
+    assert path.read_text().endswith(torn)
+    sink.write(snapshot(50))
+    sink.close()
+    assert [one.step for one in History.read(path)] == [*range(whole), 50]
+
+
+@pytest.mark.parametrize(
+    ("there", "continues", "expected"),
+    [
+        ([], "", "ww_history.jsonl"),
+        (["ww_history.jsonl"], "", "ww_history-1.jsonl"),
+        (["ww_history.jsonl", "ww_history-1.jsonl"], "", "ww_history-2.jsonl"),
+        (["ww_history-1.jsonl"], "", "ww_history.jsonl"),
+        (["other.jsonl"], "", "ww_history.jsonl"),
+        (["ww_history.jsonl"], "ww_history.jsonl", "ww_history.jsonl"),
+        (["ww_history.jsonl", "ww_history-1.jsonl"], "ww_history.jsonl", "ww_history.jsonl"),
+        ([], "ww_history-1.jsonl", "ww_history-1.jsonl"),
+    ],
+)
+def test_a_run_gets_a_file_of_its_own_or_the_one_it_continues(tmp_path, there, continues, expected):
+    for name in there:
+        (tmp_path / name).write_text("")
+    assert history_path(tmp_path, continues=continues) == tmp_path / expected
+
+
+# --- TensorBoard
+
+
+def test_tensorboard_gets_every_known_scalar_at_its_step(tmp_path):
+    sink = TensorBoard(str(tmp_path))
+    sink.write(snapshot(10))
+    sink.write(snapshot(25))
+    sink.close()
+    read = scalars(tmp_path)
+    expected = {
+        "ww/alpha": [(10, 2.6), (25, 2.75)],
+        "ww_alpha/encoder.fc": [(10, 2.6), (25, 2.75)],
+        "ww_num_traps/encoder.fc": [(10, 0.0), (25, 0.0)],
+        "ww_trap_headroom/encoder.fc": [(10, 0.7), (25, 0.7)],
+    }
+    assert read.keys() == expected.keys()
+    for tag, values in expected.items():
+        assert read[tag] == [(step, pytest.approx(value)) for step, value in values]
+
+
+def test_tensorboard_gets_the_esd_of_a_real_layer(tmp_path):
+    torch.manual_seed(0)
+    layer = ww_monitor.analyze(torch.nn.Linear(200, 120)).layers[0]
+    sink = TensorBoard(tmp_path)
+    sink.write(Snapshot((layer,), step=7))
+    sink.close()
+    (event,) = events(tmp_path).Histograms(f"ww_esd/{layer.name}")
+    histogram = event.histogram_value
+    assert event.step == 7
+    assert histogram.bucket == list(layer.esd.counts)
+    assert histogram.bucket_limit == pytest.approx(layer.esd.edges[1:])
+    assert (histogram.min, histogram.max, histogram.num) == pytest.approx((layer.esd.low, layer.esd.high, 120))
+    logs = torch.tensor(layer.eigenvalues).log10()
+    width = (layer.esd.high - layer.esd.low) / len(layer.esd.counts)
+    assert abs(histogram.sum / histogram.num - float(logs.mean())) < width
+    assert histogram.sum_squares / histogram.num == pytest.approx(float(logs.square().mean()), abs=2 * width)
+
+
+def test_a_layer_without_a_spectrum_has_no_histogram(tmp_path):
+    sink = TensorBoard(tmp_path)
+    sink.write(Snapshot((Layer("fc", "dense", (1, 8, 8), status="not_finite", metrics={"alpha": NAN}),), step=1))
+    sink.close()
+    tags = events(tmp_path).Tags()
+    assert (tags["histograms"], tags["scalars"]) == ([], [])
+
+
+def test_a_writer_that_was_given_stays_open(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(tmp_path)
+    sink = TensorBoard(writer)
+    sink.write(snapshot(10))
+    sink.close()
+    assert list(scalars(tmp_path)) != []
+    writer.add_scalar("loss", 1.0, 11)
+    writer.close()
+    assert scalars(tmp_path)["loss"] == [(11, 1.0)]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+# --- console
+
+
+@pytest.mark.parametrize(
+    ("severity", "state", "info", "line"),
+    [
+        ("critical", "begin", False, "ww_monitor ‼ trap at step 10: fc: 2 traps"),
+        ("critical", "end", False, "ww_monitor ‼ trap is over at step 10: fc: 2 traps"),
+        ("warning", "begin", False, "ww_monitor ! trap at step 10: fc: 2 traps"),
+        ("info", "begin", False, None),
+        ("info", "begin", True, "ww_monitor · trap at step 10: fc: 2 traps"),
+    ],
+)
+def test_the_console_prints_a_line_a_finding(severity, state, info, line):
+    lines: list[str] = []
+    finding = Finding("trap", "fc", severity, "fc: 2 traps", step=10, state=state)
+    Console(lines.append, info=info).write(snapshot(findings=(finding,)))
+    assert lines == ([] if line is None else [line])
+
+
+def test_the_console_prints_to_the_screen_by_default(capsys):
+    Console().write(snapshot())
+    assert capsys.readouterr().out == "ww_monitor ‼ trap at step 10: encoder.fc: 2 traps\n"
+
+
+def test_the_console_is_silent_where_nothing_was_found(capsys):
+    Console().write(snapshot(findings=()))
+    assert capsys.readouterr().out == ""
+
+
+def layer(name: str, *, shape=(1, 32, 16), verdict="ok", **metrics: float) -> Layer:
+    return Layer(name, "dense", shape, verdict=verdict, metrics=metrics)
+
+
+def cells(text: str) -> list[list[str]]:
+    """The rows of a table without its frame."""
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+
+
+def test_the_table_shows_alpha_from_the_first_snapshot_to_the_last():
+    history = History(
+        [
+            Snapshot((layer("a", alpha=6.5), layer("b", alpha=NAN)), step=0),
+            Snapshot((layer("a", alpha=99.0),), step=50),
+            Snapshot(
+                (
+                    layer("a", alpha=3.25, trap_headroom=0.804, num_traps=0.0),
+                    layer("b", shape=(9, 32, 16), verdict="poor_fit", alpha=4.0, trap_headroom=NAN, num_traps=1.667),
+                    layer("new", alpha=2.0),
+                ),
+                step=100,
+            ),
+        ]
+    )
+    text = table(history)
+    assert text.splitlines()[0].strip() == "ww_monitor: 3 snapshots, steps 0 to 100"
+    assert cells(text) == [
+        ["a", "32×16", "6.5 → 3.25", "ok", "0.8", "0"],
+        ["b", "9×32×16", "– → 4", "poor_fit", "–", "1.67"],
+        ["new", "32×16", "2 → 2", "ok", "–", "–"],
+    ]
+
+
+def test_the_table_of_many_layers_keeps_the_worst_in_model_order():
+    rows = tuple(layer(f"l{i}", alpha=3.0, num_traps=float(i in (2, 7))) for i in range(10))
+    text = table(History([Snapshot(rows, step=0)]), limit=3)
+    assert [row[0] for row in cells(text)] == ["l0", "l2", "l7"]
+    assert "7 more layers in the history" in text
+    assert "more layers" not in table(History([Snapshot(rows, step=0)]), limit=10)
+
+
+@pytest.mark.parametrize(("steps", "title"), [([None], "1 snapshots"), ([5], "1 snapshots, steps 5 to 5")])
+def test_the_title_tells_the_span(steps, title):
+    history = History([Snapshot((layer("a", alpha=3.0),), step=step) for step in steps])
+    assert table(history).splitlines()[0].strip() == f"ww_monitor: {title}"
+
+
+def test_the_table_of_nothing_is_empty():
+    assert table(History()) == ""
+
+
+def test_a_name_in_brackets_is_no_markup():
+    assert cells(table(History([Snapshot((layer("blocks[red].fc", alpha=3.0),), step=0)])))[0][0] == "blocks[red].fc"

@@ -1,0 +1,264 @@
+"""Large entries are traps and are found at their address; a shifted mean, noise and heavy tails are not."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from random_matrices import SHAPES, normal, outlier, wishart_eigenvalues
+
+import ww_monitor
+from ww_monitor.spectra import traps
+from ww_monitor.spectra.eigenvalues import Eigenvalues
+from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE, johnstone, tracy_widom_quantile, tracy_widom_sf
+from ww_monitor.spectra.traps import HEADROOM_TO_SHUFFLE, Elements, elements, large_entries, permutation, shuffled
+
+
+def slow_elements(matrix):
+    """Mean, bulk standard deviation, headroom and mean shift of one matrix that is not constant, entry by entry."""
+    entries = [float(w) for w in matrix.double().flatten()]
+    mean = math.fsum(entries) / len(entries)
+    reach = len(entries) ** 0.25
+    kept = [w - mean for w in entries]
+    while True:
+        std = math.sqrt(math.fsum(w * w for w in kept) / len(kept))
+        inside = [w - mean for w in entries if abs(w - mean) <= std * reach]
+        if len(inside) == len(kept):
+            break
+        kept = inside
+    return mean, std, max(abs(w - mean) for w in entries) / (std * reach), abs(mean) * reach / std
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    seed=st.integers(0, 10**6),
+    rows=st.integers(2, 20),
+    columns=st.integers(2, 20),
+    large=st.lists(st.floats(-100, 100), max_size=4),
+    shift=st.sampled_from([0.0, 0.3, -5.0, 1e4]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+def test_elements_equal_the_slow_twin(seed, rows, columns, large, shift, dtype):
+    matrix = normal(rows, columns, seed=seed)
+    matrix.view(-1)[: len(large)] = torch.tensor(large, dtype=torch.float64)[: rows * columns]
+    matrix = (matrix + shift).to(dtype)
+    stats = elements(torch.stack([normal(rows, columns, seed=1).to(dtype), matrix]))
+    assume(matrix.unique().numel() > 1)
+    mean, std, headroom, mean_shift = slow_elements(matrix)
+    assert stats.mean[1].item() == pytest.approx(mean, rel=1e-9, abs=1e-12)
+    assert stats.std[1].item() == pytest.approx(std, rel=1e-6)
+    assert stats.headroom[1].item() == pytest.approx(headroom, rel=1e-6)
+    assert stats.mean_shift[1].item() == pytest.approx(mean_shift, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("constant", [0.0, 1.0, 0.1, -3e4, 1e-30])
+def test_a_constant_matrix_has_neither_headroom_nor_mean_shift(constant):
+    stats = elements(torch.full((1, 30, 20), constant))
+    assert stats.headroom.isnan().all()
+    assert stats.mean_shift.isnan().all()
+    assert len(large_entries(torch.full((1, 30, 20), constant), stats).value) == 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10**6), first=st.floats(0, 200), second=st.floats(0, 200))
+def test_headroom_grows_with_the_largest_entry(seed, first, second):
+    matrix = normal(1, 25, 16, seed=seed)
+    largest = (matrix - matrix.mean()).abs().amax().item()
+    smaller, larger = (matrix.clone() for _ in range(2))
+    smaller[0, 3, 4], larger[0, 3, 4] = (largest + 0.2 + extra for extra in sorted((first, second)))
+    assert elements(smaller).headroom.item() <= elements(larger).headroom.item() * (1 + 1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    scale=st.sampled_from([1e-8, -2.0, 1e6]),
+    shift=st.floats(-10, 10),
+    large=st.floats(0, 40),
+)
+def test_scale_shift_permutation_and_transpose_leave_the_headroom(seed, scale, shift, large):
+    matrix = normal(1, 25, 16, seed=seed)
+    matrix[0, 3, 4] += large
+    expected = elements(matrix)
+    mixed = matrix.flatten()[permutation(400, seed=seed, replica=0)].view(1, 25, 16)
+    for same in (scale * matrix, matrix.mT, mixed):
+        found = elements(same)
+        torch.testing.assert_close(found.headroom, expected.headroom, rtol=1e-9, atol=0)
+        torch.testing.assert_close(found.mean_shift, expected.mean_shift, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(elements(matrix + shift).headroom, expected.headroom, rtol=1e-9, atol=0)
+
+
+def analyzed(matrix):
+    """The one layer of a model with this weight, and the rules of its findings."""
+    holder = torch.nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
+    holder.weight = torch.nn.Parameter(matrix.float())
+    snapshot = ww_monitor.analyze(torch.nn.ModuleDict({"fc": holder}))
+    return snapshot["fc"], [finding.rule for finding in snapshot.findings]
+
+
+def sees(theta, rows, columns):
+    """Whether λ(θ) of Benaych-Georges & Nadakuditi exceeds the Tracy–Widom threshold."""
+    long_side, short_side = torch.tensor(float(max(rows, columns))), torch.tensor(float(min(rows, columns)))
+    centre, scale = johnstone(long_side, short_side)
+    return outlier(theta, rows, columns) > centre.item() + tracy_widom_quantile(SIGNIFICANCE) * scale.item()
+
+
+PLANTED = [(64, 64), (200, 100), (100, 200), (256, 32), (400, 300)]
+
+
+@pytest.mark.parametrize(("rows", "columns"), PLANTED)
+@pytest.mark.parametrize("strength", [1.2, 1.6, 2.5])
+def test_planted_entries_are_found_at_their_address(rows, columns, strength):
+    """Entries at 1.2 times the threshold raise the headroom above 1; at 1.6 times they make an outlier each shuffle."""
+    reach = (rows * columns) ** 0.25
+    places = {(3, 7): strength * reach, (rows - 1, columns - 2): -1.05 * strength * reach}
+    matrix = normal(rows, columns, seed=rows + columns)
+    for at, value in places.items():
+        matrix[at] = value
+    layer, findings = analyzed(matrix)
+    assert layer.value("trap_headroom") > 1
+    assert [(entry.row, entry.column) for entry in layer.trap_entries] == [(rows - 1, columns - 2), (3, 7)]
+    for entry in layer.trap_entries:
+        assert entry.slice == 0
+        assert entry.value == pytest.approx(places[entry.row, entry.column])
+        assert entry.headroom == pytest.approx(abs(entry.value) / reach, rel=0.03)
+    if sees(strength * reach, rows, columns):
+        assert layer.value("num_traps") == pytest.approx(2, abs=0.4)
+        assert layer.value("trap_severity") > 1
+        assert layer.value("trap_p_value") < SIGNIFICANCE
+        assert "trap" in findings
+    assert sees(1.6 * reach, rows, columns)
+    assert "mean_shift" not in findings
+
+
+def test_large_entries_are_limited_and_addressed_by_slice():
+    kernel = normal(9, 32, 24, seed=0)
+    for k in range(12):
+        kernel[k % 9, k, 2 * k] = 20.0 * 1.2**k
+    stats = elements(kernel)
+    found = large_entries(kernel, stats, limit=5)
+    assert found.index.tolist() == [[k % 9, k, 2 * k] for k in (11, 10, 9, 8, 7)]
+    assert found.value.tolist() == pytest.approx([20.0 * 1.2**k for k in (11, 10, 9, 8, 7)])
+    assert (found.headroom.diff() < 0).all()
+    assert len(large_entries(kernel, stats, limit=100).value) == 12
+
+
+@pytest.mark.parametrize(("rows", "columns"), PLANTED)
+def test_a_shifted_mean_is_no_trap(rows, columns):
+    """Gaussian entries with a mean of 0.2 σ (weightwatcher counts a trap) have a mean shift above 1 and no trap."""
+    layer, findings = analyzed(normal(rows, columns, seed=rows) + 0.2)
+    assert layer.value("mean_shift") > 1
+    assert layer.value("mean_shift") == pytest.approx(0.2 * (rows * columns) ** 0.25, rel=0.15)
+    assert layer.value("num_traps") == 0
+    assert findings == ["mean_shift"]
+    matrices = normal(20, rows, columns, seed=rows) + 0.2
+    assert (shuffled(matrices, elements(matrices), seed=0, replicas=1).num_traps > 0).sum() <= 1
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES[:5])
+def test_at_most_one_shuffle_of_a_random_matrix_in_a_hundred_has_a_trap(rows, columns):
+    """Also without the rule that skips matrices far from a trap."""
+    matrices = normal(200, rows, columns, seed=rows * columns, dtype=torch.float32)
+    result = shuffled(matrices, elements(matrices), seed=1, replicas=1)
+    assert (result.num_traps > 0).sum() <= 2
+    assert ((result.p_value < SIGNIFICANCE) == (result.num_traps > 0)).all()
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES[5:])
+def test_nor_of_a_large_one(monkeypatch, rows, columns):
+    """The spectra of the shuffles are drawn from the bidiagonal model, exact in law and cheap."""
+    draws = iter(wishart_eigenvalues(rows, columns, draws=200, seed=rows + columns))
+
+    def modelled(matrices):
+        spectrum = next(draws)[None]
+        total = matrices.double().square().sum((1, 2))
+        return Eigenvalues(spectrum * (total / spectrum.sum(1))[:, None], total, torch.zeros(1, dtype=torch.int64))
+
+    monkeypatch.setattr(traps, "eigenvalues", modelled)
+    monkeypatch.setattr(traps, "permutation", lambda size, **_: torch.arange(size))
+    matrix = normal(1, rows, columns, seed=rows, dtype=torch.float32)
+    result = shuffled(matrix, elements(matrix), seed=0, replicas=200)
+    assert (result.num_traps > 0).sum() <= 2
+    assert result.severity.mean().item() == pytest.approx(1, abs=0.05)
+
+
+DISTRIBUTIONS = {
+    "Gaussian": (lambda rng, size: rng.standard_normal(size), 0.005),
+    "uniform": (lambda rng, size: rng.uniform(-1, 1, size), 0.005),
+    "log-normal ½": (lambda rng, size: rng.choice([-1.0, 1.0], size) * rng.lognormal(0, 0.5, size), 0.005),
+    "log-normal 1": (lambda rng, size: rng.choice([-1.0, 1.0], size) * rng.lognormal(0, 1.0, size), 0.05),
+    "Laplace": (lambda rng, size: rng.laplace(size=size), 0.015),
+    **{f"t{k}": (lambda rng, size, k=k: rng.standard_t(k, size), 0.05 if k < 6 else 0.015) for k in range(3, 9)},
+}
+"""Elements, and the largest share of shuffles with an outlier: three times what 6,000 shuffles showed, or more."""
+
+
+@pytest.mark.parametrize(("draw", "most"), DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+def test_matrices_far_from_a_trap_may_be_skipped(draw, most):
+    """Below HEADROOM_TO_SHUFFLE few shuffles have an outlier, and no more than one matrix in 100 would be a finding."""
+    shuffles = with_outlier = matrices = would_be_found = 0
+    for rows, columns in [(64, 64), (128, 64), (200, 60), (256, 32), (90, 90)]:
+        drawn = torch.from_numpy(draw(np.random.default_rng(rows * columns), (100, rows, columns)))
+        stats = elements(drawn)
+        far = torch.nonzero(stats.headroom < HEADROOM_TO_SHUFFLE).flatten()[:40]
+        if len(far) == 0:
+            continue
+        kept = Elements(*(value[far] for value in vars(stats).values()))
+        counts = shuffled(drawn[far], kept, seed=0, replicas=3).num_traps
+        shuffles, with_outlier = shuffles + counts.numel(), with_outlier + int((counts > 0).sum())
+        matrices, would_be_found = matrices + len(far), would_be_found + int((counts.double().mean(1) >= 0.5).sum())
+    assert with_outlier <= max(2, most * shuffles)
+    assert would_be_found <= max(1, 0.01 * matrices)
+    if most < 0.05:
+        assert matrices >= 150
+
+
+def slow_shuffled(matrix, stats, seed, replica):
+    """One replica of one matrix: permute, de-mean, decompose, count."""
+    rows, columns = matrix.shape
+    order = permutation(rows * columns, seed=seed, replica=replica)
+    mixed = (matrix.flatten()[order].view(rows, columns) - stats.mean.item()).numpy()
+    spectrum = np.linalg.svd(mixed, compute_uv=False) ** 2 / stats.std.item() ** 2
+    n, m = max(rows, columns), min(rows, columns)
+    centre = (math.sqrt(n - 1) + math.sqrt(m)) ** 2
+    scale = (math.sqrt(n - 1) + math.sqrt(m)) * (1 / math.sqrt(n - 1) + 1 / math.sqrt(m)) ** (1 / 3)
+    count = int((spectrum > centre + tracy_widom_quantile(0.05) * scale).sum())
+    p_value = tracy_widom_sf(torch.tensor((spectrum[0] - centre) / scale, dtype=torch.float64)).item()
+    return count, spectrum[0] / (math.sqrt(n) + math.sqrt(m)) ** 2, p_value
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 30), (30, 40)])
+def test_shuffled_equals_the_slow_twin(rows, columns):
+    matrices = normal(3, rows, columns, seed=5) + 0.3
+    matrices[1, 2, 3] = 15.0
+    stats = elements(matrices)
+    result = shuffled(matrices, stats, seed=9, replicas=2, significance=0.05)
+    for b in range(3):
+        alone = Elements(*(value[b : b + 1] for value in vars(stats).values()))
+        for replica in range(2):
+            count, severity, p_value = slow_shuffled(matrices[b], alone, 9, replica)
+            assert result.num_traps[b, replica].item() == count
+            assert result.severity[b, replica].item() == pytest.approx(severity, rel=1e-10)
+            assert result.p_value[b, replica].item() == pytest.approx(p_value, rel=1e-4)
+
+
+def test_the_same_seed_gives_the_same_result_and_touches_no_global_stream():
+    matrices = normal(2, 40, 30, seed=5)
+    stats = elements(matrices)
+    torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first, again, other = (shuffled(matrices, stats, seed=seed).severity for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), torch_before)
+    assert (np.random.get_state()[1] == numpy_before).all()
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.shape == (2, traps.REPLICAS)
+    assert len(set(first[0].tolist())) == traps.REPLICAS
+
+
+def test_a_permutation_depends_on_seed_and_replica_only():
+    assert torch.equal(permutation(50, seed=3, replica=1), permutation(50, seed=3, replica=1))
+    drawn = {tuple(permutation(50, seed=s, replica=r).tolist()) for s in range(4) for r in range(4)}
+    assert len(drawn) == 16
+    assert all(sorted(order) == list(range(50)) for order in drawn)

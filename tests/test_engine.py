@@ -1,0 +1,265 @@
+"""Matrices → Snapshot: grouped, isolated, one in memory at a time, reduced over what is known."""
+
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+
+from ww_monitor.engine import LEAST_TRAP_SIDE, Options, analyze_matrices
+from ww_monitor.errors import LayerError
+from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.metric import TABLE
+from ww_monitor.record import SkippedLayer
+from ww_monitor.spectra import eigenvalues as eigenvalues_module
+from ww_monitor.spectra.traps import shuffled
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def matrix(name, weights, *, kind="dense", shape=None):
+    stack = weights if weights.ndim == 3 else weights[None]
+    return Matrix(name, kind, tuple(stack.shape) if shape is None else shape, lambda: stack)
+
+
+def broken(name, error, *, shape=(1, 40, 30)):
+    def load():
+        raise error
+
+    return Matrix(name, "dense", shape, load)
+
+
+def comparable(layer):
+    return {name: None if math.isnan(value) else value for name, value in layer.metrics.items()}, layer.eigenvalues
+
+
+KEEP = Options(keep_eigenvalues=True)
+
+
+def test_layers_come_in_model_order_whatever_the_order_of_work():
+    loaded = []
+
+    def logged(name, weights):
+        def load():
+            loaded.append(name)
+            return weights[None]
+
+        return Matrix(name, "dense", (1, *weights.shape), load)
+
+    items = [logged("small", normal(20, 10)), logged("large", normal(90, 80)), logged("same", normal(10, 20))]
+    snapshot = analyze_matrices(items, Options(), step=7, epoch=2)
+    assert [layer.name for layer in snapshot.layers] == ["small", "large", "same"]
+    assert loaded == ["large", "small", "same"]
+    assert (snapshot.step, snapshot.epoch, snapshot.preset) == (7, 2, "default")
+    assert snapshot.seconds > 0
+
+
+def test_one_matrix_is_in_memory_at_a_time():
+    alive, most = weakref.WeakSet(), []
+
+    def lazily(name, seed):
+        def load():
+            gc.collect()
+            most.append(len(alive))
+            weights = normal(1, 40, 30, seed=seed)
+            alive.add(weights)
+            return weights
+
+        return Matrix(name, "dense", (1, 40, 30), load)
+
+    analyze_matrices([lazily(str(k), k) for k in range(4)], Options(metrics="all"))
+    assert most == [0, 0, 0, 0]
+
+
+def test_a_layer_has_the_same_numbers_alone_as_in_a_group():
+    items = [matrix("tall", normal(40, 30)), matrix("wide", normal(30, 40, seed=1)), matrix("other", normal(50, 9))]
+    items.append(matrix("half", normal(40, 30, seed=2).half()))
+    together = analyze_matrices(items, KEEP)
+    for item in items:
+        alone = analyze_matrices([item], KEEP)
+        assert comparable(together[item.name]) == comparable(alone[item.name])
+
+
+def test_skipped_items_are_passed_on():
+    snapshot = analyze_matrices([Skipped("bias", "other", (3, 4), "why"), matrix("fc", normal(20, 10))], Options())
+    assert snapshot.skipped == (SkippedLayer("bias", "other", (3, 4), "why"),)
+    assert len(snapshot.layers) == 1
+
+
+def test_nothing_to_analyse_is_an_empty_snapshot():
+    snapshot = analyze_matrices([], Options())
+    assert snapshot.layers == ()
+    assert all(math.isnan(value) for value in snapshot.summary.values())
+
+
+FAILURES = {
+    "load raises": (broken("bad", OSError("shard is gone")), "error: OSError: shard is gone"),
+    "another shape": (
+        matrix("bad", normal(41, 30), shape=(1, 40, 30)),
+        r"error: ValueError: expected weights of shape (1, 40, 30), got (1, 41, 30)",
+    ),
+    "out of memory": (broken("bad", MemoryError("no room")), "error: MemoryError: no room"),
+}
+
+
+@pytest.mark.parametrize(("bad", "status"), FAILURES.values(), ids=FAILURES)
+def test_a_failing_layer_costs_itself_only_and_says_why(bad, status):
+    good = [matrix("a", normal(40, 30)), matrix("b", normal(30, 40, seed=1))]
+    alone, beside = analyze_matrices(good, KEEP), analyze_matrices([good[0], bad, good[1]], KEEP)
+    assert [layer.name for layer in beside.layers] == ["a", "bad", "b"]
+    assert (beside["bad"].status, beside["bad"].verdict) == (status, "error")
+    assert all(math.isnan(value) for value in beside["bad"].metrics.values())
+    assert list(beside["bad"].metrics) == list(beside["a"].metrics)
+    for name in ("a", "b"):
+        assert comparable(beside[name]) == comparable(alone[name])
+    assert beside.summary == pytest.approx(alone.summary, nan_ok=True)
+
+
+@pytest.mark.parametrize(("step", "where"), [(None, "layer 'bad': shard"), (12, "layer 'bad' at step 12: shard")])
+def test_strict_raises_with_layer_and_step(step, where):
+    with pytest.raises(LayerError, match=where) as caught:
+        analyze_matrices([broken("bad", OSError("shard is gone"))], Options(strict=True), step=step)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_strict_names_a_solver_that_fails(monkeypatch):
+    monkeypatch.setattr(eigenvalues_module, "_eigvalsh_on_host", lambda gram: torch.ones(len(gram)).double())
+    with pytest.raises(LayerError, match="layer 'fc': expected a spectrum with the moments of the weights, got solver"):
+        analyze_matrices([matrix("fc", normal(20, 10))], Options(strict=True))
+    layer = analyze_matrices([matrix("fc", normal(20, 10))], Options())["fc"]
+    assert (layer.status, layer.verdict) == ("solver_failed", "solver_failed")
+
+
+def test_a_metric_that_fails_on_one_row_costs_that_row_only(monkeypatch):
+    def picky(batch):
+        if (batch.eigenvalues[:, -1] > 1000).any():
+            raise ArithmeticError("too large")
+        return batch.eigenvalues[:, -1]
+
+    entry = TABLE["default"]["ks"]
+    monkeypatch.setitem(TABLE["default"], "ks", type(entry)(**{**vars(entry), "function": picky}))
+    items = [matrix(name, scale * normal(40, 30)) for name, scale in (("a", 1), ("b", 10), ("c", 2))]
+    snapshot = analyze_matrices(items, Options())
+    assert [layer.status for layer in snapshot.layers] == ["ok", "error: ArithmeticError: too large", "ok"]
+
+
+def test_slices_are_solved_apart_pooled_and_halved_for_a_kernel():
+    kernel = normal(9, 24, 16)
+    expected = torch.linalg.svdvals(kernel.double()).square().flatten().sort().values
+    for kind, factor in (("conv", 0.5), ("dense", 1.0)):
+        layer = analyze_matrices([matrix("k", kernel, kind=kind)], KEEP)["k"]
+        found = torch.tensor(layer.eigenvalues, dtype=torch.float64)
+        torch.testing.assert_close(found, factor * expected, rtol=1e-10, atol=1e-12)
+
+
+def test_kernels_and_dense_stacks_of_one_shape_are_not_mixed():
+    kernel = normal(9, 24, 16)
+    snapshot = analyze_matrices([matrix("dense", kernel), matrix("conv", kernel, kind="conv")], Options())
+    difference = snapshot["dense"].value("log_norm") - snapshot["conv"].value("log_norm")
+    assert difference == pytest.approx(math.log10(2))
+
+
+def test_a_zero_slice_contributes_zeros_and_a_broken_one_breaks_the_layer():
+    kernel = normal(4, 24, 16)
+    kernel[2] = 0.0
+    layer = analyze_matrices([matrix("k", kernel)], KEEP)["k"]
+    assert layer.status == "ok"
+    assert list(layer.eigenvalues[:16]) == [0.0] * 16
+    assert layer.esd.num_zero == 16
+    kernel[1, 0, 0] = math.nan
+    assert analyze_matrices([matrix("k", kernel)], KEEP)["k"].status == "not_finite"
+    assert analyze_matrices([matrix("k", torch.zeros(4, 24, 16))], KEEP)["k"].status == "zero"
+
+
+def test_the_histogram_counts_every_eigenvalue_once():
+    weights = normal(60, 50)
+    weights[:, :7] = 0.0
+    layer = analyze_matrices([matrix("fc", weights)], KEEP)["fc"]
+    assert sum(layer.esd.counts) + layer.esd.num_zero == 50
+    assert layer.esd.num_zero == 7
+    logs = [math.log10(value) for value in layer.eigenvalues[7:]]
+    assert layer.esd.low == pytest.approx(logs[0])
+    assert layer.esd.high == pytest.approx(logs[-1])
+    edges = layer.esd.edges
+    for index in range(5, 60, 5):
+        assert sum(layer.esd.counts[:index]) == pytest.approx(sum(log < edges[index] for log in logs), abs=1)
+
+
+def test_the_histogram_of_equal_eigenvalues_has_a_width():
+    histogram = analyze_matrices([matrix("eye", torch.eye(30))], Options())["eye"].esd
+    assert histogram.high - histogram.low == pytest.approx(1)
+    assert sum(histogram.counts) == 30
+
+
+def test_eigenvalues_are_kept_only_if_asked_for():
+    assert analyze_matrices([matrix("fc", normal(20, 10))], Options())["fc"].eigenvalues is None
+    assert len(analyze_matrices([matrix("fc", normal(20, 10))], KEEP)["fc"].eigenvalues) == 10
+
+
+def test_small_slices_have_no_trap_metrics():
+    for side in (LEAST_TRAP_SIDE - 1, LEAST_TRAP_SIDE):
+        layer = analyze_matrices([matrix("k", normal(9, 40, side))], Options())["k"]
+        known = [not math.isnan(layer.value(name)) for name in ("trap_headroom", "mean_shift", "num_traps")]
+        assert known == [side == LEAST_TRAP_SIDE] * 3
+
+
+def test_only_near_slices_are_shuffled_and_the_entry_keeps_its_address():
+    kernel = normal(9, 32, 24)
+    kernel[6, 5, 4] = 15.0
+    layer = analyze_matrices([matrix("k", kernel)], Options())["k"]
+    assert layer.value("num_traps") == pytest.approx(1, abs=0.4)
+    assert [(entry.slice, entry.row, entry.column) for entry in layer.trap_entries] == [(6, 5, 4)]
+    assert layer.trap_entries[0].value == 15.0
+
+
+def test_the_slices_of_a_kernel_share_the_level_of_the_layer(monkeypatch):
+    received = []
+
+    def recording(matrices, stats, **options):
+        received.append(options["significance"])
+        return shuffled(matrices, stats, **options)
+
+    monkeypatch.setattr("ww_monitor.engine.shuffled", recording)
+    kernel = normal(9, 32, 24)
+    kernel[6, 5, 4] = 15.0
+    analyze_matrices([matrix("k", kernel)], Options(significance=0.01))
+    assert 1 - (1 - received[0]) ** 9 == pytest.approx(0.01)
+
+
+def test_measurements_that_no_metric_needs_are_not_made(monkeypatch):
+    def unwanted(*args, **kwargs):
+        raise AssertionError("not needed")
+
+    for name in ("elements", "shuffled"):
+        monkeypatch.setattr(f"ww_monitor.engine.{name}", unwanted)
+    monkeypatch.setattr("ww_monitor.engine.weightwatcher.randomize", unwanted)
+    weights = normal(40, 30)
+    weights[3, 4] = 50.0
+    assert analyze_matrices([matrix("fc", weights)], Options(metrics=["alpha"], strict=True))["fc"].status == "ok"
+    monkeypatch.undo()
+    monkeypatch.setattr("ww_monitor.engine.shuffled", unwanted)
+    layer = analyze_matrices([matrix("fc", weights)], Options(metrics=["trap_headroom"], strict=True))["fc"]
+    assert layer.value("trap_headroom") > 1
+
+
+def test_the_summary_reduces_the_known_values_by_each_metrics_own_rule():
+    weights = normal(40, 30)
+    weights[3, 4] = 50.0
+    items = [matrix("a", normal(60, 50)), matrix("b", weights), matrix("nan", weights * math.nan)]
+    snapshot = analyze_matrices(items, Options())
+    a, b = snapshot["a"], snapshot["b"]
+    assert snapshot.summary["log_norm"] == pytest.approx((a.value("log_norm") + b.value("log_norm")) / 2)
+    assert snapshot.summary["trap_headroom"] == max(a.value("trap_headroom"), b.value("trap_headroom"))
+    assert snapshot.summary["num_traps"] == a.value("num_traps") + b.value("num_traps") > 0
+    assert snapshot.summary["trap_p_value"] == b.value("trap_p_value")
+
+
+def test_weights_need_no_gradient_and_are_not_changed():
+    weights = normal(1, 40, 30).requires_grad_()
+    before = weights.detach().clone()
+    analyze_matrices([Matrix("fc", "dense", (1, 40, 30), lambda: weights)], Options(metrics="all"))
+    assert torch.equal(weights, before)
+    assert weights.grad is None

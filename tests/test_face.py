@@ -1,0 +1,103 @@
+"""The public face: what the package offers, and how quietly it is imported."""
+
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+import ww_monitor
+
+FRAMEWORKS = (
+    "pytorch_lightning",
+    "lightning",
+    "transformers",
+    "accelerate",
+    "keras",
+    "tensorflow",
+    "jax",
+    "wandb",
+    "tensorboard",
+    "matplotlib",
+    "plotly",
+    "pandas",
+    "rich",
+    "typer",
+    "tqdm",
+    "weightwatcher",
+    "safetensors",
+)
+
+
+def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *options, "-c", script], capture_output=True, text=True, check=False)
+
+
+def test_all_is_the_public_namespace():
+    public = {
+        name
+        for name, value in vars(ww_monitor).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+    assert set(ww_monitor.__all__) == public
+    assert ww_monitor.__all__ == sorted(ww_monitor.__all__)
+
+
+@pytest.mark.parametrize("name", ww_monitor.__all__)
+def test_everything_public_is_documented(name):
+    assert (getattr(ww_monitor, name).__doc__ or "").strip()
+
+
+def test_the_import_is_silent_also_where_warnings_are_errors():
+    done = run("import ww_monitor", "-W", "error")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_import_leaves_the_process_as_it_was():
+    script = f"""
+import logging, random, sys, warnings
+import numpy, scipy.fft, scipy.optimize, torch  # scipy adds filters of its own
+def state():
+    return dict(
+        filters=list(warnings.filters),
+        show=warnings.showwarning,
+        root=(logging.root.level, list(logging.root.handlers), logging.root.manager.disable),
+        threads=(torch.get_num_threads(), torch.get_num_interop_threads()),
+        precision=torch.get_float32_matmul_precision(),
+        dtype=torch.get_default_dtype(),
+        grad=torch.is_grad_enabled(),
+        torch=torch.get_rng_state().tolist(),
+        numpy=numpy.random.get_state()[1].tolist(),
+        python=random.getstate(),
+        errors=numpy.geterr(),
+        hook=(sys.excepthook, sys.displayhook),
+    )
+before, loaded = state(), set(sys.modules)
+import ww_monitor
+after = state()
+print([name for name in before if before[name] != after[name]])
+print([name for name in {FRAMEWORKS!r} if name in sys.modules and name not in loaded])
+ours = [log for name, log in logging.root.manager.loggerDict.items() if name.startswith("ww_monitor")]
+print([log.name for log in ours if isinstance(log, logging.Logger) and (log.handlers or log.level)])
+"""
+    done = run(script)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["[]", "[]", "[]"]
+
+
+def test_an_analysis_imports_no_framework_either():
+    script = f"""
+import sys, torch
+loaded = set(sys.modules)
+import ww_monitor
+ww_monitor.analyze(torch.nn.Linear(64, 32))
+print([name for name in {FRAMEWORKS!r} if name in sys.modules and name not in loaded])
+"""
+    done = run(script)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "[]\n")
+
+
+def test_the_version_is_that_of_the_distribution():
+    from importlib.metadata import version
+
+    assert ww_monitor.__version__ == version("ww-monitor")

@@ -1,0 +1,177 @@
+"""Every standard metric is its definition, written out on plain numbers; every verdict has a spectrum that earns it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ww_monitor import InvalidArgument, analyze, metrics
+from ww_monitor.metric import TABLE, choose
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def planted(eigenvalues, rows, *, seed=0):
+    """rows × n with these eigenvalues."""
+    n = len(eigenvalues)
+    left, right = np.linalg.qr(normal(rows, n, seed=seed))[0], np.linalg.qr(normal(n, n, seed=seed + 1))[0]
+    return (left * np.sqrt(eigenvalues)) @ right.T
+
+
+def pareto(alpha, n):
+    """Mid-point quantiles of a density ∝ x^-alpha on x ≥ 1."""
+    return (1 - (np.arange(n) + 0.5) / n) ** (-1 / (alpha - 1))
+
+
+def layer_of(weight, **options):
+    return analyze({"fc.weight": torch.as_tensor(weight)}, **options)["fc"]
+
+
+HEAVY = planted(pareto(2.5, 80), 120) + 0.01
+
+
+def definitions():
+    """Metric → value on HEAVY, from its definition; alpha, xmin and the bulk are taken as found."""
+    layer = layer_of(HEAVY)
+    value = np.linalg.svd(HEAVY, compute_uv=False)[::-1] ** 2
+    alpha, xmin = layer.value("alpha"), layer.value("xmin")
+    tail = value[value >= xmin * (1 - 1e-12)]
+    k = len(tail)
+    p = value / value.sum()
+    cumulative = np.arange(k) / k
+    std = layer.value("bulk_std")
+    centred = HEAVY - HEAVY.mean()
+    product = np.cumsum(np.log(value[::-1] / value.mean()))
+    space = int(np.argmax(product < 0)) + 1
+    reach = HEAVY.size**0.25
+    bulk_entries = np.abs(centred) <= reach * centred.std()
+    return layer, {
+        "alpha": 1 + k / np.log(tail / xmin).sum(),
+        "sigma": (alpha - 1) / math.sqrt(k),
+        "ks": np.abs(1 - (tail / xmin) ** (1 - alpha) - cumulative).max(),
+        "xmin": tail[0],
+        "n_tail": k,
+        "alpha_hat": alpha * math.log10(value[-1]),
+        "log_alpha_norm": math.log10((value**alpha).sum()),
+        "log_norm": math.log10((HEAVY**2).sum()),
+        "log_spectral_norm": 2 * math.log10(np.linalg.norm(HEAVY, 2)),
+        "stable_rank": (HEAVY**2).sum() / np.linalg.norm(HEAVY, 2) ** 2,
+        "entropy": -(p * np.log(p)).sum() / math.log(80),
+        "num_spikes": (value > value[-1 - int(layer.value("num_spikes"))]).sum(),
+        "mp_softrank": layer.value("bulk_max") / value[-1],
+        "bulk_min": std**2 * (math.sqrt(120) - math.sqrt(80)) ** 2,
+        "bulk_max": std**2 * (math.sqrt(120) + math.sqrt(80)) ** 2,
+        "matrix_rank": 80,
+        "rank_loss": 0,
+        "erg_num": space,
+        "erg_lambda": value[-space],
+        "erg_gap": space - k,
+        "mean_shift": abs(HEAVY.mean()) * reach / np.sqrt((centred[bulk_entries] ** 2).mean()),
+        "trap_headroom": np.abs(centred).max() / (reach * np.sqrt((centred[bulk_entries] ** 2).mean())),
+    }
+
+
+LAYER, EXPECTED = definitions()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_metric_is_its_definition(name):
+    assert LAYER.value(name) == pytest.approx(EXPECTED[name], rel=1e-9)
+
+
+def test_every_standard_metric_is_tested_by_its_definition():
+    """Tracy–Widom p-values and shuffled spectra have their slow twins in tests/spectra."""
+    elsewhere = {"spike_p_value", "bulk_std", "num_traps", "trap_severity", "trap_p_value"}
+    assert {entry.name for entry in metrics() if entry.standard} == EXPECTED.keys() | elsewhere
+
+
+def spiked_noise():
+    return normal(200, 100) + planted(np.r_[np.zeros(92), np.linspace(1500, 4000, 8)], 200, seed=5)
+
+
+def dead_columns(count):
+    weight = normal(60, 50)
+    weight[:, :count] = 0.0
+    return weight
+
+
+def clustered():
+    """Two clusters of eigenvalues and nothing between, the upper one uniform: no power law."""
+    return planted(np.r_[np.linspace(1, 1.3, 200), np.linspace(90, 100, 200)], 500)
+
+
+VERDICTS = {
+    "not_finite": np.full((60, 50), np.nan),
+    "zero": np.zeros((60, 50)),
+    "degenerate": np.eye(60)[:, :50],
+    "rank_deficient": dead_columns(26),
+    "few_eigenvalues": spiked_noise()[:, :19],
+    "random_like": normal(200, 100),
+    "poor_fit": clustered(),
+    "ok": planted(pareto(2.5, 200), 400),
+}
+
+
+@pytest.mark.parametrize(("verdict", "weight"), VERDICTS.items(), ids=VERDICTS)
+def test_each_verdict_has_a_spectrum_that_earns_it(verdict, weight):
+    assert layer_of(weight).verdict == verdict
+    if verdict not in ("zero", "not_finite"):
+        assert layer_of(1e-12 * weight).verdict == verdict
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_rank_is_judged_by_the_storage_precision(dtype):
+    """A product of rank 30 of 80 rounded to storage precision has the rank 30, and Gaussian noise has full rank."""
+    product = torch.as_tensor(normal(120, 30) @ normal(30, 80, seed=1)).to(dtype)
+    layer = layer_of(product)
+    assert (layer.value("matrix_rank"), layer.value("rank_loss"), layer.verdict) == (30, 50, "rank_deficient")
+    assert layer_of(torch.as_tensor(normal(120, 80)).to(dtype)).value("matrix_rank") == 80
+
+
+def test_an_orthogonal_layer_has_no_alpha_that_could_enter_a_mean():
+    """Rounding makes its eigenvalues differ by 1e-7, of which a fit would make an alpha of millions."""
+    orthogonal = torch.as_tensor(np.linalg.qr(normal(60, 50))[0]).float()
+    for options in ({}, {"fit": "hill"}, {"fix_fingers": "clip_xmax"}, {"aspect_ratio": 1.0}):
+        layer = layer_of(orthogonal, **options)
+        assert (layer.status, layer.verdict) == ("degenerate", "degenerate")
+        assert math.isnan(layer.value("alpha"))
+
+
+@pytest.mark.parametrize("weight", [np.ones((60, 50)), np.outer(normal(60), normal(50, seed=1)), dead_columns(40)])
+def test_a_bulk_of_rounding_errors_is_not_known(weight):
+    layer = layer_of(torch.as_tensor(weight).float())
+    for name in ("num_spikes", "spike_p_value", "mp_softrank", "bulk_std", "bulk_min", "bulk_max"):
+        assert math.isnan(layer.value(name)), name
+
+
+@pytest.mark.parametrize("preset", TABLE)
+def test_every_metric_says_what_it_is(preset):
+    for entry in metrics(preset):
+        assert entry.definition
+        assert entry.definition.endswith(".")
+        assert entry.unit
+        assert entry.source
+        assert entry.needs in ("", "elements", "shuffled", "randomized")
+
+
+def test_choose_gives_the_standard_ones_all_or_those_named():
+    standard, every = choose(None, "default"), choose("all", "default")
+    assert {entry.name for entry in standard} < {entry.name for entry in every}
+    assert all(entry.standard for entry in standard)
+    assert [entry.name for entry in choose(["ks", "alpha"], "default")] == ["ks", "alpha"]
+    assert [entry.name for entry in choose("ks", "default")] == ["ks"]
+    assert "raw_alpha" in {entry.name for entry in choose(None, "default", options=["fingers"])}
+    with pytest.raises(InvalidArgument, match="preset must be one of 'default', 'weightwatcher'; got 'other'"):
+        metrics("other")
+
+
+@pytest.mark.parametrize("preset", TABLE)
+def test_all_metrics_are_computed_and_known_on_a_healthy_layer(preset):
+    options = {"fit": "truncated"} if preset == "default" else {}
+    layer = layer_of(HEAVY, preset=preset, metrics="all", **options)
+    unknown = {name for name, value in layer.metrics.items() if math.isnan(value)}
+    assert list(layer.metrics) == [entry.name for entry in metrics(preset)]
+    assert unknown <= {"sigma", "trap_severity", "trap_p_value"}

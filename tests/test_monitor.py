@@ -1,0 +1,514 @@
+"""Monitor: when it looks, what it tells whom, what it remembers, and what cannot break it."""
+
+import io
+import itertools
+import json
+import logging
+import math
+import warnings
+
+import pytest
+import torch
+
+from ww_monitor import errors, monitor, record, rules, schedule
+from ww_monitor.engine import Options
+from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.monitor import Monitor
+from ww_monitor.sinks.memory import Memory
+
+
+def matrix(name: str, weights: torch.Tensor) -> Matrix:
+    return Matrix(name, "dense", (1, *weights.shape), lambda: weights[None])
+
+
+def healthy(seed: int = 0, size: int = 32) -> torch.Tensor:
+    return torch.randn(size, size, generator=torch.Generator().manual_seed(seed)) / size
+
+
+def trapped(seed: int = 0, size: int = 32) -> torch.Tensor:
+    weights = healthy(seed, size)
+    weights[3, 4] = 2.0
+    return weights
+
+
+def broken(seed: int = 0) -> torch.Tensor:
+    return torch.full((32, 32), math.nan)
+
+
+def observe_series(watcher: Monitor, makers, *, name: str = "fc", start: int = 0) -> list[record.Snapshot | None]:
+    """One snapshot of a one-layer model for each weight maker, at steps start, start + 10, …"""
+    return [watcher.observe([matrix(name, make())], step=start + 10 * i) for i, make in enumerate(makers)]
+
+
+def transitions_of(sink: Memory) -> list[tuple[int | None, str, str]]:
+    return [(finding.step, finding.rule, finding.state) for finding in sink.history.findings]
+
+
+TRAP_ONLY = (rules.trap,)
+
+
+# --- when
+
+
+def test_it_looks_before_the_first_step_and_at_every_multiple():
+    watcher = Monitor(every_n_steps=3)
+    seen = [step for step in range(10) if watcher.due(step) and watcher.observe([matrix("fc", healthy())], step=step)]
+    assert seen == [0, 3, 6, 9]
+
+
+def test_a_step_is_never_due_twice():
+    watcher = Monitor(every_n_steps=1)
+    watcher.observe([], step=5)
+    assert not watcher.due(5)
+    assert watcher.due(6)
+    watcher.schedule = lambda step, last: True
+    assert not watcher.due(5)
+
+
+def test_without_arguments_it_looks_every_hundred_steps():
+    assert Monitor().cadence == "every 100 steps"
+    assert Monitor().every_n_steps == monitor.DEFAULT_EVERY_N_STEPS == 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"every_n_steps": 7}, "every 7 steps"),
+        ({"every_n_epochs": 2}, "every 2 epochs"),
+        ({"every_n_steps": 7, "every_n_epochs": 2}, "every 7 steps and every 2 epochs"),
+    ],
+)
+def test_the_cadence_is_told_in_words(arguments, words):
+    assert Monitor(**arguments).cadence == words
+
+
+def test_an_epoch_schedule_alone_knows_no_steps():
+    watcher = Monitor(every_n_epochs=2)
+    assert not any(watcher.due(step) for step in range(300))
+    assert [watcher.due_at_epoch_end(epoch, step=10 * epoch) for epoch in range(4)] == [False, True, False, True]
+
+
+def test_a_step_schedule_alone_knows_no_epochs():
+    assert not Monitor(every_n_steps=1).due_at_epoch_end(0, step=10)
+
+
+def test_the_end_of_an_epoch_is_not_due_where_its_last_step_was_seen():
+    watcher = Monitor(every_n_steps=10, every_n_epochs=1)
+    watcher.observe([], step=10)
+    assert not watcher.due_at_epoch_end(0, step=10)
+
+
+# --- what
+
+
+def test_a_snapshot_has_step_epoch_layers_and_what_was_left_out():
+    items = [matrix("fc", healthy()), matrix("head", healthy()), Skipped("bias", "other", (3,), "one dimension")]
+    snapshot = Monitor(select=Select(exclude=["head"])).observe(items, step=4, epoch=2)
+    assert (snapshot.step, snapshot.epoch, [layer.name for layer in snapshot.layers]) == (4, 2, ["fc"])
+    assert {(skip.name, skip.reason) for skip in snapshot.skipped} == {
+        ("head", "excluded by pattern 'head'"),
+        ("bias", "one dimension"),
+    }
+
+
+def test_options_reach_the_engine():
+    snapshot = Monitor(options=Options(metrics=["alpha"])).observe([matrix("fc", healthy())], step=0)
+    assert list(snapshot.summary) == ["alpha"]
+
+
+def test_every_sink_gets_every_snapshot():
+    sinks = [Memory(), Memory()]
+    watcher = Monitor(every_n_steps=1, sinks=sinks)
+    observe_series(watcher, [healthy] * 3)
+    assert [[snapshot.step for snapshot in sink.history] for sink in sinks] == [[0, 10, 20]] * 2
+    assert [snapshot.step for snapshot in watcher.history] == [0, 10, 20]
+
+
+def test_sinks_may_come_from_an_iterator():
+    sink = Memory()
+    Monitor(sinks=iter([sink])).observe([], step=0)
+    assert len(sink.history) == 1
+
+
+def test_a_finding_is_told_when_it_begins_and_when_it_ends_and_not_between():
+    sink = Memory()
+    observe_series(Monitor(rules=TRAP_ONLY, sinks=[sink]), [healthy, trapped, trapped, trapped, healthy, healthy])
+    assert transitions_of(sink) == [(10, "trap", "begin"), (40, "trap", "end")]
+
+
+def test_a_finding_that_comes_back_is_told_again():
+    sink = Memory()
+    observe_series(Monitor(rules=TRAP_ONLY, sinks=[sink]), [trapped, healthy, trapped])
+    assert transitions_of(sink) == [(0, "trap", "begin"), (10, "trap", "end"), (20, "trap", "begin")]
+
+
+def test_rules_of_the_user_are_applied():
+    def large_step(history):
+        if history.last.step > 5:
+            yield record.Finding("large_step", "", "info", "step above 5", step=history.last.step)
+
+    sink = Memory()
+    observe_series(Monitor(rules=[large_step], sinks=[sink]), [trapped, trapped])
+    assert transitions_of(sink) == [(10, "large_step", "begin")]
+
+
+def test_rules_see_a_bounded_history_that_ends_with_the_snapshot():
+    lengths = []
+
+    def count(history):
+        lengths.append((len(history), history.last.step))
+        return ()
+
+    watcher = Monitor(rules=[count])
+    for step in range(40):
+        watcher.observe([], step=step)
+    assert lengths[:3] == [(1, 0), (2, 1), (3, 2)]
+    assert lengths[-1] == (Monitor._lookback + 1, 39)
+    assert len(watcher.history) == 40
+
+
+# --- stopping
+
+H, T, B = healthy, trapped, broken
+
+
+@pytest.mark.parametrize(
+    ("patience", "series", "stops_at"),
+    [
+        (1, [H, T], 10),
+        (2, [H, T, T], 20),
+        (3, [T, T, T], 20),
+        (3, [T, T, H, T, T], None),
+        (3, [T, T, H, T, T, T], 50),
+        (2, [T, B, T, B], None),
+        (2, [H, H, H], None),
+    ],
+)
+def test_it_stops_after_so_many_snapshots_in_a_row(patience, series, stops_at):
+    watcher = Monitor(stop_on="traps", patience=patience)
+    stopped = None
+    for i, make in enumerate(series):
+        watcher.observe([matrix("fc", make())], step=10 * i)
+        if watcher.stop_reason and stopped is None:
+            stopped = 10 * i
+    assert stopped == stops_at
+
+
+def test_traps_that_move_from_layer_to_layer_do_not_stop_it():
+    watcher = Monitor(stop_on="traps", patience=2)
+    for step in range(6):
+        first, second = (trapped(), healthy()) if step % 2 else (healthy(), trapped())
+        watcher.observe([matrix("a", first), matrix("b", second)], step=step)
+    assert watcher.stop_reason == ""
+
+
+def test_the_reason_names_the_choice_the_count_and_the_layer():
+    watcher = Monitor(stop_on="traps", patience=2)
+    observe_series(watcher, [trapped, trapped], name="encoder.fc1")
+    assert watcher.stop_reason.startswith("traps in 2 snapshots in a row: encoder.fc1: ")
+    assert "w[3, 4] = 2" in watcher.stop_reason
+
+
+@pytest.mark.parametrize(
+    ("stop_on", "make", "stops"),
+    [
+        ("broken_layers", broken, True),
+        ("broken_layers", trapped, False),
+        ("traps", broken, False),
+        (None, trapped, False),
+        (None, broken, False),
+    ],
+)
+def test_only_what_was_asked_for_stops_it(stop_on, make, stops):
+    watcher = Monitor(stop_on=stop_on, patience=1)
+    observe_series(watcher, [make, make])
+    assert bool(watcher.stop_reason) == stops
+
+
+# --- state
+
+STATES = {
+    "fresh": [],
+    "healthy": [healthy, healthy],
+    "in the middle of a trap": [healthy, trapped, trapped],
+    "broken": [healthy, broken],
+}
+
+
+@pytest.mark.parametrize("series", STATES.values(), ids=STATES)
+def test_the_state_is_plain_python_that_json_and_a_safe_load_bring_back(series):
+    watcher = Monitor(stop_on="traps")
+    observe_series(watcher, series)
+    state = watcher.state_dict()
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    assert json.loads(json.dumps(state, allow_nan=False)) == state
+    assert torch.load(file, weights_only=True) == state
+
+
+@pytest.mark.parametrize("series", STATES.values(), ids=STATES)
+def test_a_loaded_state_is_the_state_that_was_saved(series):
+    watcher, other = Monitor(stop_on="traps"), Monitor(stop_on="traps")
+    observe_series(watcher, series)
+    other.load_state_dict(json.loads(json.dumps(watcher.state_dict())))
+    assert other.state_dict() == watcher.state_dict()
+
+
+@pytest.mark.parametrize("cut", range(1, 6))
+def test_a_resumed_monitor_tells_what_an_uninterrupted_one_tells(cut):
+    series = [healthy, trapped, trapped, healthy, trapped, trapped, trapped]
+    whole, before, after = Memory(), Memory(), Memory()
+    uninterrupted = Monitor(rules=TRAP_ONLY, sinks=[whole], stop_on="traps", patience=3)
+    observe_series(uninterrupted, series)
+    first = Monitor(rules=TRAP_ONLY, sinks=[before], stop_on="traps", patience=3)
+    observe_series(first, series[:cut])
+    second = Monitor(rules=TRAP_ONLY, sinks=[after], stop_on="traps", patience=3)
+    second.load_state_dict(first.state_dict())
+    observe_series(second, series[cut:], start=10 * cut)
+    assert transitions_of(before) + transitions_of(after) == transitions_of(whole)
+    assert second.stop_reason == uninterrupted.stop_reason != ""
+    assert second.state_dict()["held"] == uninterrupted.state_dict()["held"]
+
+
+def test_a_resumed_monitor_is_due_when_the_first_would_have_been():
+    first, second = Monitor(every_n_steps=10), Monitor(every_n_steps=10)
+    first.observe([], step=10)
+    second.load_state_dict(first.state_dict())
+    assert [step for step in range(10, 31) if second.due(step)] == list(range(20, 31))
+
+
+def test_a_monitor_that_shall_not_stop_forgets_an_old_reason():
+    first, second = Monitor(stop_on="traps", patience=1), Monitor(stop_on=None)
+    observe_series(first, [trapped])
+    second.load_state_dict(first.state_dict())
+    assert first.stop_reason
+    assert second.stop_reason == ""
+
+
+def test_the_state_of_a_long_run_stays_small():
+    watcher = Monitor()
+    for step in range(50):
+        watcher.observe([], step=step)
+    assert len(watcher.state_dict()["recent"]) == Monitor._lookback
+
+
+def test_after_a_restart_it_knows_nothing_of_the_run_before():
+    sink = Memory()
+    watcher = Monitor(rules=TRAP_ONLY, sinks=[sink], stop_on="traps", patience=2)
+    observe_series(watcher, [trapped, trapped])
+    watcher.restart()
+    assert watcher.state_dict() == Monitor().state_dict()
+    assert watcher.due(0)
+    observe_series(watcher, [trapped])
+    assert transitions_of(sink) == [(0, "trap", "begin"), (0, "trap", "begin")]
+    assert watcher.stop_reason == ""
+
+
+# --- what goes wrong
+
+
+class Failing(Memory):
+    """Raises in the writes whose number is listed, from 1."""
+
+    def __init__(self, *numbers: int, error: Exception | None = None) -> None:
+        super().__init__()
+        self.numbers = numbers
+        self.calls = 0
+        self.error = error or OSError(28, "No space left on device")
+
+    def write(self, snapshot):
+        self.calls += 1
+        if self.calls in self.numbers:
+            raise self.error
+        super().write(snapshot)
+
+
+def test_a_raising_sink_costs_its_own_write_and_says_so_once():
+    sinks = [Memory(), Failing(2, 3, 4), Memory()]
+    watcher = Monitor(sinks=sinks)
+    with pytest.warns(errors.SpectralWarning, match="sink Failing failed: OSError.*No space left") as caught:
+        observe_series(watcher, [healthy] * 5)
+    assert len(caught) == 1
+    assert [[snapshot.step for snapshot in sink.history] for sink in sinks] == [
+        [0, 10, 20, 30, 40],
+        [0, 40],
+        [0, 10, 20, 30, 40],
+    ]
+
+
+def test_two_raising_sinks_are_two_causes():
+    with pytest.warns(errors.SpectralWarning, match="sink Failing") as caught:
+        observe_series(Monitor(sinks=[Failing(1, 2), Failing(1, 2)]), [healthy] * 2)
+    assert len(caught) == 2
+
+
+def test_a_sink_that_cannot_close_does_not_keep_the_others_from_closing():
+    class Stuck(Memory):
+        def close(self):
+            raise OSError("stuck")
+
+    last = Memory()
+    watcher = Monitor(sinks=[Stuck(), last])
+    with pytest.warns(errors.SpectralWarning, match="closing sink Stuck failed: OSError: stuck"):
+        watcher.close()
+    assert last.closed
+
+
+def test_a_raising_sink_is_no_affair_of_strict():
+    sink = Memory()
+    with pytest.warns(errors.SpectralWarning, match="sink Failing"):
+        Monitor(sinks=[Failing(1), sink], options=Options(strict=True)).observe([], step=0)
+    assert len(sink.history) == 1
+
+
+@pytest.fixture
+def engine_that_fails_at(monkeypatch):
+    """A function: from then on the engine raises at these steps."""
+    original = monitor.analyze_matrices
+
+    def fail_at(*steps: int, error: type[Exception] = RuntimeError) -> None:
+        def analyze(items, options, *, step=None, epoch=None):
+            if step in steps:
+                raise error("out of memory")
+            return original(items, options, step=step, epoch=epoch)
+
+        monkeypatch.setattr(monitor, "analyze_matrices", analyze)
+
+    return fail_at
+
+
+def test_an_exception_in_the_engine_is_one_warning_and_no_snapshot(engine_that_fails_at):
+    engine_that_fails_at(0, 10, 20)
+    sink = Memory()
+    watcher = Monitor(sinks=[sink])
+    with pytest.warns(errors.SpectralWarning, match="analysis failed: RuntimeError: out of memory") as caught:
+        snapshots = observe_series(watcher, [healthy] * 4)
+    assert len(caught) == 1
+    assert [snapshot is None for snapshot in snapshots] == [True, True, True, False]
+    assert [snapshot.step for snapshot in sink.history] == [30]
+    assert watcher.last_step == 30
+
+
+def test_another_kind_of_exception_is_another_cause(engine_that_fails_at):
+    watcher = Monitor()
+    engine_that_fails_at(0)
+    with pytest.warns(errors.SpectralWarning, match="RuntimeError"):
+        watcher.observe([], step=0)
+    engine_that_fails_at(1, error=ZeroDivisionError)
+    with pytest.warns(errors.SpectralWarning, match="ZeroDivisionError"):
+        watcher.observe([], step=1)
+
+
+def test_a_failed_analysis_is_not_tried_again_at_the_same_step(engine_that_fails_at):
+    engine_that_fails_at(0)
+    watcher = Monitor(every_n_steps=10)
+    with pytest.warns(errors.SpectralWarning, match="analysis failed"):
+        watcher.observe([], step=0)
+    assert [step for step in range(11) if watcher.due(step)] == [10]
+
+
+def test_a_walker_that_raises_costs_the_snapshot_only():
+    def walk():
+        yield matrix("fc", healthy())
+        raise AttributeError("no weight")
+
+    watcher = Monitor()
+    with pytest.warns(errors.SpectralWarning, match="AttributeError: no weight"):
+        assert watcher.observe(walk(), step=0) is None
+    assert watcher.observe([matrix("fc", healthy())], step=1) is not None
+
+
+def test_a_rule_that_raises_is_one_warning():
+    def divides(history):
+        yield 1 / 0
+
+    with pytest.warns(errors.SpectralWarning, match="ZeroDivisionError") as caught:
+        observe_series(Monitor(rules=[divides]), [healthy] * 3)
+    assert len(caught) == 1
+
+
+def test_a_layer_that_raises_costs_its_own_row_only():
+    def unreadable() -> torch.Tensor:
+        raise OSError("shard is gone")
+
+    items = [matrix("a", healthy()), Matrix("b", "dense", (1, 32, 32), unreadable), matrix("c", healthy(1))]
+    alone = Monitor().observe([items[0], items[2]], step=0)
+    together = Monitor().observe(items, step=0)
+    assert together["b"].status == "error: OSError: shard is gone"
+    assert [str(together[name].metrics) for name in "ac"] == [str(alone[name].metrics) for name in "ac"]
+    assert [(f.rule, f.layer) for f in together.findings if f.rule == "broken_layer"] == [("broken_layer", "b")]
+
+
+def test_nothing_escapes_where_warnings_are_errors(engine_that_fails_at, caplog):
+    engine_that_fails_at(0)
+    watcher = Monitor(sinks=[Failing(1)])
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING, logger="ww_monitor"):
+        warnings.simplefilter("error")
+        snapshots = observe_series(watcher, [healthy] * 3)
+    assert [snapshot is None for snapshot in snapshots] == [True, False, False]
+    assert [entry.message for entry in caplog.records] == [
+        "analysis failed: RuntimeError: out of memory",
+        "sink Failing failed: OSError: [Errno 28] No space left on device",
+    ]
+
+
+def test_strict_lets_the_engine_raise(engine_that_fails_at):
+    engine_that_fails_at(0)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Monitor(options=Options(strict=True)).observe([], step=0)
+
+
+def test_strict_names_the_layer_and_the_step():
+    watcher = Monitor(options=Options(strict=True))
+    with pytest.raises(errors.LayerError, match=r"layer 'fc' at step 30: expected finite weights, got 1024 NaN"):
+        watcher.observe([matrix("fc", broken())], step=30)
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_the_user_can_interrupt(interrupt):
+    def stopped() -> torch.Tensor:
+        raise interrupt
+
+    with pytest.raises(interrupt):
+        Monitor().observe([Matrix("fc", "dense", (1, 32, 32), stopped)], step=0)
+
+
+# --- arguments
+
+NOT_POSITIVE = (0, -1, 2.5, True, "3")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [*itertools.product(("every_n_steps", "every_n_epochs", "patience"), NOT_POSITIVE)]
+)
+def test_a_number_that_makes_no_sense_is_refused_by_name(argument, value):
+    with pytest.raises(errors.InvalidArgument, match=rf"Monitor: {argument} must be an integer >= 1; got {value!r}"):
+        Monitor(**{argument: value})
+
+
+BAD = [
+    (lambda: Monitor(stop_on="trap"), r"Monitor: stop_on must be one of None, 'traps', 'broken_layers'; got 'trap'"),
+    (lambda: Options(preset="ww"), r"preset must be one of 'default', 'weightwatcher'; got 'ww'"),
+    (lambda: Options(metrics=["alfa"]), r"metrics must be among 'alpha', .*; got 'alfa'"),
+    (lambda: Monitor(sinks=[print]), r"Monitor: sinks must have write and close; got <built-in function print>"),
+    (lambda: Monitor(sinks=[Memory]), r"Monitor: sinks must have write and close; got <class .*Memory'>"),
+    (lambda: schedule.every_n_steps(0), r"every_n_steps: n must be an integer >= 1; got 0"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BAD)
+def test_a_choice_that_does_not_exist_is_refused_with_the_choices(make, message):
+    with pytest.raises(errors.InvalidArgument, match=message):
+        make()
+
+
+@pytest.mark.parametrize(("make", "message"), BAD)
+def test_a_bad_argument_is_a_value_error_too(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_every_choice_of_stop_on_names_a_training_rule():
+    names = {rule.__name__ for rule in rules.TRAINING_RULES}
+    assert set(rules.STOP_ON.values()) <= names

@@ -1,0 +1,360 @@
+"""Rules: which values wake which finding, at, below and above each threshold."""
+
+import inspect
+import math
+from functools import partial
+
+import pytest
+
+from ww_monitor import rules
+from ww_monitor.record import Finding, History, Layer, Snapshot, TrapEntry
+from ww_monitor.rules import (
+    SINGLE_RULES,
+    STOP_ON,
+    TRAINING_RULES,
+    apply_rules,
+    broken_layer,
+    mean_shift,
+    over_trained,
+    transitions,
+    trap,
+    trap_approaching,
+    under_trained,
+)
+
+NAN = math.nan
+INF = math.inf
+
+
+def layer(name: str = "fc", *, verdict: str = "ok", status: str = "ok", **metrics: float) -> Layer:
+    return Layer(name, "dense", (1, 32, 16), status=status, verdict=verdict, metrics=metrics)
+
+
+def run(*layers: Layer) -> History:
+    """One layer, snapshot for snapshot, at steps 0, 10, …"""
+    return History(Snapshot((one,), step=10 * index) for index, one in enumerate(layers))
+
+
+def wakes(rule, *layers: Layer) -> bool:
+    return len(list(rule(run(*layers)))) == 1
+
+
+# --- rules that look at the last snapshot
+
+
+@pytest.mark.parametrize(
+    ("status", "found"),
+    [
+        ("ok", False),
+        ("zero", False),
+        ("few_eigenvalues", False),
+        ("not_finite", True),
+        ("solver_failed", True),
+        ("error: OSError: gone", True),
+    ],
+)
+def test_a_layer_is_broken_where_nan_a_solver_or_an_exception_took_its_spectrum(status, found):
+    assert wakes(broken_layer, layer(status=status)) == found
+
+
+@pytest.mark.parametrize(
+    ("rule", "metrics", "found"),
+    [
+        (trap, {"num_traps": 0.0}, False),
+        (trap, {"num_traps": 0.49}, False),
+        (trap, {"num_traps": 0.5}, True),
+        (trap, {"num_traps": 3.0}, True),
+        (trap, {"num_traps": NAN}, False),
+        (trap, {}, False),
+        (partial(trap, at_least=2.0), {"num_traps": 1.9}, False),
+        (partial(trap, at_least=2.0), {"num_traps": 2.0}, True),
+        (mean_shift, {"mean_shift": 0.99}, False),
+        (mean_shift, {"mean_shift": 1.0}, True),
+        (mean_shift, {"mean_shift": 1.7}, True),
+        (mean_shift, {"mean_shift": NAN}, False),
+        (mean_shift, {}, False),
+        (partial(mean_shift, ratio=2.0), {"mean_shift": 1.7}, False),
+        (partial(mean_shift, ratio=2.0), {"mean_shift": 2.0}, True),
+        (over_trained, {"alpha": 1.5, "sigma": 0.2}, True),
+        (over_trained, {"alpha": 1.5, "sigma": 0.25}, False),
+        (over_trained, {"alpha": 1.5, "sigma": 0.3}, False),
+        (over_trained, {"alpha": 1.99, "sigma": 0.0}, True),
+        (over_trained, {"alpha": 2.0, "sigma": 0.0}, False),
+        (over_trained, {"alpha": 3.0, "sigma": 0.1}, False),
+        (over_trained, {"alpha": NAN, "sigma": 0.1}, False),
+        (over_trained, {"alpha": 1.5, "sigma": NAN}, False),
+        (over_trained, {}, False),
+        (partial(over_trained, alpha=1.5), {"alpha": 1.6, "sigma": 0.01}, False),
+        (partial(over_trained, alpha=1.5), {"alpha": 1.4, "sigma": 0.01}, True),
+        (partial(over_trained, sigmas=0.0), {"alpha": 1.9, "sigma": 5.0}, True),
+        (partial(over_trained, sigmas=4.0), {"alpha": 1.5, "sigma": 0.2}, False),
+    ],
+)
+def test_a_threshold_is_reached_or_not(rule, metrics, found):
+    assert wakes(rule, layer(**metrics)) == found
+
+
+@pytest.mark.parametrize("verdict", ["poor_fit", "random_like", "few_eigenvalues", "rank_deficient", "degenerate", ""])
+def test_over_trained_needs_a_power_law_that_fits(verdict):
+    assert not wakes(over_trained, layer(verdict=verdict, alpha=1.2, sigma=0.01))
+
+
+# --- rules that look back
+
+
+@pytest.mark.parametrize(
+    ("headrooms", "found"),
+    [
+        ([0.9], False),
+        ([0.5, 0.79], False),
+        ([0.5, 0.8], True),
+        ([0.5, 1.5], True),
+        ([0.9, 0.95], False),
+        ([0.8, 0.87], False),
+        ([0.8, 0.89], True),
+        ([0.5, 0.6, 0.7, 0.85], True),
+        ([0.85, 0.85, 0.85], False),
+        ([0.85, 0.5, 0.85], False),
+        ([0.5, NAN, 0.85], True),
+        ([NAN, NAN, 0.85], False),
+        ([0.5, 0.85, NAN], False),
+        ([NAN], False),
+    ],
+)
+def test_a_trap_approaches_where_the_largest_entry_grew_and_is_near(headrooms, found):
+    assert wakes(trap_approaching, *(layer(trap_headroom=value, num_traps=0.0) for value in headrooms)) == found
+
+
+@pytest.mark.parametrize(
+    ("headrooms", "holds"),
+    [
+        ([0.5, 0.79, 0.79], [False, False, False]),
+        ([0.5, 0.81, 0.77], [False, True, True]),
+        ([0.5, 0.81, 0.75], [False, True, False]),
+        ([0.5, 0.81, 0.76], [False, True, True]),
+        ([0.5, 0.81, 0.75, 0.78], [False, True, False, False]),
+    ],
+)
+def test_approaching_holds_until_it_is_five_percent_below(headrooms, holds):
+    rows = [layer(trap_headroom=value, num_traps=0.0) for value in headrooms]
+    assert [wakes(trap_approaching, *rows[: end + 1]) for end in range(len(rows))] == holds
+
+
+@pytest.mark.parametrize(("num_traps", "found"), [(0.0, True), (0.33, True), (0.5, False), (2.0, False), (NAN, True)])
+def test_a_trap_that_is_there_no_longer_approaches(num_traps, found):
+    rows = [layer(trap_headroom=0.5, num_traps=0.0), layer(trap_headroom=1.2, num_traps=num_traps)]
+    assert wakes(trap_approaching, *rows) == found
+
+
+@pytest.mark.parametrize(
+    ("rule", "headrooms", "found"),
+    [
+        (partial(trap_approaching, headroom=0.5), [0.2, 0.5], True),
+        (partial(trap_approaching, headroom=0.95), [0.2, 0.9], False),
+        (partial(trap_approaching, rise=2.0), [0.5, 0.9], False),
+        (partial(trap_approaching, rise=1.0), [0.9, 0.9], True),
+    ],
+)
+def test_the_thresholds_of_approaching_are_keywords(rule, headrooms, found):
+    assert wakes(rule, *(layer(trap_headroom=value, num_traps=0.0) for value in headrooms)) == found
+
+
+R, OK = "random_like", "ok"
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "snapshots", "found"),
+    [
+        ([R], 3, False),
+        ([R, R], 3, False),
+        ([R, R, R], 3, True),
+        ([OK, R, R, R], 3, True),
+        ([R, OK, R], 3, False),
+        ([R, R, OK], 3, False),
+        ([R, R, R, OK, R, R], 3, False),
+        (["few_eigenvalues"] * 3, 3, False),
+        ([R], 1, True),
+        ([OK], 1, False),
+        ([R] * 3, 4, False),
+        ([R] * 4, 4, True),
+    ],
+)
+def test_under_trained_is_what_stays_random_like(verdicts, snapshots, found):
+    rule = under_trained if snapshots == 3 else partial(under_trained, snapshots=snapshots)
+    assert wakes(rule, *(layer(verdict=verdict) for verdict in verdicts)) == found
+
+
+def test_every_layer_is_judged_by_itself():
+    def snapshot(a: float, b: float) -> Snapshot:
+        return Snapshot((layer("a", trap_headroom=a, num_traps=a > 1), layer("b", trap_headroom=b, num_traps=b > 1)))
+
+    history = History([snapshot(0.5, 0.5), snapshot(0.85, 1.3), snapshot(0.9, 0.5)])
+    assert [f.layer for f in trap_approaching(history)] == ["a"]
+    assert [f.layer for f in trap(History(history.snapshots[:2]))] == ["b"]
+
+
+# --- what they say
+
+
+@pytest.mark.parametrize(
+    ("rule", "layers", "severity", "parts"),
+    [
+        (broken_layer, [layer(status="not_finite")], "critical", ["fc: no spectrum: not_finite"]),
+        (broken_layer, [layer(status="error: OSError: gone")], "critical", ["error: OSError: gone"]),
+        (
+            trap,
+            [layer(num_traps=2.0, trap_severity=1.53, trap_p_value=3e-7)],
+            "critical",
+            ["fc: 2 correlation traps a shuffle", "λmax/edge 1.53", "p = 3e-07"],
+        ),
+        (trap, [layer(num_traps=0.667)], "critical", ["0.667 correlation traps"]),
+        (
+            trap_approaching,
+            [layer(trap_headroom=0.5), layer(trap_headroom=0.87)],
+            "info",
+            ["fc: ", "grew from 0.50 to 0.87"],
+        ),
+        (mean_shift, [layer(mean_shift=1.234)], "info", ["fc: ", "1.23 times"]),
+        (
+            over_trained,
+            [layer(alpha=1.512, sigma=0.0321)],
+            "warning",
+            ["fc: alpha 1.51 ± 0.03 is below 2", "over-trained"],
+        ),
+        (partial(over_trained, alpha=1.75), [layer(alpha=1.5, sigma=0.01)], "warning", ["is below 1.75"]),
+        (under_trained, [layer(verdict=R)] * 3, "warning", ["fc: no eigenvalue rises above", "under-trained"]),
+    ],
+)
+def test_a_message_names_the_layer_and_has_its_numbers(rule, layers, severity, parts):
+    (finding,) = rule(run(*layers))
+    assert (finding.severity, finding.layer, finding.state) == (severity, "fc", "begin")
+    assert finding.step == 10 * (len(layers) - 1)
+    assert [part for part in parts if part not in finding.message] == []
+    assert "nan" not in finding.message
+
+
+@pytest.mark.parametrize(("slices", "shown"), [(1, "w[3, 4] = 1.25 (1.50×)"), (9, "w[2, 3, 4] = 1.25 (1.50×)")])
+def test_a_trap_is_told_with_the_address_of_its_three_largest_entries(slices, shown):
+    entries = tuple(TrapEntry(2, 3, 4 + i, 1.25 - i, 1.5 - 0.1 * i) for i in range(5))
+    row = Layer("fc", "conv", (slices, 32, 16), metrics={"num_traps": 5.0}, trap_entries=entries)
+    (finding,) = trap(run(row))
+    assert shown in finding.message
+    assert finding.message.count("w[") == 3
+
+
+@pytest.mark.parametrize("rule", TRAINING_RULES)
+def test_a_finding_carries_the_name_of_its_rule(rule):
+    rows = [layer(trap_headroom=0.5, verdict=R)] * 2
+    last = {
+        "broken_layer": layer(status="not_finite"),
+        "trap": layer(num_traps=1.0),
+        "trap_approaching": layer(trap_headroom=0.9),
+        "mean_shift": layer(mean_shift=2.0),
+        "over_trained": layer(alpha=1.1, sigma=0.0),
+        "under_trained": layer(verdict=R),
+    }[rule.__name__]
+    (finding,) = rule(run(*rows, last))
+    assert finding.rule == rule.__name__
+
+
+# --- all of them
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_nan_wakes_no_rule(value, length):
+    if not math.isnan(value):
+        metrics = {"alpha": INF, "sigma": value, "trap_headroom": NAN, "mean_shift": NAN, "num_traps": NAN}
+    else:
+        metrics = dict.fromkeys(("alpha", "sigma", "trap_headroom", "mean_shift", "num_traps"), NAN)
+    rows = [layer(**metrics)] * length
+    assert apply_rules(TRAINING_RULES, run(*rows)) == []
+
+
+def test_a_layer_without_metrics_and_a_snapshot_without_layers_wake_no_rule():
+    assert apply_rules(TRAINING_RULES, run(layer(), layer(), layer())) == []
+    assert apply_rules(TRAINING_RULES, History([Snapshot(()), Snapshot(()), Snapshot(())])) == []
+
+
+def test_a_layer_that_was_not_there_before_is_judged_by_what_there_is():
+    first = Snapshot((layer("a", verdict=R, trap_headroom=0.5),), step=0)
+    later = Snapshot((layer("b", verdict=R, trap_headroom=0.9),), step=1)
+    found = apply_rules(TRAINING_RULES, History([first, later]))
+    assert found == []
+
+
+@pytest.mark.parametrize("rule", TRAINING_RULES)
+def test_thresholds_are_keywords_with_defaults(rule):
+    history, *thresholds = inspect.signature(rule).parameters.values()
+    assert history.name == "history"
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in thresholds)
+
+
+def test_a_single_analysis_applies_the_same_rules_with_one_snapshot_for_under_trained():
+    named = [rule.func if isinstance(rule, partial) else rule for rule in SINGLE_RULES]
+    assert named == list(TRAINING_RULES)
+    assert [f.rule for f in apply_rules(SINGLE_RULES, run(layer(verdict=R)))] == ["under_trained"]
+    assert apply_rules(TRAINING_RULES, run(layer(verdict=R))) == []
+
+
+def test_every_public_rule_is_applied_in_training():
+    public = {
+        name
+        for name, value in vars(rules).items()
+        if inspect.isgeneratorfunction(value) and value.__module__ == rules.__name__ and not name.startswith("_")
+    }
+    assert public == {rule.__name__ for rule in TRAINING_RULES}
+    assert set(STOP_ON.values()) <= public
+
+
+def test_rules_see_the_same_in_a_file(tmp_path):
+    rows = [
+        Layer(
+            "fc",
+            "dense",
+            (1, 32, 16),
+            verdict=R,
+            metrics={
+                "trap_headroom": 0.5 + 0.3 * i,
+                "num_traps": float(i == 2),
+                "trap_severity": NAN,
+                "mean_shift": 1.2,
+            },
+            trap_entries=(TrapEntry(0, 1, 2, 3.0, 1.1),) if i == 2 else (),
+        )
+        for i in range(3)
+    ]
+    history = run(*rows)
+    path = tmp_path / "run.jsonl"
+    path.write_text("".join(snapshot.to_json() + "\n" for snapshot in history))
+    read = History.read(path)
+    for end in range(1, 4):
+        told = apply_rules(TRAINING_RULES, History(history.snapshots[:end]))
+        assert apply_rules(TRAINING_RULES, History(read.snapshots[:end])) == told
+    assert [finding.rule for finding in told] == ["trap", "mean_shift", "under_trained"]
+
+
+# --- transitions
+
+
+def found(rule: str, name: str = "fc", *, step: int, message: str = "m") -> Finding:
+    return Finding(rule, name, "warning", message, step=step)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ([], [], []),
+        ([], [found("trap", step=20)], [("trap", "fc", "begin", 20)]),
+        ([found("trap", step=10)], [found("trap", step=20, message="more")], []),
+        ([found("trap", step=10)], [], [("trap", "fc", "end", 20)]),
+        (
+            [found("trap", "a", step=10)],
+            [found("trap", "b", step=20)],
+            [("trap", "b", "begin", 20), ("trap", "a", "end", 20)],
+        ),
+        ([found("x", step=10)], [found("trap", step=20)], [("trap", "fc", "begin", 20), ("x", "fc", "end", 20)]),
+    ],
+)
+def test_transitions_are_what_begins_and_what_ends(before, now, told):
+    assert [(f.rule, f.layer, f.state, f.step) for f in transitions(before, now, step=20)] == told
