@@ -19,7 +19,7 @@ _RESOLVED = 1e-5
 """Relative size from which on an eigenvalue of the float64 Gram matrix is good to better than 1e-9."""
 
 _FLOOR_NORM = 1e-150
-"""Below this Frobenius norm squared products underflow in float64, so the spectrum is not known."""
+"""Up to this squared Frobenius norm the second moment underflows in float64, so the spectrum is not known."""
 
 
 @dataclass(frozen=True)

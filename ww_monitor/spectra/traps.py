@@ -23,7 +23,7 @@ from ww_monitor.spectra.marchenko_pastur import (
 HEADROOM_TO_SHUFFLE = 0.8
 """Below this headroom the shuffled spectrum is not computed and no trap is counted. Measured at the level of 0.1 % on
 16,000 matrices of independent elements at five shapes with a headroom below 0.8 (`tests/spectra/test_traps.py` has a
-smaller version): 0.05 % of the shuffles had an outlier for Gaussian, uniform and log-normal (σ = ½) elements, 0.5 %
+smaller version): 0.04 % of the shuffles had an outlier for Gaussian, uniform and log-normal (σ = ½) elements, 0.5 %
 for Laplace, and 0.3, 0.3, 0.5, 1.0 and 2.5 % for Student t with 8, 7, 6, 5 and 4 degrees of freedom; two of the
 matrices had one in at least half of three shuffles, which makes a finding. Heavier tails do not stay below 0.8. What
 the rule does miss is many entries crowded just under the limit, as if clipped there: Student t with 3 degrees of
