@@ -263,3 +263,14 @@ def test_weights_need_no_gradient_and_are_not_changed():
     analyze_matrices([Matrix("fc", "dense", (1, 40, 30), lambda: weights)], Options(metrics="all"))
     assert torch.equal(weights, before)
     assert weights.grad is None
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 20), (40, 0), (40, 20), (0, 45)])
+def test_dead_rows_and_columns_make_no_spikes(rows, columns):
+    """The bulk is that of the living part; a layer that is random there is random-like."""
+    w = torch.randn(200, 100, generator=torch.Generator().manual_seed(0))
+    w[200 - rows :], w[:, 100 - columns :] = 0.0, 0.0
+    layer = analyze_matrices([Matrix("fc", "dense", (1, 200, 100), lambda: w[None])], Options()).layers[0]
+    assert layer.value("num_spikes") == 0
+    assert layer.verdict == "random_like"
+    assert layer.value("bulk_std") == pytest.approx(1.0, abs=0.02)

@@ -110,6 +110,7 @@ class _Measured:
     trap_severity: float = NAN
     trap_p_value: float = NAN
     trap_entries: tuple[TrapEntry, ...] = ()
+    live_sides: tuple[float, float] = (NAN, NAN)
     window_eigenvalues: torch.Tensor | None = None
     randomized: weightwatcher.Randomized | None = None
 
@@ -209,6 +210,7 @@ def _measure(matrix: Matrix, options: Options) -> _Measured:
         if options.strict and status != Status.ZERO:
             raise ValueError(_complaint(weights, status))
         return measured
+    measured = replace(measured, live_sides=_live_sides(weights))
     if options.aspect_ratio is not None:
         cut = eigenvalues(windows(weights, options.aspect_ratio)).values.flatten().sort().values
         measured = replace(measured, window_eigenvalues=(cut * matrix.eigenvalue_factor).cpu())
@@ -228,6 +230,15 @@ def _layer_status(slices: torch.Tensor) -> int:
         return int(Status.ZERO)
     failed = slices[(slices != Status.OK) & (slices != Status.ZERO)]
     return int(failed[0]) if len(failed) else int(Status.OK)
+
+
+def _live_sides(weights: torch.Tensor) -> tuple[float, float]:
+    """N and M without rows and columns of zeros, mean over slices: a pruned unit leaves no random bulk."""
+    if int(torch.count_nonzero(weights)) == weights.numel():
+        return float(max(weights.shape[1:])), float(min(weights.shape[1:]))
+    alive = weights != 0
+    sides = [float(alive.any(dim).sum(1).double().mean()) for dim in (1, 2)]
+    return max(sides), min(sides)
 
 
 def _measure_traps(measured: _Measured, weights: torch.Tensor, options: Options) -> _Measured:
@@ -282,6 +293,7 @@ def _layers(pairs: Sequence[tuple[Matrix, _Measured]], options: Options) -> list
         long_side=first.long_side,
         dtype=measured[0].dtype,
         definitions=options.definitions,
+        live_sides=torch.tensor([one.live_sides for one in measured], dtype=torch.float64),
         window_eigenvalues=_windows_of(measured),
         trap_headroom=stacked("trap_headroom"),
         mean_shift=stacked("mean_shift"),

@@ -27,10 +27,11 @@ def broken_layer(history: History) -> Iterator[Finding]:
 def trap(history: History, *, at_least: float = 0.5) -> Iterator[Finding]:
     """A correlation trap is present: shuffled copies have outliers, at least `at_least` of them on average.
 
-    One half: the outlier shows in most shuffles (our choice; the Tracy–Widom level already keeps noise out).
+    An orthogonal layer is left out: the entries of an identity matrix are large because the others are zero. One half:
+    the outlier shows in most shuffles (our choice; the Tracy–Widom level already keeps noise out).
     """
     for layer in history.last.layers:
-        if layer.value("num_traps") >= at_least:
+        if layer.value("num_traps") >= at_least and layer.verdict != "degenerate":
             yield _finding(history, trap, layer, "critical", _trap_message(layer))
 
 
@@ -55,7 +56,7 @@ def mean_shift(history: History, *, ratio: float = 1.0) -> Iterator[Finding]:
     """The mean of the entries makes an outlier of its own; weightwatcher counts it as a trap, it is none."""
     for layer in history.last.layers:
         now = layer.value("mean_shift")
-        if now >= ratio:
+        if now >= ratio and layer.verdict != "degenerate":
             message = f"the mean of the entries is {now:.2f} times the size that makes an outlier; no harm by itself"
             yield _finding(history, mean_shift, layer, "info", message)
 

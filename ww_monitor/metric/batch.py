@@ -50,6 +50,7 @@ class Batch:
         long_side: N of a slice.
         dtype: Storage precision of the weights.
         definitions: Whose definitions to use.
+        live_sides: `[B, 2]` long and short side of a slice, rows and columns of zeros not counted; mean over slices.
         window_eigenvalues: `[B, n']` ascending, of windows of one aspect ratio; `None` fits the whole matrices.
         trap_headroom, mean_shift, num_traps, trap_severity, trap_p_value: `[B]`, NaN where not measured.
         randomized: weightwatcher's shuffled spectra by row, under that preset.
@@ -65,6 +66,7 @@ class Batch:
     trap_severity: torch.Tensor
     trap_p_value: torch.Tensor
     definitions: Definitions = field(default_factory=Definitions)
+    live_sides: torch.Tensor | None = None
     window_eigenvalues: torch.Tensor | None = None
     randomized: Sequence[weightwatcher.Randomized | None] = ()
 
@@ -184,10 +186,13 @@ class Batch:
     def bulk(self) -> Bulk:
         """The random bulk, from the closed form; not known where half of the eigenvalues are only rounding."""
         known = (self.rank >= self.eigenvalues.shape[1] / 2)[:, None]
+        sides = torch.tensor([[self.long_side, self.short_side]], dtype=torch.float64)
+        if self.live_sides is not None:
+            sides = torch.where(torch.isnan(self.live_sides), sides, self.live_sides)
         return bulk(
             torch.where(known, self.eigenvalues, float("nan")),
-            long_side=self.long_side,
-            short_side=self.short_side,
+            long_side=sides[:, 0],
+            short_side=sides[:, 1],
             slices=self.slices,
             significance=self.definitions.significance,
         )

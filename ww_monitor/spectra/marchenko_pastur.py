@@ -38,7 +38,12 @@ class Bulk:
 
 
 def bulk(
-    eigenvalues: torch.Tensor, *, long_side: int, short_side: int, slices: int = 1, significance: float = SIGNIFICANCE
+    eigenvalues: torch.Tensor,
+    *,
+    long_side: torch.Tensor | float,
+    short_side: torch.Tensor | float,
+    slices: int = 1,
+    significance: float = SIGNIFICANCE,
 ) -> Bulk:
     """σ²_k = Σ_{j ≤ n−k} λ_j / (slices · (N − k/slices)(M − k/slices)), with k = the number of spikes.
 
@@ -49,8 +54,8 @@ def bulk(
 
     Args:
         eigenvalues: `[B, n]` float64, ascending, of WᵀW (not divided by N), pooled over the slices, any common scale.
-        long_side: N of a slice.
-        short_side: M of a slice.
+        long_side: N of a slice, rows and columns of zeros not counted; scalar or `[B]`.
+        short_side: M of a slice, likewise.
         slices: Number of matrices whose eigenvalues are pooled; the level is shared among them (Šidák).
         significance: Probability of a false spike in the whole row.
 
@@ -64,26 +69,27 @@ def bulk(
     """
     n = eigenvalues.shape[1]
     removed = torch.arange(n // 2 + 1, dtype=torch.float64, device=eigenvalues.device)
-    rows, columns = long_side - removed / slices, short_side - removed / slices
+    n_side, m_side = (torch.as_tensor(side, dtype=torch.float64).reshape(-1, 1) for side in (long_side, short_side))
+    rows, columns = ((side - removed / slices).clamp(min=0.5) for side in (n_side, m_side))
     remaining_sum = eigenvalues.cumsum(1).flip(1)[:, : len(removed)]
     variance = remaining_sum / (slices * rows * columns)
     centre, scale = johnstone(rows, columns)
     quantile = tracy_widom_quantile(per_matrix(significance, slices))
     threshold = variance * (centre + quantile * scale)
     largest_remaining = eigenvalues.flip(1)[:, : len(removed)]
-    is_spike = largest_remaining > threshold
+    is_spike = (largest_remaining > threshold) & (removed <= slices * m_side / 2)
     num_spikes = torch.where(is_spike, removed + 1, 0.0).amax(1).clamp(max=len(removed) - 1).long()
 
     def at_count(field: torch.Tensor) -> torch.Tensor:
         return field.expand_as(variance).gather(1, num_spikes[:, None])[:, 0]
 
     sigma_sq = at_count(variance)
-    deviate = (eigenvalues[:, -1] / sigma_sq - at_count(centre[None])) / at_count(scale[None])
+    deviate = (eigenvalues[:, -1] / sigma_sq - at_count(centre)) / at_count(scale)
     p_value = -torch.expm1(slices * torch.log1p(-tracy_widom_sf(deviate)))
     return Bulk(
         variance=sigma_sq,
-        edge_min=sigma_sq * (long_side**0.5 - short_side**0.5) ** 2,
-        edge_max=sigma_sq * (long_side**0.5 + short_side**0.5) ** 2,
+        edge_min=sigma_sq * (n_side.sqrt() - m_side.sqrt())[:, 0].square(),
+        edge_max=sigma_sq * (n_side.sqrt() + m_side.sqrt())[:, 0].square(),
         threshold=at_count(threshold),
         num_spikes=torch.where(sigma_sq > 0, num_spikes, 0),
         p_value=torch.where(sigma_sq > 0, p_value, float("nan")),

@@ -40,8 +40,8 @@ class Elements:
     """The element histogram of B matrices in four numbers, each field `[B]` float64.
 
     Attributes:
-        mean: Mean of the entries.
-        std: Standard deviation of the bulk: of the de-meaned entries that do not exceed `std · (NM)^¼`.
+        mean: Mean of the bulk: of the entries within `std · (NM)^¼` of it.
+        std: Standard deviation of the same entries.
         headroom: max|w − mean| / (std (NM)^¼); 1 = a trap is expected. NaN for a constant matrix.
         mean_shift: |mean| (NM)^¼ / std; 1 = the mean is an outlier of its own. NaN for a constant matrix.
     """
@@ -85,8 +85,8 @@ class LargeEntries:
 def elements(matrices: torch.Tensor) -> Elements:
     """Headroom = max|w − mean| / (σ (NM)^¼), mean_shift = |mean| (NM)^¼ / σ, with σ trimmed of entries above σ(NM)^¼.
 
-    The trimming repeats until no entry changes sides; without it a few large entries would hide in the variance
-    that they inflate. O(NM), no eigensolve.
+    Mean and σ are those of the entries that are not trimmed; this repeats until as many are kept as before. Without it
+    a few large entries would hide in the variance that they inflate and drag the mean. O(NM), no eigensolve.
 
     Args:
         matrices: `[B, N, M]`, finite, any floating dtype.
@@ -109,22 +109,22 @@ def elements(matrices: torch.Tensor) -> Elements:
     reach = count**0.25
     needs_care = (largest > std * reach) | (std < 1e-3 * mean.abs())
     for b in torch.nonzero(needs_care).flatten().tolist():
-        std[b] = _trimmed_std(flat[b].double() - mean[b], reach)
+        mean[b], std[b] = _trimmed(flat[b].double(), reach)
+        largest[b] = (flat[b].double() - mean[b]).abs().amax()
     std = torch.where(std > 1e-12 * mean.abs(), std, float("nan"))
     return Elements(mean=mean, std=std, headroom=largest / (std * reach), mean_shift=mean.abs() * reach / std)
 
 
-def _trimmed_std(centred: torch.Tensor, reach: float) -> torch.Tensor:
-    """Root mean square of the entries within `reach` times itself, iterated to its fixed point."""
-    square = centred.square()
-    variance = square.mean()
+def _trimmed(entries: torch.Tensor, reach: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the entries within `reach` standard deviations of the mean, iterated."""
+    kept = entries
     for _ in range(_TRIM_ROUNDS):
-        kept = square[square <= variance * reach**2]
-        smaller = kept.mean()
-        if smaller == variance:
+        mean, std = kept.mean(), kept.std(correction=0)
+        inside = entries[(entries - mean).abs() <= std * reach]
+        if len(inside) == len(kept):
             break
-        variance = smaller
-    return variance.sqrt()
+        kept = inside
+    return mean, std
 
 
 def large_entries(matrices: torch.Tensor, stats: Elements, *, limit: int = 8) -> LargeEntries:
