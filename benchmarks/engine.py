@@ -1,4 +1,4 @@
-"""What the whole analysis costs over the bare float64 Gram matrix and its eigenvalues.
+"""What the whole analysis costs over the bare float64 Gram matrix and its eigenvalues, and beside weightwatcher 0.7.7.
 
 Run with `make bench`; prints a table for benchmarks/RESULTS.md. Both sides see the same matrices, in turns, in one
 process; the figure is the ratio of medians.
@@ -7,10 +7,14 @@ process; the figure is the ratio of medians.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -42,6 +46,33 @@ def seconds(function: Callable[[torch.nn.Module], object], model: torch.nn.Modul
     return time.perf_counter() - start
 
 
+def weightwatcher(model: torch.nn.Module, **options: bool) -> None:
+    """The peer's analysis, its printing caught."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        import weightwatcher
+
+        weightwatcher.WeightWatcher(model=model).analyze(plot=False, savefig=False, **options)
+
+
+def against_peer(rounds: int) -> None:
+    """Ratios of wall time, the peer over ours."""
+    block = shapes.gpt2_small()[0]  # type: ignore[index]
+    cases = {
+        "one GPT-2 block, plain": (block, {}),
+        "one GPT-2 block, with traps and Marchenko–Pastur": (block, {"randomize": True, "mp_fit": True, "detX": True}),
+    }
+    print("\n| matrices | weightwatcher 0.7.7 ÷ analyze (median) | range over rounds |\n|---|---|---|")
+    for name, (model, options) in cases.items():
+        pairs = [
+            (seconds(partial(weightwatcher, **options), model), seconds(ww_monitor.analyze, model))
+            for _ in range(rounds)
+        ]
+        ratio = statistics.median(a for a, _ in pairs) / statistics.median(b for _, b in pairs)
+        each = [a / b for a, b in pairs]
+        print(f"| {name} | {ratio:.1f} | {min(each):.1f}–{max(each):.1f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
@@ -57,6 +88,7 @@ def main() -> None:
         ratio = statistics.median(a for a, _ in pairs) / statistics.median(b for _, b in pairs)
         each = [a / b for a, b in pairs]
         print(f"| {name} | {ratio:.2f} | {min(each):.2f}–{max(each):.2f} |", flush=True)
+    against_peer(arguments.rounds)
 
 
 if __name__ == "__main__":
