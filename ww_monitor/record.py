@@ -377,6 +377,7 @@ def _weightwatcher_row(index: int, layer: Layer) -> dict[str, Any]:
         "M": min(rows, columns),
         "Q": max(rows, columns) / min(rows, columns),
         "rf": slices,
+        "has_esd": layer.esd is not None,
         "status": "success" if math.isfinite(alpha) else "failed",
         "warning": "over-trained" if alpha < 2 else "under-trained" if alpha > 6 else "",
         **layer.metrics,

@@ -2,70 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from ww_monitor.engine import Options
-from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.matrices import Select
 from ww_monitor.monitor import Monitor
 from ww_monitor.record import Snapshot
-from ww_monitor.rules import Rule
 from ww_monitor.sinks import Sink
 from ww_monitor.sinks.console import Console, table
 from ww_monitor.sinks.jsonl import JsonLines
 
-Walk = Callable[[], Iterable[Matrix | Skipped]]
-
 HISTORY_FILE = "ww_history.jsonl"
 
 
-def build_monitor(
-    *,
-    every_n_steps: int | None,
-    every_n_epochs: int | None,
-    stop_on: str | None,
-    patience: int,
-    preset: str,
-    metrics: Sequence[str] | str | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    min_size: int,
-    max_size: int | None,
-    seed: int,
-    replicas: int,
-    significance: float,
-    fit: str,
-    fit_k: int | None,
-    fix_fingers: str | None,
-    aspect_ratio: float | None,
-    strict: bool,
-    rules: Sequence[Rule],
-    sinks: Sequence[Sink],
-    track_delta: bool,
-) -> Monitor:
-    """The Monitor of these arguments, checked at construction; they mean what they do in `Monitor` and `analyze`."""
-    return Monitor(
-        every_n_steps=every_n_steps,
-        every_n_epochs=every_n_epochs,
-        stop_on=stop_on,
-        patience=patience,
-        rules=rules,
-        sinks=sinks,
-        track_delta=track_delta,
-        select=Select(include, exclude, min_size, max_size),
-        options=Options(
-            preset=preset,
-            metrics=metrics,
-            seed=seed,
-            replicas=replicas,
-            significance=significance,
-            fit=fit,
-            fit_k=fit_k,
-            fix_fingers=fix_fingers,
-            aspect_ratio=aspect_ratio,
-            strict=strict,
-        ),
-    )
+def build_monitor(**arguments: Any) -> Monitor:
+    """The Monitor of a callback's flat arguments, checked at construction.
+
+    Args:
+        **arguments: Those of `Monitor`, with the fields of its `select` and `options` beside them.
+
+    Raises:
+        InvalidArgument: naming the argument, its value and the choices.
+    """
+    parts: dict[str, Any] = {}
+    for name, kind in (("select", Select), ("options", Options)):
+        mine = [field.name for field in fields(kind) if field.name in arguments]
+        parts[name] = kind(**{field: arguments.pop(field) for field in mine})
+    return Monitor(**arguments, **parts)
 
 
 class Session:
