@@ -337,7 +337,10 @@ def test_a_file_that_is_not_there_is_said_so(tmp_path):
     ("preset", "first"),
     [
         ("default", ["name", "kind", "role", "slices", "N", "M", "status", "verdict", "phase"]),
-        ("weightwatcher", ["layer_id", "name", "longname", "layer_type", "N", "M", "Q", "rf", "status", "warning"]),
+        (
+            "weightwatcher",
+            ["layer_id", "name", "longname", "layer_type", "N", "M", "Q", "rf", "has_esd", "status", "warning"],
+        ),
     ],
 )
 def test_a_table_has_one_row_a_layer_and_one_column_a_metric(preset, first):
