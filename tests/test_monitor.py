@@ -1,5 +1,6 @@
 """Monitor: when it looks, what it tells whom, what it remembers, and what cannot break it."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -512,3 +513,12 @@ def test_a_bad_argument_is_a_value_error_too(make, message):
 def test_every_choice_of_stop_on_names_a_training_rule():
     names = {rule.__name__ for rule in rules.TRAINING_RULES}
     assert set(rules.STOP_ON.values()) <= names
+
+
+@pytest.mark.parametrize("options", [Options(metrics=["alpha"]), Options(preset="weightwatcher")])
+def test_a_stop_that_could_never_come_is_refused(options):
+    """The count of traps is what `stop_on="traps"` waits for."""
+    with pytest.raises(errors.InvalidArgument, match=r"stop_on='traps' needs the metric 'num_traps'.*metrics="):
+        Monitor(stop_on="traps", options=options)
+    Monitor(stop_on="traps", options=dataclasses.replace(options, metrics=["num_traps"]))
+    Monitor(stop_on="broken_layers", options=options)

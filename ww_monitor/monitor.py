@@ -94,6 +94,11 @@ class Monitor:
         self.patience = patience
         self.select = select or Select()
         self.options = options or Options()
+        if stop_on == "traps" and "num_traps" not in {metric.name for metric in self.options.chosen}:
+            raise InvalidArgument(
+                "Monitor: stop_on='traps' needs the metric 'num_traps', which these options leave out; got"
+                f" metrics={self.options.metrics!r} with preset={self.options.preset!r}; name it, or use 'all'"
+            )
         self.track_delta = track_delta
         self.history = History()
         self.last_step: int | None = None
