@@ -142,7 +142,7 @@ def test_csv_gets_every_scalar_at_the_step_of_its_batch(tmp_path, net):
 
 
 def test_wandb_gets_every_scalar_on_the_trainers_own_axis(tmp_path, net, read_wandb, monkeypatch):
-    import wandb
+    wandb = pytest.importorskip("wandb", reason="wandb, the tracker, is not installed")
 
     monkeypatch.setenv("WANDB_SILENT", "true")
     monitor = spectral_monitor()

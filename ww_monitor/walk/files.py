@@ -10,7 +10,6 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,10 @@ _IN_FOLDER = (  # the first that finds something counts
     "adapter_model*.safetensors",
     "adapter_model*.bin",
 )
-_RECOGNISED = f"a .safetensors file, a torch file ({', '.join(_TORCH)}), or a directory with {', '.join(_IN_FOLDER)}"
+_RECOGNISED = (
+    f"a .safetensors file, a torch file ({', '.join(_TORCH)}), a Keras file ({', '.join(_KERAS)}), "
+    f"or a directory with {', '.join(_IN_FOLDER)}"
+)
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -57,8 +59,9 @@ def walk_files(path: str | Path, *, split: Split | None = None) -> Iterator[Matr
 
     Args:
         path: A `.safetensors` file; a `.bin`, `.pt`, `.pth`, `.th` or `.ckpt` file, read with
-            `torch.load(weights_only=True)`; or a directory with `model*.safetensors`, `pytorch_model*.bin` (both also
-            in shards) or the `adapter_model` of a LoRA, whose scaling is read from `adapter_config.json`.
+            `torch.load(weights_only=True)`; a `.keras` or `.h5` file, which Keras loads as a whole in its safe mode; or
+            a directory with `model*.safetensors`, `pytorch_model*.bin` (both also in shards) or the `adapter_model` of
+            a LoRA, whose scaling is read from `adapter_config.json`.
         split: As for `walk_state_dict`.
 
     Returns:
@@ -81,6 +84,10 @@ def walk_files(path: str | Path, *, split: Split | None = None) -> Iterator[Matr
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"walk_files: no file or directory {str(path)!r}; looked for {_RECOGNISED}")
+    if path.suffix.lower() in _KERAS and path.is_file():
+        from ww_monitor.walk.keras import load_keras_file, walk_keras
+
+        return walk_keras(load_keras_file(path), split=split)
     files = _weight_files(path) if path.is_dir() else [path]
     tensors = {key: value for file in files for key, value in _read_file(file).items()}
     return walk_unread(tensors, split, _lora_scaling(files[0].parent))
@@ -119,10 +126,6 @@ def _read_file(path: Path) -> Mapping[str, Unread]:
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
         return _safetensors(path)
-    if suffix in _KERAS:
-        if find_spec("keras") is None:
-            raise MissingDependency(f"walk_files: reading {path.name} needs keras; install `ww-monitor[keras]`")
-        raise WWMonitorError(f"walk_files: Keras files such as {path.name} are not read yet; use {_RECOGNISED}")
     if suffix in _TORCH:
         return _torch_file(path)
     raise WWMonitorError(f"walk_files: expected {_RECOGNISED}; got {path.name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -24,17 +25,23 @@ def walk_source(
     experts: Literal["separate", "pooled"] = "separate",
     lora: Sequence[str] = ("base", "delta"),
 ) -> Iterator[Matrix | Skipped]:
-    """The weight matrices of a torch module, a mapping from names to tensors, or a checkpoint on disk.
+    """The weight matrices of a torch module, a Keras model, a mapping from names to tensors, or a checkpoint on disk.
 
     Args:
         source: The weights.
         split: Glob → number or sizes of the parts that a fused weight is cut into along its output axis.
-        experts: One matrix an expert, or one of all experts' slices; modules only.
-        lora: Which of `"base"`, `"delta"` and `"merged"` to give for a layer with adapters; modules only.
+        experts: One matrix an expert, or one of all experts' slices; torch modules only.
+        lora: Which of `"base"`, `"delta"` and `"merged"` to give for a layer with adapters; torch modules only
+            (a Keras layer gives its merged weight).
 
     Raises:
         InvalidArgument: if `source` or an option is none of these.
     """
+    keras = sys.modules.get("keras")  # whoever has a Keras model has imported it
+    if keras is not None and isinstance(source, keras.layers.Layer):  # on its torch backend also an nn.Module
+        from ww_monitor.walk.keras import walk_keras
+
+        return walk_keras(source, split=split)
     if isinstance(source, nn.Module):
         from ww_monitor.walk.torch import walk
 
@@ -48,6 +55,6 @@ def walk_source(
 
         return walk_files(source, split=split)
     raise InvalidArgument(
-        "ww_monitor: model must be a torch.nn.Module, a mapping from names to tensors, or a path; "
+        "ww_monitor: model must be a torch.nn.Module, a Keras model, a mapping from names to tensors, or a path; "
         f"got {type(source).__name__}"
     )

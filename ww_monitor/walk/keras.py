@@ -1,0 +1,283 @@
+"""A Keras 3 model on any backend → its weight matrices, read in place."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, count
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils.dlpack
+from torch import Tensor
+
+from ww_monitor.errors import MissingDependency, WWMonitorError
+from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.walk.parts import WHOLE, Part, Split, blocks, check_split, matrix, split_parts, unfit
+from ww_monitor.walk.reading import tied_to
+from ww_monitor.walk.roles import infer_role
+
+_PLAIN = ("kernel", "embeddings")  # what a name does not end with, where the layer has one weight
+_OF_ATTENTION = {  # name of a layer inside an attention layer → kind and role
+    "query": ("attention", "q"),
+    "key": ("attention", "k"),
+    "value": ("attention", "v"),
+    "attention_output": ("dense", "o"),
+}
+_OTHER = "other"  # the kind of a `Skipped` that no known layer owns
+
+
+def load_keras_file(path: str | Path) -> Any:
+    """The Keras model in a `.keras` or a legacy `.h5` file, not compiled, with Keras' safe mode left on.
+
+    Args:
+        path: The file, written by `model.save`.
+
+    Returns:
+        The model, on the backend Keras is set to.
+
+    Raises:
+        MissingDependency: if keras, or the backend it is set to, is not installed.
+        WWMonitorError: if Keras cannot read the file, with its reason.
+    """
+    path = Path(path)
+    try:
+        import keras
+    except ImportError as error:
+        if error.name == "keras":
+            wanted = "needs keras; install `ww-monitor[keras]`"
+        else:
+            wanted = f"needs a backend of keras ({error}); set the environment variable KERAS_BACKEND=torch"
+        raise MissingDependency(f"walk_files: reading {path.name} {wanted}") from error
+    try:
+        return keras.saving.load_model(path, compile=False)
+    except Exception as error:  # what a damaged or refused file raises is as varied as what it holds
+        reason = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
+        raise WWMonitorError(
+            f"walk_files: expected a model written by `model.save` in {path}; Keras could not load it: {reason}"
+        ) from error
+
+
+def walk_keras(model: Any, *, split: Split | None = None) -> Iterator[Matrix | Skipped]:
+    """The weight matrices of a Keras model in layer order, and what was left out with the reason.
+
+    Matrices are (inputs, outputs), as Keras stores them. A convolution kernel `[*k, a, b]` gives prod(k) slices a × b;
+    a depthwise kernel has the depth multiplier for b. The kernels of a recurrent cell are cut into gates (LSTM i, f,
+    c, o; GRU z, r, h). An `EinsumDense` kernel is flattened to all its summed axes × all its new axes, so an
+    attention's query is D × H·K. A layer with LoRA gives the merged weight it computes with. Biases are not listed.
+
+    Args:
+        model: A Keras 3 model or layer; nested and subclassed models and wrapped layers come with it.
+        split: As for `ww_monitor.walk.torch.walk`, for the kernels of `Dense`.
+
+    Returns:
+        A `Matrix` for every weight, named by the layers around it, without the root and a plain `kernel` or
+        `embeddings`; a `Skipped` for every other variable of two or more dimensions, for quantized kernels and for
+        layers that are not built. Numbers are read, without a copy, when `Matrix.load` is called.
+
+    Raises:
+        InvalidArgument: if `split` is malformed.
+    """
+    check_split("walk_keras", split)
+    return _walk(model, split)
+
+
+def _walk(model: Any, split: Split | None) -> Iterator[Matrix | Skipped]:
+    taken: set[str] = set()
+    for item in chain(_known(model, split), _others(model)):
+        name = next(n for n in chain([item.name], (f"{item.name}#{i}" for i in count(2))) if n not in taken)
+        taken.add(name)
+        yield replace(item, name=name)
+
+
+# --- which variables of a layer are weights
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What layers of some classes hold.
+
+    Attributes:
+        classes: The classes.
+        kind: The kind of their matrices.
+        attributes: Where they have their weights.
+        gates: What a recurrent kernel is cut into along its columns, one letter a gate; `""` leaves it whole.
+    """
+
+    classes: tuple[type, ...]
+    kind: str
+    attributes: tuple[str, ...] = ("kernel",)
+    gates: str = ""
+
+
+def _layouts() -> tuple[_Layout, ...]:
+    from keras import layers as k
+
+    convolutions = (k.Conv1D, k.Conv2D, k.Conv3D, k.Conv1DTranspose, k.Conv2DTranspose, k.Conv3DTranspose)
+    return (
+        _Layout((k.Dense, k.EinsumDense), "dense"),
+        _Layout((k.Embedding,), "embedding", ("embeddings", "reverse_embeddings")),
+        _Layout((*convolutions, k.DepthwiseConv1D, k.DepthwiseConv2D), "conv"),
+        _Layout((k.SeparableConv1D, k.SeparableConv2D), "conv", ("depthwise_kernel", "pointwise_kernel")),
+        _Layout((k.LSTMCell,), "recurrent", ("kernel", "recurrent_kernel"), "ifco"),
+        _Layout((k.GRUCell,), "recurrent", ("kernel", "recurrent_kernel"), "zrh"),
+        _Layout((k.SimpleRNNCell,), "recurrent", ("kernel", "recurrent_kernel")),
+    )
+
+
+def _nested(layer: Any, path: str, seen: set[int]) -> Iterator[tuple[Any, str]]:
+    """A layer and all inside it, each once, with the names of the layers around it.
+
+    Not the paths of the variables: these depend on where a layer was built, and change when a model is loaded.
+    """
+    if id(layer) in seen:
+        return
+    seen.add(id(layer))
+    yield layer, path or layer.name
+    for inner in layer._flatten_layers(include_self=False, recursive=False):
+        yield from _nested(inner, f"{path}.{inner.name}".lstrip("."), seen)
+
+
+def _layers(model: Any) -> Iterator[tuple[Any, _Layout, str]]:
+    """Every layer of a known class, once, in the order of the model's weights; those that are not built come last."""
+    layouts = _layouts()
+    places = {id(variable): place for place, variable in enumerate(model.weights)}
+
+    def place(found: tuple[Any, str]) -> int:
+        return min((places[id(variable)] for variable in found[0].weights), default=len(places))
+
+    for layer, path in sorted(_nested(model, "", set()), key=place):
+        layout = next((layout for layout in layouts if isinstance(layer, layout.classes)), None)
+        if layout is not None:
+            yield layer, layout, path
+
+
+def _inside_attention(model: Any) -> dict[int, tuple[str, str]]:
+    """Kind and role of the projections of attention layers, by identity."""
+    from keras import layers as k
+
+    return {
+        id(inner): _OF_ATTENTION[inner.name]
+        for layer in model._flatten_layers()
+        if isinstance(layer, (k.MultiHeadAttention, k.GroupQueryAttention))
+        for inner in layer._flatten_layers(include_self=False)
+        if inner.name in _OF_ATTENTION
+    }
+
+
+# --- from layers to items
+
+
+def _known(model: Any, split: Split | None) -> Iterator[Matrix | Skipped]:
+    """The weights of the layers of known classes."""
+    attentions = _inside_attention(model)
+    seen: dict[int, str] = {}
+    for layer, layout, path in _layers(model):
+        kind, role = attentions.get(id(layer), (layout.kind, None))
+        variables = {variable.name: variable for variable in layer.weights}
+        mode = getattr(layer, "quantization_mode", None)
+        if layout.attributes[0] not in variables:
+            reason = f"quantized to {mode}" if layer.built else "not built: no weights before the first call"
+            yield Skipped(path, kind, (), reason)
+            continue
+        for attribute in layout.attributes:
+            variable = variables.get(attribute)
+            if variable is None:
+                continue
+            name, shape = _name(path, attribute, layout), tuple(variable.shape)
+            parts = _parts(layer, layout, name, shape, split)
+            reason = _defect(variable, mode, kind, parts) or tied_to(seen.get(id(variable)))
+            if reason:
+                yield Skipped(name, kind, shape, reason)
+                continue
+            seen[id(variable)] = name
+            role = infer_role(name, kind) if role is None else role
+            yield from (matrix(name, kind, part, shape, partial(_read, layer, attribute), role) for part in parts)
+
+
+def _others(model: Any) -> Iterator[Skipped]:
+    """The variables of two or more dimensions, but for biases, that belong to no layer of a known class."""
+    known = {id(variable) for layer, *_ in _layers(model) for variable in layer.weights}
+    for variable in model.weights:
+        if id(variable) not in known and len(variable.shape) > 1 and variable.name != "bias":
+            reason = "belongs to no layer of a class whose layout is known"
+            yield Skipped(variable.path.replace("/", "."), _OTHER, tuple(variable.shape), reason)
+
+
+def _name(path: str, attribute: str, layout: _Layout) -> str:
+    plain = attribute in _PLAIN and layout.kind != "recurrent"
+    return path if plain else f"{path}.{attribute}"
+
+
+def _defect(variable: Any, mode: str | None, kind: str, parts: Sequence[Part]) -> str:
+    """Why a variable has no spectrum, or `""`; a float8 layer keeps its kernel in floating point."""
+    if mode not in (None, "float8"):
+        return f"quantized to {mode}"
+    if not parts:
+        return "its equation does not make it a matrix from summed to new axes"
+    shape = variable.shape if kind == "conv" else parts[0].shape(variable.shape)[1:]
+    return unfit(getattr(torch, variable.dtype), shape, kind)
+
+
+# --- layouts
+
+
+def _parts(layer: Any, layout: _Layout, name: str, shape: Sequence[int], split: Split | None) -> Sequence[Part]:
+    """What a weight is cut into; nothing where it is no matrix."""
+    equation = getattr(layer, "equation", None)
+    if layout.kind == "conv":
+        return (Part("", _kernel),)
+    if layout.gates:
+        return blocks(layout.gates, (layer.units,) * len(layout.gates), axis=1)
+    if equation is not None:
+        rows = _summed_axes(equation)
+        return (Part("", partial(_flat, axes=rows)),) if rows else ()
+    return (split_parts(split, name, shape, 1) if layout.kind == "dense" else ()) or WHOLE
+
+
+def _kernel(tensor: Tensor) -> Tensor:
+    """`[*k, a, b]` → `[prod(k), a, b]`."""
+    return tensor.flatten(0, -3)
+
+
+def _flat(tensor: Tensor, axes: int) -> Tensor:
+    """The first `axes` axes × the others."""
+    return tensor.reshape(prod(tensor.shape[:axes]), prod(tensor.shape[axes:]))
+
+
+def _summed_axes(equation: str) -> int:
+    """How many leading axes of the kernel make one side of its matrix; 0 if the sides are mixed or an axis is neither.
+
+    >>> [_summed_axes(e) for e in ("abc,cde->abde", "abcd,cde->abe", "...x,xy->...y", "ebc,ecd->ebd", "abc,bc->abc")]
+    [1, 2, 1, 0, 0]
+    """
+    left, _, output = equation.replace(".", "").replace(" ", "").partition("->")
+    inputs, _, kernel = left.partition(",")
+    sides = "".join("b" if axis in inputs and axis in output else "i" if axis in inputs else "o" for axis in kernel)
+    first = sides.count(sides[0])
+    mixed = "b" in sides or first == len(sides) or len(set(sides[:first])) > 1
+    return 0 if mixed else first
+
+
+# --- numbers
+
+
+def _read(layer: Any, attribute: str) -> Tensor:
+    """The weight a layer computes with now: a variable's value, or the tensor that LoRA makes of it."""
+    weight = getattr(layer, attribute)
+    return _to_torch(getattr(weight, "value", weight))
+
+
+def _to_torch(value: Any) -> Tensor:
+    """A tensor of any backend as a torch tensor on the same memory."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if type(value).__module__.startswith("tensorflow"):
+        tensorflow: Any = sys.modules["tensorflow"]
+        value = tensorflow.experimental.dlpack.to_dlpack(tensorflow.convert_to_tensor(value))
+    tensor: Tensor = torch.utils.dlpack.from_dlpack(value)
+    return tensor
