@@ -274,3 +274,12 @@ def test_dead_rows_and_columns_make_no_spikes(rows, columns):
     assert layer.value("num_spikes") == 0
     assert layer.verdict == "random_like"
     assert layer.value("bulk_std") == pytest.approx(1.0, abs=0.02)
+
+
+def test_slices_too_narrow_for_a_bulk_are_not_called_random():
+    """A first convolution on grey images: 25 slices of 16 × 1."""
+    w = torch.randn(25, 16, 1, generator=torch.Generator().manual_seed(0))
+    layer = analyze_matrices([Matrix("stem", "conv", (25, 16, 1), lambda: w)], Options()).layers[0]
+    assert math.isnan(layer.value("num_spikes"))
+    assert layer.verdict != "random_like"
+    assert layer.value("alpha") > 1

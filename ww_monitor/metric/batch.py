@@ -28,6 +28,11 @@ exponential scale (Lilliefors 1969, JASA 64), since ln λ of a power-law tail is
 it lenient."""
 
 
+LEAST_BULK_SIDE = 5
+"""Shortest side for which the law of λmax is tested: Johnstone 2001 finds it good from about 5 on. The 16 × 1 slices of
+a first convolution on grey images have no bulk."""
+
+
 @dataclass(frozen=True)
 class Definitions:
     """Which definitions a batch follows; the fields mean what they do in `ww_monitor.analyze`."""
@@ -184,8 +189,11 @@ class Batch:
 
     @cached_property
     def bulk(self) -> Bulk:
-        """The random bulk, from the closed form; not known where half of the eigenvalues are only rounding."""
-        known = (self.rank >= self.eigenvalues.shape[1] / 2)[:, None]
+        """The random bulk, from the closed form.
+
+        Not known where half of the eigenvalues are only rounding, nor for slices narrower than `LEAST_BULK_SIDE`.
+        """
+        known = ((self.rank >= self.eigenvalues.shape[1] / 2) & (self.short_side >= LEAST_BULK_SIDE))[:, None]
         sides = torch.tensor([[self.long_side, self.short_side]], dtype=torch.float64)
         if self.live_sides is not None:
             sides = torch.where(torch.isnan(self.live_sides), sides, self.live_sides)
@@ -251,7 +259,7 @@ def verdicts(batch: Batch) -> list[str]:
         ("rank_deficient", batch.rank < n / 2),
         ("few_eigenvalues", (tail.num_fitted < SMALL_SAMPLE) | (tail.status == Status.FEW_EIGENVALUES)),
         ("degenerate", tail.status == Status.DEGENERATE),
-        ("random_like", batch.bulk.num_spikes == 0),
+        ("random_like", (batch.bulk.num_spikes == 0) & torch.isfinite(batch.bulk.variance)),
         ("poor_fit", tail.ks * tail.n_tail.sqrt() > POOR_FIT),
     ]
     rows = []
