@@ -154,7 +154,7 @@ def test_every_metric_says_what_it_is(preset):
         assert entry.definition.endswith(".")
         assert entry.unit
         assert entry.source
-        assert entry.needs in ("", "elements", "shuffled", "randomized")
+        assert entry.needs in ("", "elements", "shuffled", "vectors", "randomized")
 
 
 def test_choose_gives_the_standard_ones_all_or_those_named():

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from ww_monitor.errors import InvalidArgument, LayerError, check_choice, check_positive_int
@@ -30,6 +31,7 @@ from ww_monitor.spectra.eigenvalues import eigenvalues
 from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE, per_matrix
 from ww_monitor.spectra.status import Status
 from ww_monitor.spectra.traps import HEADROOM_TO_SHUFFLE, REPLICAS, Elements, elements, large_entries, shuffled
+from ww_monitor.spectra.vectors import vector_metrics
 from ww_monitor.spectra.windows import windows
 
 logger = logging.getLogger(__name__)
@@ -113,6 +115,7 @@ class _Measured:
     live_sides: tuple[float, float] = (NAN, NAN)
     window_eigenvalues: torch.Tensor | None = None
     randomized: weightwatcher.Randomized | None = None
+    vectors: np.ndarray | None = None
 
 
 @torch.no_grad()
@@ -216,6 +219,8 @@ def _measure(matrix: Matrix, options: Options) -> _Measured:
         measured = replace(measured, window_eigenvalues=(cut * matrix.eigenvalue_factor).cpu())
     if options.needs & {"elements", "shuffled"} and matrix.short_side >= LEAST_TRAP_SIDE:
         measured = _measure_traps(measured, weights, options)
+    if "vectors" in options.needs:
+        measured = replace(measured, vectors=vector_metrics(weights))
     if "randomized" in options.needs:
         draw = weightwatcher.randomize(weights, seed=options.seed)
         factor = matrix.eigenvalue_factor
@@ -301,6 +306,7 @@ def _layers(pairs: Sequence[tuple[Matrix, _Measured]], options: Options) -> list
         trap_severity=stacked("trap_severity"),
         trap_p_value=stacked("trap_p_value"),
         randomized=[one.randomized for one in measured],
+        vectors=[one.vectors for one in measured],
     )
     columns = {metric.name: metric.function(batch).tolist() for metric in options.chosen}
     status, verdict, phase = statuses(batch), verdicts(batch), phases(batch)

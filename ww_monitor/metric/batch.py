@@ -59,6 +59,7 @@ class Batch:
         window_eigenvalues: `[B, n']` ascending, of windows of one aspect ratio; `None` fits the whole matrices.
         trap_headroom, mean_shift, num_traps, trap_severity, trap_p_value: `[B]`, NaN where not measured.
         randomized: weightwatcher's shuffled spectra by row, under that preset.
+        vectors: `[3, R, M]` metrics of the singular vectors by row, where they are asked for.
     """
 
     slice_eigenvalues: torch.Tensor
@@ -74,6 +75,7 @@ class Batch:
     live_sides: torch.Tensor | None = None
     window_eigenvalues: torch.Tensor | None = None
     randomized: Sequence[weightwatcher.Randomized | None] = ()
+    vectors: Sequence[np.ndarray | None] = ()
 
     @property
     def slices(self) -> int:

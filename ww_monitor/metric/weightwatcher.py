@@ -12,6 +12,7 @@ from ww_monitor.metric.default import alpha_hat  # noqa: F401 - the shared colum
 from ww_monitor.metric.table import metric
 from ww_monitor.spectra import weightwatcher
 from ww_monitor.spectra.status import Status
+from ww_monitor.spectra.vectors import VECTOR_METRICS
 
 WW = "weightwatcher 0.7.7"
 
@@ -204,3 +205,34 @@ def erg_gap(batch: Batch) -> torch.Tensor:
 def truncation_rate(batch: Batch) -> torch.Tensor:
     """Lambda of the truncated power law."""
     return batch.per_row([float("nan") if fit is None else fit.rate for fit in batch.truncated])
+
+
+def _enter_vector_metrics() -> None:
+    """Mean and variance of each metric of the singular vectors, below xmin (bulk) and from xmin on (tail)."""
+    for index, kind in enumerate(VECTOR_METRICS):
+        for part in ("bulk", "tail"):
+            for name, moment in (("mean", np.mean), ("var", np.var)):
+
+                def over_part(
+                    batch: Batch,
+                    index: int = index,
+                    part: str = part,
+                    moment: Callable[[np.ndarray], np.floating] = moment,
+                ) -> torch.Tensor:
+                    return _vector_moment(batch, index, part, moment)
+
+                over_part.__doc__ = f"{name} of {kind} over the singular vectors of the {part}."
+                column = f"{part}_{name}_{kind}"
+                metric(default=False, weightwatcher=column, source=WW, needs="vectors", standard=False)(over_part)
+
+
+def _vector_moment(batch: Batch, index: int, part: str, moment: Callable[[np.ndarray], np.floating]) -> torch.Tensor:
+    values = []
+    rows = zip(batch.slice_eigenvalues.cpu().numpy(), batch.tail.xmin.tolist(), batch.vectors, strict=True)
+    for eigenvalues, xmin, vectors in rows:
+        inside = eigenvalues >= xmin if part == "tail" else eigenvalues < xmin
+        values.append(float(moment(vectors[index][inside])) if vectors is not None and inside.any() else float("nan"))
+    return batch.per_row(values)
+
+
+_enter_vector_metrics()
