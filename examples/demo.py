@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("demo_logs"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=15_000, help="of the pushed run, if nothing stopped it")
+    parser.add_argument("--steps", type=int, default=13_000, help="of the pushed run, if nothing stopped it")
     arguments = parser.parse_args()
     seed, steps, folder = arguments.seed, arguments.steps, arguments.folder / time.strftime("%Y%m%d-%H%M%S")
     start = time.perf_counter()
