@@ -1,6 +1,7 @@
 """What the tests share: the folder of reference values and data, and the peer tool in a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -14,6 +15,13 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def pytest_configure():
     torch.set_num_threads(1)
+    if find_spec("hypothesis") is not None:
+        from hypothesis import settings
+
+        # CI draws the same examples each time; elsewhere every run searches anew.
+        settings.register_profile("ci", derandomize=True, deadline=None)
+        if os.environ.get("CI"):
+            settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")
