@@ -16,7 +16,6 @@ CSN = "Clauset, Shalizi & Newman 2009, SIAM Review 51"
 HTSR = "Martin & Mahoney 2021, JMLR 22 (165)"
 PREDICTING = "Martin, Peng & Mahoney 2021, Nature Communications 12, 4122"
 SETOL = "Martin & Hinrichs 2025, arXiv 2507.17912"
-FARMS = "Hu et al. 2025, arXiv 2506.06280"
 
 
 @metric(weightwatcher="alpha", source=CSN, read="2–6: a trained layer; < 2: over-trained; large: little correlation")
@@ -316,15 +315,15 @@ _enter_comparisons()
 
 
 def _enter_null_band() -> None:
-    """5, 50 and 95 % points of alpha and ks, and the 95 % point of λmax, of a random matrix."""
-    for name, quantity in (("alpha", "alpha"), ("ks", "ks")):
+    """5, 50 and 95 % points of alpha and ks of a random matrix."""
+    for quantity in ("alpha", "ks"):
         for index, (end, share) in enumerate((("low", "5"), ("median", "50"), ("high", "95"))):
 
             def point(batch: Batch, quantity: str = quantity, index: int = index) -> torch.Tensor:
                 return torch.full_like(batch.tail.alpha, getattr(batch.null, quantity)[index])
 
-            point.__name__ = f"null_{name}_{end}"
-            point.__doc__ = f"{share} % point of {name} over Gaussian matrices of the same shape."
+            point.__name__ = f"null_{quantity}_{end}"
+            point.__doc__ = f"{share} % point of {quantity} over Gaussian matrices of the same shape."
             metric(
                 standard=False,
                 source="Dumitriu & Edelman 2002, J. Math. Phys. 43",
