@@ -1,6 +1,7 @@
 """Monitor: when it looks, what it tells whom, what it remembers, and what cannot break it."""
 
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -522,3 +523,12 @@ def test_a_stop_that_could_never_come_is_refused(options):
         Monitor(stop_on="traps", options=options)
     Monitor(stop_on="traps", options=dataclasses.replace(options, metrics=["num_traps"]))
     Monitor(stop_on="broken_layers", options=options)
+
+
+def test_the_rule_of_the_stop_is_applied_where_the_rules_leave_it_out_and_a_variant_of_it_is_kept():
+    """An option must not silently do nothing."""
+    assert Monitor(stop_on="traps", rules=[rules.over_trained]).rules == (rules.over_trained, rules.trap)
+    assert Monitor(stop_on="broken_layers", rules=[]).rules == (rules.broken_layer,)
+    assert Monitor(rules=[]).rules == ()
+    variant = functools.partial(rules.trap, at_least=2.0)
+    assert Monitor(stop_on="traps", rules=[variant]).rules == (variant,)

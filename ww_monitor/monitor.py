@@ -16,7 +16,7 @@ from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.errors import InvalidArgument, SpectralWarning, check_choice, check_positive_int
 from ww_monitor.matrices import Matrix, Select, Skipped
 from ww_monitor.record import Finding, History, Snapshot
-from ww_monitor.rules import STOP_ON, TRAINING_RULES, Rule, apply_rules, transitions
+from ww_monitor.rules import STOP_ON, TRAINING_RULES, Rule, apply_rules, transitions, with_stop_rule
 from ww_monitor.schedule import Schedule, never
 from ww_monitor.schedule import every_n_steps as schedule_every_n_steps
 from ww_monitor.sinks import Sink
@@ -45,7 +45,8 @@ class Monitor:
         every_n_epochs: Analyse at the end of every so many epochs.
         rules: What to look for; see `ww_monitor.rules`.
         sinks: Where snapshots go.
-        stop_on: `"traps"`, `"broken_layers"`, or `None`: what makes `stop_reason` non-empty.
+        stop_on: `"traps"`, `"broken_layers"`, or `None`: what makes `stop_reason` non-empty. Its rule is applied also
+            where `rules` leaves it out.
         patience: For how many consecutive snapshots it must hold in the same layer.
         select: Which matrices to analyse.
         options: How to analyse.
@@ -88,7 +89,7 @@ class Monitor:
         self.every_n_steps = every_n_steps
         self.every_n_epochs = every_n_epochs
         self.schedule: Schedule = never if every_n_steps is None else schedule_every_n_steps(every_n_steps)
-        self.rules = tuple(rules)
+        self.rules = with_stop_rule(rules, stop_on)
         self.sinks: list[Sink] = sinks
         self.stop_on = stop_on
         self.patience = patience

@@ -94,6 +94,13 @@ STOP_ON: Mapping[str, str] = {"traps": "trap", "broken_layers": "broken_layer"}
 """Choices of `stop_on`, and the rule whose persistence stops the run."""
 
 
+def with_stop_rule(rules: Sequence[Rule], stop_on: str | None) -> tuple[Rule, ...]:
+    """The rules, and the one whose persistence stops the run if it is not among them (as itself or as a variant)."""
+    names = {getattr(getattr(rule, "func", rule), "__name__", "") for rule in rules}
+    missing = [rule for rule in (trap, broken_layer) if stop_on and rule.__name__ == STOP_ON[stop_on]]
+    return (*rules, *(rule for rule in missing if rule.__name__ not in names))
+
+
 def apply_rules(rules: Sequence[Rule], history: History) -> list[Finding]:
     """Every finding that holds at the last snapshot."""
     return [finding for rule in rules for finding in rule(history)]
