@@ -27,8 +27,8 @@ LEVELS = (
 WITHOUT_OURS = {"errors": set(), "record": {"errors"}}
 """Modules that may import less than their level allows: records must be readable without an engine."""
 
-WALKERS = {"lightning": {"sources"}, "huggingface": {"sources"}, "keras": {"keras"}}
-"""The walkers of each callback."""
+WALKERS = {"_adapter": {"sources"}}
+"""Who of the callbacks knows a walker: what they share."""
 
 FRAMEWORKS = {
     "keras": {"callbacks.keras", "walk.keras"},
@@ -165,7 +165,8 @@ def test_every_module_says_what_it_is_and_has_a_telling_name(name):
         ("engine", "if TYPE_CHECKING:\n    from ww_monitor.monitor import Monitor", ["monitor"]),
         ("monitor", "import ww_monitor.callbacks.lightning", ["callbacks.lightning"]),
         ("monitor", "from ww_monitor.walk import torch", []),
-        ("callbacks.lightning", "from ww_monitor.walk.sources import walk_source", []),
+        ("callbacks._adapter", "from ww_monitor.walk.sources import walk_source", []),
+        ("callbacks.lightning", "from ww_monitor.walk.sources import walk_source", ["walk.sources"]),
         ("callbacks.lightning", "from ww_monitor.walk.roles import infer_role", ["walk.roles"]),
         ("spectra.traps", "from ww_monitor.spectra.status import Status", []),
         ("spectra.traps", "from ww_monitor.matrices import Matrix", ["matrices"]),

@@ -1,21 +1,204 @@
-"""What every callback does alike: the session of one training run around a Monitor."""
+"""What every callback does alike: its arguments, and the session of one training run around a Monitor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from ww_monitor.engine import Options
 from ww_monitor.matrices import Select
 from ww_monitor.monitor import Monitor
 from ww_monitor.record import Snapshot
+from ww_monitor.rules import TRAINING_RULES, Rule
 from ww_monitor.sinks import Sink
 from ww_monitor.sinks.console import Console, table
 from ww_monitor.sinks.jsonl import JsonLines
+from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE
+from ww_monitor.spectra.traps import REPLICAS
+from ww_monitor.walk.sources import WHOLE, Source, walk_source
 
 HISTORY_FILE = "ww_history.jsonl"
+
+
+class Adapter:
+    """The arguments of every callback, and what its hooks share. A callback derives from it and its framework's base.
+
+    Hooks call `_open` when a run begins, `_snapshot` when `monitor` says that one is due, and `_close` at the end.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        *,
+        stop_on: str | None = None,
+        patience: int = 3,
+        preset: str = "default",
+        metrics: Sequence[str] | str | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        min_size: int = 8,
+        max_size: int | None = None,
+        seed: int = 0,
+        replicas: int = REPLICAS,
+        significance: float = SIGNIFICANCE,
+        fit: str = "csn",
+        fit_k: int | None = None,
+        fix_fingers: str | None = None,
+        aspect_ratio: float | None = None,
+        split: Mapping[str, int | Sequence[int]] | None = None,
+        experts: Literal["separate", "pooled"] = "separate",
+        lora: Sequence[str] = ("base", "delta"),
+        track_delta: bool = False,
+        strict: bool = False,
+        rules: Sequence[Rule] = TRAINING_RULES,
+        sinks: Sequence[Sink] = (),
+        console: bool = True,
+        history: bool = True,
+    ) -> None:
+        """Check every argument now, not at the first step.
+
+        Args:
+            every_n_steps: Analyse when a multiple of this many optimizer steps is reached (100 if neither is given),
+                also before the first step and after the last.
+            every_n_epochs: Analyse at the end of every so many epochs.
+            stop_on: `"traps"` stops the run when a correlation trap persists, `"broken_layers"` when a layer is NaN.
+            patience: In how many consecutive snapshots.
+            preset: `"default"` or `"weightwatcher"`.
+            metrics: Names of metrics, `None` for the standard ones, or `"all"`.
+            include: Globs on layer names.
+            exclude: Globs on layer names.
+            min_size: Least number of eigenvalues of a layer.
+            max_size: Largest number of eigenvalues of a layer.
+            seed: Seed of the private generator that shuffles.
+            replicas: Shuffles a layer that may hold a trap.
+            significance: Probability of a false spike in a random layer, and of a false trap in one shuffle of it.
+            fit: `"csn"`, `"hill"` or `"truncated"`; this and the next three as in `ww_monitor.analyze`.
+            fit_k: Size of the Hill estimator's tail.
+            fix_fingers: `"clip_xmax"` or `None`.
+            aspect_ratio: Of the windows that the tail is fitted to, or `None`.
+            split: How to cut fused weights; this and the next two as in `ww_monitor.analyze`.
+            experts: `"separate"` or `"pooled"`.
+            lora: Which of `"base"`, `"delta"` and `"merged"`.
+            track_delta: Follow W − W₀ and the rotation of the leading subspaces (see `ww_monitor.Monitor`).
+            strict: Raise when a layer fails.
+            rules: What to look for (`ww_monitor.rules`).
+            sinks: Further sinks.
+            console: Print findings, a line at the start, and a table at the end.
+            history: Write the history file.
+
+        Raises:
+            InvalidArgument: naming the argument, its value and the choices.
+        """
+        super().__init__()
+        self.monitor = build_monitor(
+            every_n_steps=every_n_steps,
+            every_n_epochs=every_n_epochs,
+            stop_on=stop_on,
+            patience=patience,
+            preset=preset,
+            metrics=metrics,
+            include=include,
+            exclude=exclude,
+            min_size=min_size,
+            max_size=max_size,
+            seed=seed,
+            replicas=replicas,
+            significance=significance,
+            fit=fit,
+            fit_k=fit_k,
+            fix_fingers=fix_fingers,
+            aspect_ratio=aspect_ratio,
+            strict=strict,
+            rules=rules,
+            sinks=sinks,
+            track_delta=track_delta,
+        )
+        if split is None and preset == "weightwatcher":
+            split = WHOLE
+        self._walk = partial(walk_source, split=split, experts=experts, lora=lora)
+        self._walk(torch.nn.Module())  # a wrong choice is refused here
+        self._console = console
+        self._history = history
+        self._session: Session | None = None
+        self._history_name = ""
+        self._resumed = False
+
+    def _open(
+        self, *, step: int, folder: Path | None, print_line: Callable[[str], object] | None, main: bool = True
+    ) -> None:
+        """A run begins, or goes on, at optimizer step `step`.
+
+        Args:
+            step: Completed updates.
+            folder: Where the history file goes, if one is wanted.
+            print_line: Where console lines go, if they are wanted.
+            main: Whether this process writes files and lines.
+        """
+        monitor = self.monitor
+        if not self._resumed and monitor.last_step is not None and (step == 0 or step < monitor.last_step):
+            monitor.restart()
+            self._history_name = ""
+        if main:
+            self._session = Session(
+                monitor,
+                folder=folder if self._history else None,
+                print_line=print_line if self._console else None,
+                continues=self._history_name,
+            )
+            self._history_name = self._session.history_name
+
+    def _snapshot(self, model: Source, *, step: int, epoch: int | None) -> Snapshot | None:
+        """Analyse the model now."""
+        return self.monitor.observe(self._walk(model), step=step, epoch=epoch)
+
+    def _announce(self) -> None:
+        """The line at the start, once there is a snapshot."""
+        if self._session is not None and len(self.monitor.history):
+            self._session.announce(self.monitor.history.last)
+
+    def _say(self, line: str) -> None:
+        """A line on the console of the process that writes."""
+        if self._session is not None:
+            self._session.say(line)
+
+    def _show_table(self) -> None:
+        """The layers, first → last, on the console."""
+        if self._session is not None:
+            self._session.show_table()
+
+    def _close(self) -> None:
+        """The run is over, however it ended."""
+        self._resumed = False
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def _state(self) -> dict[str, Any]:
+        """Plain Python values that `_load_state` continues from, in a run that a checkpoint resumes."""
+        return {**self.monitor.state_dict(), "history_file": self._history_name}
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        with self.monitor.guard("resume", always=True):
+            self.monitor.load_state_dict(state)
+            self._history_name = state["history_file"]
+            self._resumed = True
+
+    @property
+    def _settings(self) -> str:
+        """What is looked at and how often, as text: equal for monitors that do the same."""
+        settings = [f"every={self.monitor.cadence!r}"]
+        for part in (self.monitor.options, self.monitor.select):
+            for field in fields(part):
+                value = getattr(part, field.name)
+                if value != field.default and field.name != "strict":
+                    settings.append(f"{field.name}={value!r}")
+        return ", ".join(settings)
 
 
 def build_monitor(**arguments: Any) -> Monitor:
