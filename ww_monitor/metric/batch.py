@@ -60,6 +60,7 @@ class Batch:
         trap_headroom, mean_shift, num_traps, trap_severity, trap_p_value: `[B]`, NaN where not measured.
         randomized: weightwatcher's shuffled spectra by row, under that preset.
         vectors: `[3, R, M]` metrics of the singular vectors by row, where they are asked for.
+        fitted: The power-law fits, where a device has made them already.
     """
 
     slice_eigenvalues: torch.Tensor
@@ -76,6 +77,7 @@ class Batch:
     window_eigenvalues: torch.Tensor | None = None
     randomized: Sequence[weightwatcher.Randomized | None] = ()
     vectors: Sequence[np.ndarray | None] = ()
+    fitted: TailFit | None = None
 
     @property
     def slices(self) -> int:
@@ -134,6 +136,8 @@ class Batch:
     @cached_property
     def power_law(self) -> TailFit:
         """The power-law fit, also where a truncated law is asked for: it chooses the xmin."""
+        if self.fitted is not None:
+            return self.fitted
         if self.definitions.fit == "hill":
             return fit_hill(self.fitted_eigenvalues, k=self.definitions.fit_k, floor=self.floor)
         if self.fingers is not None:
@@ -177,9 +181,12 @@ class Batch:
         values = []
         for b, (tail, _) in enumerate(self._tails):
             row = self.fitted_eigenvalues[b]
-            fit = replace(self.power_law, **{name: getattr(self.power_law, name)[b : b + 1] for name in _TAIL_FIELDS})
             known = row[row > self.floor[b]].cpu()
-            values.append(goodness_of_fit(known, fit, seed=self.definitions.seed) if len(tail) > 2 else float("nan"))
+            values.append(
+                goodness_of_fit(known, self.power_law.row(b), seed=self.definitions.seed)
+                if len(tail) > 2
+                else float("nan")
+            )
         return self.per_row(values)
 
     @property
@@ -233,9 +240,6 @@ class Batch:
     def per_row(self, values: Sequence[float]) -> torch.Tensor:
         """`[B]` from one number a row."""
         return torch.tensor(values, dtype=torch.float64, device=self.eigenvalues.device)
-
-
-_TAIL_FIELDS = ("alpha", "xmin", "ks", "sigma", "n_tail", "num_fitted", "status")
 
 
 def statuses(batch: Batch) -> list[str]:

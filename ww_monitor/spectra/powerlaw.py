@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -37,6 +38,15 @@ class TailFit:
     n_tail: torch.Tensor
     num_fitted: torch.Tensor
     status: torch.Tensor
+
+    def row(self, b: int) -> TailFit:
+        """The fit of spectrum b alone, fields `[1]`."""
+        return TailFit(*(getattr(self, field.name)[b : b + 1] for field in fields(self)))
+
+    @classmethod
+    def join(cls, fits: Sequence[TailFit]) -> TailFit:
+        """Several fits as one batch."""
+        return cls(*(torch.cat([getattr(fit, field.name) for fit in fits]) for field in fields(cls)))
 
 
 def fit_tail(eigenvalues: torch.Tensor, *, floor: torch.Tensor | float = 0.0, allow_short: bool = False) -> TailFit:

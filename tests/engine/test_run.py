@@ -7,13 +7,16 @@ import weakref
 import pytest
 import torch
 
-from ww_monitor.engine import LEAST_TRAP_SIDE, Options, analyze_matrices
+from ww_monitor.engine import Options, analyze_matrices, run, threads
+from ww_monitor.engine.measure import LEAST_TRAP_SIDE
 from ww_monitor.errors import LayerError
 from ww_monitor.matrices import Matrix, Skipped
 from ww_monitor.metric import TABLE
 from ww_monitor.record import SkippedLayer
 from ww_monitor.spectra import eigenvalues as eigenvalues_module
 from ww_monitor.spectra.traps import shuffled
+
+NAN = float("nan")
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -39,6 +42,16 @@ def comparable(layer):
 KEEP = Options(keep_eigenvalues=True)
 
 
+@pytest.fixture
+def one_thread(monkeypatch):
+    monkeypatch.setattr(threads, "thread_budget", lambda: 1)
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    monkeypatch.setattr(threads, "thread_budget", lambda: 2)
+
+
 def test_layers_come_in_model_order_whatever_the_order_of_work():
     loaded = []
 
@@ -57,21 +70,68 @@ def test_layers_come_in_model_order_whatever_the_order_of_work():
     assert snapshot.seconds > 0
 
 
-def test_one_matrix_is_in_memory_at_a_time():
-    alive, most = weakref.WeakSet(), []
+@pytest.fixture
+def loads():
+    """A maker of matrices that are loaded late, and for each load the number of others in memory."""
+    alive, others = weakref.WeakSet(), []
 
-    def lazily(name, seed):
+    def lazily(name, shape=(40, 30)):
         def load():
             gc.collect()
-            most.append(len(alive))
-            weights = normal(1, 40, 30, seed=seed)
+            others.append(len(alive))
+            weights = normal(1, *shape, seed=len(others))
             alive.add(weights)
             return weights
 
-        return Matrix(name, "dense", (1, 40, 30), load)
+        return Matrix(name, "dense", (1, *shape), load)
 
-    analyze_matrices([lazily(str(k), k) for k in range(4)], Options(metrics="all"))
-    assert most == [0, 0, 0, 0]
+    return lazily, others
+
+
+def test_one_matrix_is_in_memory_at_a_time(loads, monkeypatch, one_thread):
+    lazily, others = loads
+    monkeypatch.setattr(run, "TOGETHER", 40 * 30)
+    analyze_matrices([lazily(str(k)) for k in range(4)], Options(metrics="all"))
+    assert others == [0, 0, 0, 0]
+
+
+def test_small_matrices_are_in_memory_together_up_to_a_limit(loads, monkeypatch, one_thread):
+    lazily, others = loads
+    monkeypatch.setattr(run, "TOGETHER", 2 * 40 * 30)
+    analyze_matrices([lazily(str(k)) for k in range(5)], Options())
+    assert others == [0, 1, 0, 1, 0]
+
+
+def test_threads_hold_one_matrix_each_and_the_next(loads, monkeypatch, two_threads):
+    lazily, others = loads
+    monkeypatch.setattr(run, "TOGETHER", 1)
+    analyze_matrices([lazily(str(k), shape=(120, 100)) for k in range(12)], Options())
+    assert max(others) <= 2
+
+
+def test_what_does_not_fit_beside_another_waits(loads, monkeypatch, two_threads):
+    lazily, others = loads
+    monkeypatch.setattr(run, "TOGETHER", 1)
+    monkeypatch.setattr(run, "HOST_MEMORY", 1)
+    analyze_matrices([lazily(str(k), shape=(120, 100)) for k in range(12)], Options())
+    assert max(others) <= 1
+
+
+def test_any_number_of_threads_gives_the_same_snapshot(monkeypatch):
+    items = [matrix(f"{k}", normal(60 + k, 40, seed=k)) for k in range(9)] + [broken("bad", OSError("gone"))]
+    found = []
+    for count in (1, 3):
+        monkeypatch.setattr(threads, "thread_budget", lambda count=count: count)
+        found.append(analyze_matrices(items, KEEP))
+    alone, together = ([comparable(layer) for layer in snapshot.layers] for snapshot in found)
+    assert together == alone
+    assert [layer.status for layer in found[1].layers][-1] == "error: OSError: gone"
+
+
+def test_strict_raises_from_a_thread_too(two_threads):
+    items = [matrix(str(k), normal(60, 40, seed=k)) for k in range(4)] + [matrix("bad", torch.full((50, 30), NAN))]
+    with pytest.raises(LayerError, match="layer 'bad': expected finite weights"):
+        analyze_matrices(items, Options(strict=True))
 
 
 def test_a_layer_has_the_same_numbers_alone_as_in_a_group():
@@ -126,7 +186,7 @@ def test_strict_raises_with_layer_and_step(step, where):
 
 
 def test_strict_names_a_solver_that_fails(monkeypatch):
-    monkeypatch.setattr(eigenvalues_module, "_eigvalsh_on_host", lambda gram: torch.ones(len(gram)).double())
+    monkeypatch.setattr(eigenvalues_module, "_lapack", lambda gram, library: torch.ones(gram.shape[:2]).double())
     with pytest.raises(LayerError, match="layer 'fc': expected a spectrum with the moments of the weights, got solver"):
         analyze_matrices([matrix("fc", normal(20, 10))], Options(strict=True))
     layer = analyze_matrices([matrix("fc", normal(20, 10))], Options())["fc"]
@@ -222,7 +282,7 @@ def test_the_slices_of_a_kernel_share_the_level_of_the_layer(monkeypatch):
         received.append(options["significance"])
         return shuffled(matrices, stats, **options)
 
-    monkeypatch.setattr("ww_monitor.engine.shuffled", recording)
+    monkeypatch.setattr("ww_monitor.engine.measure.shuffled", recording)
     kernel = normal(9, 32, 24)
     kernel[6, 5, 4] = 15.0
     analyze_matrices([matrix("k", kernel)], Options(significance=0.01))
@@ -234,13 +294,13 @@ def test_measurements_that_no_metric_needs_are_not_made(monkeypatch):
         raise AssertionError("not needed")
 
     for name in ("elements", "shuffled"):
-        monkeypatch.setattr(f"ww_monitor.engine.{name}", unwanted)
-    monkeypatch.setattr("ww_monitor.engine.weightwatcher.randomize", unwanted)
+        monkeypatch.setattr(f"ww_monitor.engine.measure.{name}", unwanted)
+    monkeypatch.setattr("ww_monitor.engine.measure.weightwatcher.randomize", unwanted)
     weights = normal(40, 30)
     weights[3, 4] = 50.0
     assert analyze_matrices([matrix("fc", weights)], Options(metrics=["alpha"], strict=True))["fc"].status == "ok"
     monkeypatch.undo()
-    monkeypatch.setattr("ww_monitor.engine.shuffled", unwanted)
+    monkeypatch.setattr("ww_monitor.engine.measure.shuffled", unwanted)
     layer = analyze_matrices([matrix("fc", weights)], Options(metrics=["trap_headroom"], strict=True))["fc"]
     assert layer.value("trap_headroom") > 1
 

@@ -1,0 +1,112 @@
+"""Workers have one thread each, and nobody else notices."""
+
+import threading
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from threadpoolctl import threadpool_info
+
+from ww_monitor.engine import threads
+from ww_monitor.engine.threads import Workers, hold_to_one_thread, thread_budget, workers
+
+
+@pytest.fixture
+def four_threads():
+    """torch's count for this test, given back after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def blas_threads():
+    return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+
+def in_a_thread(function):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_the_budget_is_torchs_count_and_no_more_than_the_cores(four_threads, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64), raising=False)
+    assert thread_budget() == 4
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(3), raising=False)
+    assert thread_budget() == 3
+
+
+@pytest.mark.parametrize(("budget", "tasks", "count", "blas"), [(4, 9, 4, 1), (4, 2, 2, 2), (4, 1, 1, 4), (1, 5, 1, 1)])
+def test_fewer_tasks_than_threads_leave_them_to_blas(monkeypatch, budget, tasks, count, blas):
+    monkeypatch.setattr(threads, "thread_budget", lambda: budget)
+    before = blas_threads()
+    with workers(tasks, memory=1) as pool:
+        assert pool.count == count
+        assert blas_threads() == {blas}
+    assert blas_threads() == before
+
+
+def test_thread_counts_are_given_back_after_an_error(monkeypatch):
+    monkeypatch.setattr(threads, "thread_budget", lambda: 2)
+    before, ours = blas_threads(), torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt), workers(3, memory=1):
+        raise KeyboardInterrupt
+    assert (blas_threads(), torch.get_num_threads()) == (before, ours)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ww_monitor")]
+
+
+def test_a_held_thread_has_one_torch_thread_and_no_other_thread_notices(four_threads):
+    def held():
+        hold_to_one_thread()
+        return torch.get_num_threads(), in_a_thread(torch.get_num_threads)
+
+    assert in_a_thread(held) == (1, 4)
+    assert torch.get_num_threads() == 4
+    assert in_a_thread(torch.get_num_threads) == 4
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_results_come_back_and_errors_with_them(count):
+    pool = Workers(count, memory=10)
+    futures = [pool.submit(partial(divmod, 7, k), needs=3) for k in (0, 2)]
+    with pytest.raises(ZeroDivisionError):
+        futures[0].result()
+    assert futures[1].result() == (3, 1)
+    pool.close()
+
+
+@pytest.mark.parametrize(("memory", "together"), [(10, 1), (25, 2), (100, 3)])
+def test_tasks_under_way_share_the_memory(memory, together):
+    running, most, lock = [0], [0], threading.Lock()
+
+    def task():
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.02)
+        with lock:
+            running[0] -= 1
+
+    pool = Workers(3, memory=memory)
+    for future in [pool.submit(task, needs=12) for _ in range(9)]:
+        future.result()
+    pool.close()
+    assert most[0] == together
+
+
+def test_numpys_solver_lets_other_threads_run_meanwhile():
+    """The premise of the workers: nothing in them holds the interpreter for long."""
+    gram = np.eye(700) + 1.0
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (np.linalg.eigvalsh(gram), done.set()))
+    ticks = 0
+    thread.start()
+    while not done.is_set():
+        ticks += 1
+    thread.join()
+    assert ticks > 100

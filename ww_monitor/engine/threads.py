@@ -1,0 +1,115 @@
+"""Workers with one BLAS thread each: layers in parallel beat parallel BLAS on the matrices of a network."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from threadpoolctl import ThreadpoolController
+
+Result = TypeVar("Result")
+
+
+def thread_budget() -> int:
+    """How many threads the user lets torch have, at most one a core that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(torch.get_num_threads(), cores))
+
+
+class Workers:
+    """Runs tasks on threads, or in the caller's where there is one worker; holds at most so many bytes at a time.
+
+    Args:
+        count: Number of threads.
+        memory: Bytes of workspace that the tasks under way may need together; a task that needs more runs alone.
+    """
+
+    def __init__(self, count: int, *, memory: int) -> None:
+        self.count = count
+        self.memory = memory
+        self._executor = ThreadPoolExecutor(count, "ww_monitor", initializer=hold_to_one_thread) if count > 1 else None
+        self._in_use = 0
+        self._running = 0
+        self._freed = threading.Condition()
+
+    def submit(self, task: Callable[[], Result], *, needs: int) -> Future[Result]:
+        """Start a task that needs so many bytes; waits while a thread or the memory is not free."""
+        if self._executor is None:
+            future: Future[Result] = Future()
+            try:
+                future.set_result(task())
+            except BaseException as error:
+                if not isinstance(error, Exception):
+                    raise
+                future.set_exception(error)
+            return future
+        with self._freed:
+            self._freed.wait_for(lambda: self._running < self.count and self._fits(needs))
+            self._running += 1
+            self._in_use += needs
+        future = self._executor.submit(task)
+        future.add_done_callback(lambda _: self._release(needs))
+        return future
+
+    def _fits(self, needs: int) -> bool:
+        return self._running == 0 or self._in_use + needs <= self.memory
+
+    def _release(self, needs: int) -> None:
+        with self._freed:
+            self._running -= 1
+            self._in_use -= needs
+            self._freed.notify_all()
+
+    def close(self) -> None:
+        """Wait for the threads; what has not begun is given up."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def workers(tasks: int, *, memory: int) -> Iterator[Workers]:
+    """As many workers as threads are allowed and tasks there are, each with its share of BLAS threads.
+
+    BLAS libraries get their thread counts back afterwards; torch's own count is not touched.
+    """
+    budget = thread_budget()
+    pool = Workers(max(1, min(budget, tasks)), memory=memory)
+    try:
+        with controller().limit(limits=max(1, budget // pool.count), user_api="blas"):
+            yield pool
+    finally:
+        pool.close()
+
+
+@lru_cache(maxsize=1)
+def controller() -> ThreadpoolController:
+    """The thread pools of the libraries that are loaded; torch, numpy and scipy are by now."""
+    return ThreadpoolController()
+
+
+def hold_to_one_thread() -> None:
+    """Give the calling thread one OpenMP and one MKL thread, which no other thread notices."""
+    torch.get_num_threads()  # makes torch set up its count for this thread, so that it does not do so later
+    controller().select(user_api="openmp").limit(limits=1)
+    set_mkl_threads = _mkl_set_num_threads_local()
+    if set_mkl_threads is not None:
+        set_mkl_threads(1)
+
+
+@lru_cache(maxsize=1)
+def _mkl_set_num_threads_local() -> Callable[[int], Any] | None:
+    """MKL's count for the calling thread, where torch is linked with it."""
+    for library in Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"):
+        function = getattr(ctypes.CDLL(str(library)), "MKL_Set_Num_Threads_Local", None)
+        if function is not None:
+            function.argtypes, function.restype = [ctypes.c_int], ctypes.c_int
+            return function  # type: ignore[no-any-return]
+    return None

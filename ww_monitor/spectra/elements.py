@@ -1,0 +1,142 @@
+"""The element histogram of a matrix: how near its largest entry is to making an outlier of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+_TRIM_ROUNDS = 50
+
+
+@dataclass(frozen=True)
+class Elements:
+    """The element histogram of B matrices in four numbers, each field `[B]` float64.
+
+    Attributes:
+        mean: Mean of the bulk: of the entries within `std · (NM)^¼` of it.
+        std: Standard deviation of the same entries.
+        headroom: max|w − mean| / (std (NM)^¼); 1 = a trap is expected. NaN for a constant matrix.
+        mean_shift: |mean| (NM)^¼ / std; 1 = the mean is an outlier of its own. NaN for a constant matrix.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    headroom: torch.Tensor
+    mean_shift: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What one pass over the entries of B matrices leaves, each field `[B]` float64 on their device.
+
+    Attributes:
+        total: Σ w.
+        squares: Σ w².
+        low: Smallest entry.
+        high: Largest entry.
+    """
+
+    total: torch.Tensor
+    squares: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LargeEntries:
+    """The K largest entries above the threshold, largest first.
+
+    Attributes:
+        index: `[K, 3]` slice, row and column, as stored.
+        value: `[K]` the weights.
+        headroom: `[K]` |w − mean| / (std (NM)^¼), each above 1.
+    """
+
+    index: torch.Tensor
+    value: torch.Tensor
+    headroom: torch.Tensor
+
+
+def moments(matrices: torch.Tensor, *, squares: torch.Tensor | None = None) -> Moments:
+    """Σ w, Σ w², min w, max w of each matrix; sums in float64, no device is waited for.
+
+    Args:
+        matrices: `[B, N, M]` of any floating dtype.
+        squares: `[B]` Σ w² where it is known.
+    """
+    flat = matrices.flatten(1)
+    if squares is None:
+        squares = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square()
+    if flat.device.type == "cpu" and flat.dtype == torch.float32:  # numpy's mixed sum takes half the time of torch's
+        total = torch.from_numpy(flat.numpy().sum(1, dtype=np.float64))
+    else:
+        total = flat.sum(1, dtype=torch.float64)
+    return Moments(total, squares, flat.amin(1).double(), flat.amax(1).double())
+
+
+def elements(matrices: torch.Tensor, *, known: Moments | None = None) -> Elements:
+    """Headroom = max|w − mean| / (σ (NM)^¼), mean_shift = |mean| (NM)^¼ / σ, with σ trimmed of entries above σ(NM)^¼.
+
+    Mean and σ are those of the entries that are not trimmed; this repeats until as many are kept as before. Without it
+    a few large entries would hide in the variance that they inflate and drag the mean. O(NM), no eigensolve; only
+    matrices with something to trim are read a second time.
+
+    Args:
+        matrices: `[B, N, M]`, finite, any floating dtype.
+        known: Their moments on the host, where they have been taken.
+
+    Returns:
+        Fields on the host.
+
+    >>> w = torch.randn(100, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> w[3, 7] = 12.0
+    >>> round(elements(w[None]).headroom.item(), 2)       # 12 / 5000^¼ = 1.43
+    1.42
+    """
+    found = known or moments(matrices)
+    count = matrices[0].numel()
+    mean = found.total.cpu() / count
+    low, high = found.low.cpu(), found.high.cpu()
+    largest = torch.maximum(high - mean, mean - low)
+    std = (found.squares.cpu() / count - mean.square()).clamp(min=0).sqrt()
+    reach = count**0.25
+    needs_care = ((largest > std * reach) | (std < 1e-3 * mean.abs())) & torch.isfinite(largest)
+    for b in torch.nonzero(needs_care).flatten().tolist():
+        entries = matrices[b].flatten().double()
+        mean[b], std[b] = _trimmed(entries, reach)
+        largest[b] = torch.maximum(high[b] - mean[b], mean[b] - low[b])
+    std = torch.where(std > 1e-12 * mean.abs(), std, float("nan"))
+    return Elements(mean=mean, std=std, headroom=largest / (std * reach), mean_shift=mean.abs() * reach / std)
+
+
+def _trimmed(entries: torch.Tensor, reach: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the entries within `reach` standard deviations of the mean, iterated."""
+    kept = entries
+    for _ in range(_TRIM_ROUNDS):
+        mean, std = kept.mean(), kept.std(correction=0)
+        inside = entries[(entries - mean).abs() <= std * reach]
+        if len(inside) == len(kept):
+            break
+        kept = inside
+    return mean, std
+
+
+def large_entries(matrices: torch.Tensor, stats: Elements, *, limit: int = 8) -> LargeEntries:
+    """{(s, i, j): |w_sij − mean_s| > σ_s (NM)^¼}, the addresses of the traps.
+
+    Args:
+        matrices: `[slices, N, M]` of one layer.
+        stats: Its `elements`, one row a slice.
+        limit: At most this many entries.
+    """
+    reach = (matrices.shape[1] * matrices.shape[2]) ** 0.25
+    mean, std = (field.to(matrices.device)[:, None, None] for field in (stats.mean, stats.std))
+    ratio = (matrices.double() - mean).abs() / (std * reach)
+    top = torch.nan_to_num(ratio, nan=0.0).flatten().topk(min(limit, ratio.numel()))
+    above = top.values > 1.0
+    where = top.indices[above]
+    plane, rest = where // matrices[0].numel(), where % matrices[0].numel()
+    index = torch.stack([plane, rest // matrices.shape[2], rest % matrices.shape[2]], 1)
+    return LargeEntries(index, matrices.flatten()[where], top.values[above])
