@@ -1,6 +1,7 @@
 """Large entries are traps and are found at their address; a shifted mean, noise and heavy tails are not."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from random_matrices import SHAPES, normal, outlier, wishart_eigenvalues
 import ww_monitor
 from ww_monitor.spectra import traps
 from ww_monitor.spectra.eigenvalues import Eigenvalues
+from ww_monitor.spectra.elements import Elements, elements, large_entries
 from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE, johnstone, tracy_widom_quantile, tracy_widom_sf
-from ww_monitor.spectra.traps import HEADROOM_TO_SHUFFLE, Elements, elements, large_entries, permutation, shuffled
+from ww_monitor.spectra.traps import HEADROOM_TO_SHUFFLE, permutation, shuffled
 
 
 def slow_elements(matrix):
@@ -28,7 +30,7 @@ def slow_elements(matrix):
         if len(inside) == len(kept):
             break
         kept = inside
-    if std == 0.0:  # nothing but one value is left: there is no bulk to compare with
+    if std <= 1e-12 * abs(mean):  # but for rounding, nothing but one value is left: there is no bulk to compare with
         return mean, math.nan, math.nan, math.nan
     return mean, std, max(abs(w - mean) for w in entries) / (std * reach), abs(mean) * reach / std
 
@@ -187,6 +189,7 @@ def test_nor_of_a_large_one(monkeypatch, rows, columns):
         total = matrices.double().square().sum((1, 2))
         return Eigenvalues(spectrum * (total / spectrum.sum(1))[:, None], total, torch.zeros(1, dtype=torch.int64))
 
+    monkeypatch.setattr(traps, "LEAST_LANCZOS_SIDE", math.inf)
     monkeypatch.setattr(traps, "eigenvalues", modelled)
     monkeypatch.setattr(traps, "permutation", lambda size, **_: torch.arange(size))
     matrix = normal(1, rows, columns, seed=rows, dtype=torch.float32)
@@ -266,6 +269,88 @@ def test_the_same_seed_gives_the_same_result_and_touches_no_global_stream():
     assert not torch.equal(first, other)
     assert first.shape == (2, traps.REPLICAS)
     assert len(set(first[0].tolist())) == traps.REPLICAS
+
+
+CASES = {
+    "Gaussian": ((300, 300), lambda w, _: w),
+    "one below": ((300, 300), lambda w, reach: planted(w, [0.9 * reach])),
+    "one": ((300, 300), lambda w, reach: planted(w, [1.3 * reach])),
+    "five alike": ((600, 260), lambda w, reach: planted(w, [1.6 * reach] * 5)),
+    "three, wide": ((260, 600), lambda w, reach: planted(w, [3 * reach, -4 * reach, 100 * reach])),
+    "shifted": ((300, 300), lambda w, reach: planted(w, [2 * reach]) + 3.0),
+    "nearly constant": ((300, 300), lambda w, _: 1e4 + w),
+    "small": ((40, 30), lambda w, reach: planted(w, [2 * reach])),
+    "tiny elements": ((300, 300), lambda w, reach: planted(w, [2 * reach]) * 1e-25),
+    **{f"t{k}": ((400, 300), lambda w, _, k=k: student(w.shape, k)) for k in (2, 3, 4, 5)},
+}
+
+
+def planted(matrix, values):
+    """The matrix with these values at places of their own."""
+    matrix = matrix.clone()
+    for k, value in enumerate(values):
+        matrix[..., 7 * k + 3, 5 * k + 2] = value
+    return matrix
+
+
+def student(shape, degrees):
+    return torch.from_numpy(np.random.default_rng(degrees).standard_t(degrees, tuple(shape)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "change"), CASES.values(), ids=CASES)
+def test_the_short_way_equals_the_full_spectrum(monkeypatch, shape, change, dtype):
+    matrices = change(normal(2, *shape, seed=3), (shape[0] * shape[1]) ** 0.25).expand(2, *shape).to(dtype)
+    stats = elements(matrices)
+    kept = matrices.clone()
+    result = shuffled(matrices, stats, seed=4, replicas=2)
+    assert torch.equal(matrices, kept)
+    monkeypatch.setattr(traps, "LEAST_LANCZOS_SIDE", math.inf)
+    expected = shuffled(matrices, stats, seed=4, replicas=2)
+    assert torch.equal(result.num_traps, expected.num_traps)
+    torch.testing.assert_close(result.severity, expected.severity, rtol=1e-9, atol=0, equal_nan=True)
+    torch.testing.assert_close(result.p_value, expected.p_value, rtol=1e-6, atol=1e-140, equal_nan=True)
+
+
+def test_planted_entries_take_no_full_spectrum(monkeypatch):
+    """Also those of a mean that is subtracted, of wide matrices and of equal entries."""
+    monkeypatch.setattr(traps, "eigenvalues", None)
+    for name in ("Gaussian", "one below", "five alike", "three, wide", "shifted"):
+        shape, change = CASES[name]
+        matrices = change(normal(1, *shape, seed=3), (shape[0] * shape[1]) ** 0.25)
+        assert shuffled(matrices, elements(matrices), seed=4, replicas=2).severity.isfinite().all()
+
+
+def test_threads_share_permutations_and_get_what_one_thread_gets(monkeypatch):
+    monkeypatch.setattr(traps, "_CACHE", traps._Cache())
+    batches = [planted(normal(1, 300, 260, seed=seed), [60.0]) for seed in range(4)] * 2
+
+    def severity(matrices):
+        return shuffled(matrices, elements(matrices), seed=4).severity
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(severity, batches))
+    assert all(map(torch.equal, together, map(severity, batches)))
+    assert traps._CACHE.nbytes == traps.REPLICAS * 4 * 300 * 260
+
+
+def test_kept_permutations_stay_within_their_memory(monkeypatch):
+    monkeypatch.setattr(traps, "_CACHE", traps._Cache())
+    monkeypatch.setattr(traps, "CACHED_BYTES", 4_000)
+    first = permutation(300, seed=0, replica=0)
+    for replica in range(1, 10):
+        permutation(300, seed=0, replica=replica)
+        assert permutation(300, seed=0, replica=0) is first, "the one used last is kept"
+        assert traps._CACHE.nbytes <= 4_000
+    large = permutation(2_000, seed=0, replica=0)
+    assert permutation(2_000, seed=0, replica=0) is not large
+    assert permutation(300, seed=0, replica=0) is first
+
+
+def test_a_permutation_is_what_torch_draws_and_costs_four_bytes_an_element():
+    expected = torch.randperm(1_000, generator=torch.Generator().manual_seed(3 * 1_000_003 + 2))
+    assert permutation(1_000, seed=3, replica=2).tolist() == expected.tolist()
+    assert permutation(1_000, seed=3, replica=2).dtype == torch.int32
 
 
 def test_a_permutation_depends_on_seed_and_replica_only():

@@ -8,11 +8,15 @@ function below works on the de-meaned matrix and reports the mean apart.
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
 
 from ww_monitor.spectra.eigenvalues import eigenvalues
+from ww_monitor.spectra.elements import Elements
+from ww_monitor.spectra.lanczos import outliers
 from ww_monitor.spectra.marchenko_pastur import (
     SIGNIFICANCE,
     johnstone,
@@ -32,24 +36,12 @@ freedom clipped at 0.79 has an outlier in a quarter of the shuffles."""
 REPLICAS = 3
 """Shuffles of a matrix that is not skipped. Our choice: enough to see whether a trap depends on the shuffle."""
 
-_TRIM_ROUNDS = 50
+LEAST_LANCZOS_SIDE = 256
+"""Short side from which Lanczos' iteration beats the whole spectrum on the host, measured in CPU seconds."""
 
-
-@dataclass(frozen=True)
-class Elements:
-    """The element histogram of B matrices in four numbers, each field `[B]` float64.
-
-    Attributes:
-        mean: Mean of the bulk: of the entries within `std · (NM)^¼` of it.
-        std: Standard deviation of the same entries.
-        headroom: max|w − mean| / (std (NM)^¼); 1 = a trap is expected. NaN for a constant matrix.
-        mean_shift: |mean| (NM)^¼ / std; 1 = the mean is an outlier of its own. NaN for a constant matrix.
-    """
-
-    mean: torch.Tensor
-    std: torch.Tensor
-    headroom: torch.Tensor
-    mean_shift: torch.Tensor
+CACHED_BYTES = 256 << 20
+"""Memory for permutations that are kept: three of 4096 × 4096. Drawing one takes longer than the iteration that it
+serves, so a matrix looked at again and again should find its own. Our choice."""
 
 
 @dataclass(frozen=True)
@@ -67,84 +59,6 @@ class Shuffled:
     p_value: torch.Tensor
 
 
-@dataclass(frozen=True)
-class LargeEntries:
-    """The K largest entries above the threshold, largest first.
-
-    Attributes:
-        index: `[K, 3]` slice, row and column, as stored.
-        value: `[K]` the weights.
-        headroom: `[K]` |w − mean| / (std (NM)^¼), each above 1.
-    """
-
-    index: torch.Tensor
-    value: torch.Tensor
-    headroom: torch.Tensor
-
-
-def elements(matrices: torch.Tensor) -> Elements:
-    """Headroom = max|w − mean| / (σ (NM)^¼), mean_shift = |mean| (NM)^¼ / σ, with σ trimmed of entries above σ(NM)^¼.
-
-    Mean and σ are those of the entries that are not trimmed; this repeats until as many are kept as before. Without it
-    a few large entries would hide in the variance that they inflate and drag the mean. O(NM), no eigensolve.
-
-    Args:
-        matrices: `[B, N, M]`, finite, any floating dtype.
-
-    >>> w = torch.randn(100, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    >>> w[3, 7] = 12.0
-    >>> round(elements(w[None]).headroom.item(), 2)       # 12 / 5000^¼ = 1.43
-    1.42
-    """
-    flat = matrices.flatten(1)
-    count = flat.shape[1]
-    mean = flat.sum(1, dtype=torch.float64) / count
-    low, high = flat.aminmax(dim=1)
-    largest = torch.maximum(high.double() - mean, mean - low.double())
-    std = (
-        ((torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square() / count) - mean.square())
-        .clamp(min=0)
-        .sqrt()
-    )
-    reach = count**0.25
-    needs_care = (largest > std * reach) | (std < 1e-3 * mean.abs())
-    for b in torch.nonzero(needs_care).flatten().tolist():
-        mean[b], std[b] = _trimmed(flat[b].double(), reach)
-        largest[b] = (flat[b].double() - mean[b]).abs().amax()
-    std = torch.where(std > 1e-12 * mean.abs(), std, float("nan"))
-    return Elements(mean=mean, std=std, headroom=largest / (std * reach), mean_shift=mean.abs() * reach / std)
-
-
-def _trimmed(entries: torch.Tensor, reach: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the entries within `reach` standard deviations of the mean, iterated."""
-    kept = entries
-    for _ in range(_TRIM_ROUNDS):
-        mean, std = kept.mean(), kept.std(correction=0)
-        inside = entries[(entries - mean).abs() <= std * reach]
-        if len(inside) == len(kept):
-            break
-        kept = inside
-    return mean, std
-
-
-def large_entries(matrices: torch.Tensor, stats: Elements, *, limit: int = 8) -> LargeEntries:
-    """{(s, i, j): |w_sij − mean_s| > σ_s (NM)^¼}, the addresses of the traps.
-
-    Args:
-        matrices: `[slices, N, M]` of one layer.
-        stats: Its `elements`, one row a slice.
-        limit: At most this many entries.
-    """
-    reach = (matrices.shape[1] * matrices.shape[2]) ** 0.25
-    ratio = (matrices.double() - stats.mean[:, None, None]).abs() / (stats.std * reach)[:, None, None]
-    top = torch.nan_to_num(ratio, nan=0.0).flatten().topk(min(limit, ratio.numel()))
-    above = top.values > 1.0
-    where = top.indices[above]
-    plane, rest = where // matrices[0].numel(), where % matrices[0].numel()
-    index = torch.stack([plane, rest // matrices.shape[2], rest % matrices.shape[2]], 1)
-    return LargeEntries(index, matrices.flatten()[where], top.values[above])
-
-
 def shuffled(
     matrices: torch.Tensor,
     stats: Elements,
@@ -158,6 +72,10 @@ def shuffled(
     Each replica permutes all matrices of one shape alike, from a generator of its own: the global random state is
     not touched, and a series over training steps shares its random numbers.
 
+    On the host only the numbers asked for are computed, by Lanczos' iteration; matrices that are small, or for which it
+    comes to no certain answer, get their whole spectrum, and so does everything on a GPU, in one batch. Both give the
+    same counts, and the same λmax to 1e-9.
+
     Args:
         matrices: `[B, N, M]`.
         stats: Their `elements`.
@@ -165,23 +83,92 @@ def shuffled(
         replicas: Number of shuffles.
         significance: Probability of a false trap in one replica of one matrix.
     """
-    b, rows, columns = matrices.shape
+    rows, columns = matrices.shape[1:]
     long_side, short_side = max(rows, columns), min(rows, columns)
     centre, scale = (float(t) for t in johnstone(torch.tensor(float(long_side)), torch.tensor(float(short_side))))
-    variance = stats.std.square()
-    centred = (matrices.double() - stats.mean[:, None, None]).flatten(1)
-    counts, severities, deviates = [], [], []
+    threshold = centre + tracy_widom_quantile(significance) * scale
+    measure = _by_lanczos if short_side >= LEAST_LANCZOS_SIDE and not matrices.is_cuda else _by_full_spectrum
+    counts, largest = [], []
     for replica in range(replicas):
         order = permutation(rows * columns, seed=seed, replica=replica).to(matrices.device)
-        spectrum = eigenvalues(centred[:, order].view(b, rows, columns)).values
-        counts.append((spectrum > (variance * (centre + tracy_widom_quantile(significance) * scale))[:, None]).sum(1))
-        severities.append(spectrum[:, -1] / (variance * (long_side**0.5 + short_side**0.5) ** 2))
-        deviates.append((spectrum[:, -1] / variance - centre) / scale)
-    p_value = tracy_widom_sf(torch.stack(deviates, 1))
-    return Shuffled(torch.stack(counts, 1), torch.stack(severities, 1), p_value)
+        mixed = matrices.flatten(1).index_select(1, order).view(matrices.shape)
+        count, value = measure(mixed, stats, threshold, stream(seed, replica))
+        counts.append(count)
+        largest.append(value)
+    eigenvalue = torch.stack(largest, 1)
+    severity = eigenvalue / (long_side**0.5 + short_side**0.5) ** 2
+    return Shuffled(torch.stack(counts, 1), severity, tracy_widom_sf((eigenvalue - centre) / scale))
+
+
+def _by_full_spectrum(
+    matrices: torch.Tensor, stats: Elements, threshold: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count above the threshold and λmax, both in units of σ², from all eigenvalues."""
+    mean, variance = stats.mean.to(matrices.device), stats.std.to(matrices.device).square()
+    spectrum = eigenvalues(matrices.double() - mean[:, None, None]).values
+    return (spectrum > (variance * threshold)[:, None]).sum(1), spectrum[:, -1] / variance
+
+
+def _by_lanczos(
+    matrices: torch.Tensor, stats: Elements, threshold: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same without the spectrum, matrix by matrix, where that comes to an answer."""
+    counts = torch.zeros(len(matrices), dtype=torch.int64)
+    largest = torch.zeros(len(matrices), dtype=torch.float64)
+    for b, matrix in enumerate(matrices):
+        mean, std = float(stats.mean[b]), float(stats.std[b])
+        found = outliers(matrix, mean=mean, std=std, threshold=threshold, seed=seed)
+        if found is not None:
+            counts[b], largest[b] = found.count, found.largest
+        else:
+            alone = Elements(*(value[b : b + 1] for value in vars(stats).values()))
+            counts[b : b + 1], largest[b : b + 1] = _by_full_spectrum(matrix[None], alone, threshold, seed)
+    return counts, largest
 
 
 def permutation(size: int, *, seed: int, replica: int) -> torch.Tensor:
-    """A permutation of `size` that depends on nothing but its arguments."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + replica) % (1 << 63))
-    return torch.randperm(size, generator=generator)
+    """A permutation of `size` that depends on nothing but its arguments, int32 where that suffices.
+
+    The last ones are kept, up to `CACHED_BYTES`, and handed out again: do not write into them.
+    """
+    return _CACHE.get(size, stream(seed, replica))
+
+
+def stream(seed: int, replica: int) -> int:
+    """Seed of the generators of one replica."""
+    return (seed * 1_000_003 + replica) % (1 << 63)
+
+
+class _Cache:
+    """Permutations used last, for all threads. Two threads may draw the same one at once, then one is dropped."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
+
+    @property
+    def nbytes(self) -> int:
+        with self._lock:
+            return sum(order.nbytes for order in self._kept.values())
+
+    def get(self, size: int, seed: int) -> torch.Tensor:
+        with self._lock:
+            if (size, seed) in self._kept:
+                self._kept.move_to_end((size, seed))
+                return self._kept[size, seed]
+        drawn = _draw(size, seed)
+        if drawn.nbytes <= CACHED_BYTES:
+            with self._lock:
+                self._kept[size, seed] = drawn
+                while sum(order.nbytes for order in self._kept.values()) > CACHED_BYTES:
+                    self._kept.popitem(last=False)
+        return drawn
+
+
+_CACHE = _Cache()
+
+
+def _draw(size: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch.int32 if size < 1 << 31 else torch.int64
+    return torch.randperm(size, generator=generator, dtype=dtype)
