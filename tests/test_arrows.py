@@ -18,6 +18,7 @@ LEVELS = (
     {"matrices", "spectra"},
     {"walk", "metric", "record", "schedule"},
     {"engine", "rules", "sinks", "distributed", "baseline"},
+    {"survey"},
     {"monitor", "analysis"},
     {"callbacks", "plots", "report", "compare", "plan", "transforms"},
     {"cli"},

@@ -12,11 +12,12 @@ import warnings
 import pytest
 import torch
 
-from ww_monitor import errors, monitor, record, rules, schedule
+from ww_monitor import errors, record, rules, schedule
 from ww_monitor.engine import Options
 from ww_monitor.matrices import Matrix, Select, Skipped
 from ww_monitor.monitor import Monitor
 from ww_monitor.sinks.memory import Memory
+from ww_monitor.survey import survey
 
 
 def matrix(name: str, weights: torch.Tensor) -> Matrix:
@@ -67,9 +68,9 @@ def test_a_step_is_never_due_twice():
     assert not watcher.due(5)
 
 
-def test_without_arguments_it_looks_every_hundred_steps():
-    assert Monitor().cadence == "every 100 steps"
-    assert Monitor().every_n_steps == monitor.DEFAULT_EVERY_N_STEPS == 100
+def test_without_arguments_it_looks_as_often_as_two_percent_of_the_time_allow():
+    assert Monitor().cadence == "as often as 0.02 of the run's time allows"
+    assert Monitor().every_n_steps is None
 
 
 @pytest.mark.parametrize(
@@ -367,15 +368,15 @@ def test_a_raising_sink_is_no_affair_of_strict():
 @pytest.fixture
 def engine_that_fails_at(monkeypatch):
     """A function: from then on the engine raises at these steps."""
-    original = monitor.analyze_matrices
+    original = survey.analyze_matrices
 
     def fail_at(*steps: int, error: type[Exception] = RuntimeError) -> None:
-        def analyze(items, options, *, step=None, epoch=None):
+        def analyze(items, options, *, step=None, epoch=None, background=False):
             if step in steps:
                 raise error("out of memory")
-            return original(items, options, step=step, epoch=epoch)
+            return original(items, options, step=step, epoch=epoch, background=background)
 
-        monkeypatch.setattr(monitor, "analyze_matrices", analyze)
+        monkeypatch.setattr(survey, "analyze_matrices", analyze)
 
     return fail_at
 

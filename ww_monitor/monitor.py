@@ -9,21 +9,26 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from time import perf_counter
 from typing import Any
 
-from ww_monitor.baseline import Baseline
-from ww_monitor.engine import Options, analyze_matrices
+from ww_monitor.engine import Options
 from ww_monitor.errors import InvalidArgument, SpectralWarning, check_choice, check_positive_int
 from ww_monitor.matrices import Matrix, Select, Skipped
 from ww_monitor.record import Finding, History, Snapshot
 from ww_monitor.rules import STOP_ON, TRAINING_RULES, Rule, apply_rules, transitions, with_stop_rule
-from ww_monitor.schedule import Schedule, never
+from ww_monitor.schedule import MAX_OVERHEAD, Budget, Schedule, never
 from ww_monitor.schedule import every_n_steps as schedule_every_n_steps
 from ww_monitor.sinks import Sink
+from ww_monitor.survey import Survey
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_EVERY_N_STEPS = 100
+JOIN_SECONDS = 60.0
+"""How long the end of a run waits for an analysis in the background; an interrupted run waits a tenth of it."""
+
+WARN_AFTER_SECONDS = 60.0
+"""Time of a run before it is told that an explicit cadence costs more than its budget."""
 
 
 class Monitor:
@@ -41,8 +46,20 @@ class Monitor:
     [0, 2, 4]
 
     Args:
-        every_n_steps: Analyse when a multiple of this is reached (100 if neither argument is given).
+        every_n_steps: Analyse when a multiple of this is reached. If neither this nor `every_n_epochs` is given, as
+            often as `max_overhead` allows.
         every_n_epochs: Analyse at the end of every so many epochs.
+        max_overhead: Share of the run's time that training may lose to the monitor. With an explicit cadence it only
+            warns, once, after a minute.
+        layers_per_step: `"all"`, or into how many layers a step an analysis is spread, `"auto"` for as many as take a
+            tenth of a step. The snapshot is complete, and published, when every layer has been read; each row keeps
+            the step at which it was.
+        mode: `"sync"`, or `"async"`: training goes on while a thread analyses a copy of the weights. One more copy may
+            wait; if a third is taken the waiting one is dropped and counted in `ww/snapshots_dropped`.
+        still_bytes: Memory on the training device for such a copy; what does not fit is copied to the host. A quarter
+            of what is free if it is not given.
+        across_ranks: Share the work among the processes of torch.distributed. All of them then call `observe` at the
+            same steps and get the same snapshots; only the first should have sinks.
         rules: What to look for; see `ww_monitor.rules`.
         sinks: Where snapshots go.
         stop_on: `"traps"`, `"broken_layers"`, or `None`: what makes `stop_reason` non-empty. Its rule is applied also
@@ -64,6 +81,11 @@ class Monitor:
         *,
         every_n_steps: int | None = None,
         every_n_epochs: int | None = None,
+        max_overhead: float = MAX_OVERHEAD,
+        layers_per_step: int | str = "all",
+        mode: str = "sync",
+        still_bytes: int | None = None,
+        across_ranks: bool = False,
         rules: Sequence[Rule] = TRAINING_RULES,
         sinks: Iterable[Sink] = (),
         stop_on: str | None = None,
@@ -72,8 +94,6 @@ class Monitor:
         options: Options | None = None,
         track_delta: bool = False,
     ) -> None:
-        if every_n_steps is None and every_n_epochs is None:
-            every_n_steps = DEFAULT_EVERY_N_STEPS
         for argument, value in (
             ("every_n_steps", every_n_steps),
             ("every_n_epochs", every_n_epochs),
@@ -88,6 +108,8 @@ class Monitor:
                 raise InvalidArgument(f"Monitor: sinks must have write and close; got {sink!r}")
         self.every_n_steps = every_n_steps
         self.every_n_epochs = every_n_epochs
+        self.budget = Budget(max_overhead)
+        self.within_budget = every_n_steps is None and every_n_epochs is None
         self.schedule: Schedule = never if every_n_steps is None else schedule_every_n_steps(every_n_steps)
         self.rules = with_stop_rule(rules, stop_on)
         self.sinks: list[Sink] = sinks
@@ -100,11 +122,21 @@ class Monitor:
                 "Monitor: stop_on='traps' needs the metric 'num_traps', which these options leave out; got"
                 f" metrics={self.options.metrics!r} with preset={self.options.preset!r}; name it, or use 'all'"
             )
-        self.track_delta = track_delta
+        self.survey = Survey(
+            self.options,
+            self.budget,
+            layers_per_step=layers_per_step,
+            mode=mode,
+            still_bytes=still_bytes,
+            across_ranks=across_ranks,
+            track_delta=track_delta,
+        )
         self.history = History()
         self.last_step: int | None = None
         self.stop_reason = ""
-        self._baseline: Baseline | None = None
+        self.quiet = False
+        self._next_step: int | None = None
+        self._timing = False
         self._active: list[Finding] = []
         self._held: Counter[tuple[str, str]] = Counter()
         self._said: set[str] = set()
@@ -112,47 +144,129 @@ class Monitor:
     @property
     def cadence(self) -> str:
         """How often it looks, in words."""
+        if self.within_budget:
+            return f"as often as {self.budget.share:.3g} of the run's time allows"
         steps = "" if self.every_n_steps is None else f"every {self.every_n_steps} steps"
         epochs = "" if self.every_n_epochs is None else f"every {self.every_n_epochs} epochs"
         return " and ".join(part for part in (steps, epochs) if part)
 
+    @property
+    def across_ranks(self) -> bool:
+        """Whether the processes of a distributed run share the work; all of them then call `observe` alike."""
+        return self.survey.across_ranks
+
+    @across_ranks.setter
+    def across_ranks(self, value: bool) -> None:
+        self.survey.across_ranks = value
+
+    def is_seen(self, step: int) -> bool:
+        """Whether there is a snapshot of optimizer step `step`."""
+        return len(self.history) > 0 and self.history.last.step == step
+
+    def begin(self, step: int) -> None:
+        """Training begins, or goes on, after `step` updates: from now on its time counts."""
+        self.budget.start(step)
+        self._next_step = None
+
     def due(self, step: int) -> bool:
-        """Whether it is time to look at optimizer step `step`."""
-        return step != self.last_step and self.schedule(step, self.last_step)
+        """Whether it is time to look at optimizer step `step`; ask once a step."""
+        if step == self.last_step:
+            return False
+        self.budget.tick(step, busy=self.survey.busy)
+        if self.survey.under_way:
+            return True
+        return self._due_within_budget(step) if self.within_budget else self.schedule(step, self.last_step)
+
+    def _due_within_budget(self, step: int) -> bool:
+        if self.last_step is None:
+            return True
+        if self._next_step is None:
+            self._next_step = self.budget.plan(step)
+        return self._next_step is not None and step >= self._next_step
 
     def due_at_epoch_end(self, epoch: int, step: int) -> bool:
         """Whether to look after epoch number `epoch` (from 0), which ended at optimizer step `step`."""
         return self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs == 0 and step != self.last_step
 
-    def observe(self, matrices: Iterable[Matrix | Skipped], *, step: int, epoch: int | None = None) -> Snapshot | None:
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Time that training stands still, whatever is done in it; the outermost counts."""
+        if self._timing:
+            yield
+            return
+        self._timing, start, looks = True, perf_counter(), len(self.history)
+        try:
+            yield
+        finally:
+            self._timing = False
+            self.budget.spent(perf_counter() - start, complete=len(self.history) > looks)
+            self._warn_of_overhead()
+
+    def _warn_of_overhead(self) -> None:
+        budget = self.budget
+        if self.within_budget or budget.elapsed < WARN_AFTER_SECONDS or budget.overhead <= budget.share:
+            return
+        self.say_once(
+            "overhead",
+            f"training has lost {budget.overhead:.1%} of its time to {self.cadence}, more than max_overhead="
+            f"{budget.share:.3g}; leave the cadence out and it will keep within it",
+        )
+
+    def observe(
+        self, matrices: Iterable[Matrix | Skipped], *, step: int, epoch: int | None = None, whole: bool = False
+    ) -> Snapshot | None:
         """Analyse now, apply the rules, write to the sinks.
 
         Args:
             matrices: What a walker yields; weights are read during the call.
             step: Optimizer step, counted in completed updates.
             epoch: Epoch, where there is one.
+            whole: Analyse all layers now and wait for it, whatever `layers_per_step` and `mode` say.
 
         Returns:
-            The snapshot with the findings that begin or end; `None` if the analysis failed as a whole, which is
-            said once as a `SpectralWarning`.
+            The snapshot with the findings that begin or end; `None` if there is none yet (the background or the next
+            steps will complete it), or if the analysis failed as a whole, which is said once as a `SpectralWarning`.
 
         Raises:
             LayerError: with `Options(strict=True)`, if a layer fails.
         """
-        self.last_step = step
-        snapshot = None
-        with self.guard("analysis"):
+        if self.last_step is None and not self.budget.looks and not self.budget.elapsed:
+            self.begin(step)
+        self.last_step, self._next_step = step, None
+        with self.timed(), self.guard("analysis"):
             items = list(self.select.apply(matrices))
-            analysed = analyze_matrices(items, self.options, step=step, epoch=epoch)
-            snapshot = self._record(analysed.with_metrics(self._drift(items)) if self.track_delta else analysed)
-        if snapshot is not None:
-            for sink in self.sinks:
-                with self.guard(f"sink {type(sink).__name__}", key=f"sink {id(sink)}", always=True):
-                    sink.write(snapshot)
+            looked = self.survey.look(items, step=step, epoch=epoch, whole=whole)
+            return None if looked is None else self._publish(looked)
+        return None
+
+    def collect(self) -> list[Snapshot]:
+        """The snapshots that the background has completed, oldest first, now with findings and in the sinks."""
+        published: list[Snapshot] = []
+        with self.guard("analysis"):
+            for snapshot in self.survey.collect():
+                with self.timed():
+                    published.append(self._publish(snapshot))
+        return published
+
+    def finish(self) -> list[Snapshot]:
+        """Wait for the background, no longer than a minute, and collect what it has completed: the end of a run."""
+        if not self.survey.join(JOIN_SECONDS):
+            self.say_once("background", f"the last analysis took longer than {JOIN_SECONDS:.0f} s and was left out")
+        return self.collect()
+
+    def _publish(self, snapshot: Snapshot) -> Snapshot:
+        """Apply the rules, remember, write to the sinks."""
+        snapshot = self._record(snapshot)
+        for sink in () if self.quiet else self.sinks:
+            with self.guard(f"sink {type(sink).__name__}", key=f"sink {id(sink)}", always=True):
+                sink.write(snapshot)
         return snapshot
 
     def close(self) -> None:
-        """Close every sink."""
+        """The run is over: give up what the background has not completed, and close every sink."""
+        self.budget.stop()
+        self.survey.close(JOIN_SECONDS / 10)
+        self.collect()
         for sink in self.sinks:
             with self.guard(f"closing sink {type(sink).__name__}", key=f"sink {id(sink)}", always=True):
                 sink.close()
@@ -160,12 +274,8 @@ class Monitor:
     def restart(self) -> None:
         """Forget what was seen: a new run begins with this monitor."""
         self.history, self.last_step, self.stop_reason = History(), None, ""
-        self._active, self._held, self._baseline = [], Counter(), None
-
-    def _drift(self, items: Sequence[Matrix | Skipped]) -> dict[str, dict[str, float]]:
-        if self._baseline is None:
-            self._baseline = Baseline.capture(items)
-        return self._baseline.drift(items)
+        self._active, self._held, self._next_step = [], Counter(), None
+        self.survey.restart()
 
     def _record(self, snapshot: Snapshot) -> Snapshot:
         holding = apply_rules(self.rules, History([*self.history.snapshots[-self._lookback :], snapshot]))
@@ -202,7 +312,7 @@ class Monitor:
 
     def say_once(self, key: str, message: str) -> None:
         """Issue a `SpectralWarning`, once a key; a filter that turns warnings into errors cannot end the run."""
-        if key in self._said:
+        if key in self._said or self.quiet:
             return
         self._said.add(key)
         try:

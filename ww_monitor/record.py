@@ -78,6 +78,7 @@ class Layer:
         phase: Phase of training by heavy-tailed self-regularization, `""` where it cannot be told.
         esd: Histogram of the eigenvalues, where they are known.
         trap_entries: The largest entries above the trap threshold.
+        step: Optimizer step at which the weights were read, or `None` outside training.
         eigenvalues: All eigenvalues, ascending, if they were asked for; never saved.
     """
 
@@ -91,6 +92,7 @@ class Layer:
     phase: str = ""
     esd: Histogram | None = None
     trap_entries: tuple[TrapEntry, ...] = ()
+    step: int | None = None
     eigenvalues: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
 
     def value(self, metric: str) -> float:

@@ -15,6 +15,7 @@ from ww_monitor.matrices import Select
 from ww_monitor.monitor import Monitor
 from ww_monitor.record import Snapshot
 from ww_monitor.rules import TRAINING_RULES, Rule
+from ww_monitor.schedule import MAX_OVERHEAD
 from ww_monitor.sinks import Sink
 from ww_monitor.sinks.console import Console, table
 from ww_monitor.sinks.jsonl import JsonLines
@@ -36,6 +37,10 @@ class Adapter:
         every_n_steps: int | None = None,
         every_n_epochs: int | None = None,
         *,
+        max_overhead: float = MAX_OVERHEAD,
+        layers_per_step: int | str = "all",
+        mode: str = "sync",
+        still_bytes: int | None = None,
         stop_on: str | None = None,
         patience: int = 3,
         preset: str = "default",
@@ -64,9 +69,15 @@ class Adapter:
         """Check every argument now, not at the first step.
 
         Args:
-            every_n_steps: Analyse when a multiple of this many optimizer steps is reached (100 if neither is given),
-                also before the first step and after the last.
+            every_n_steps: Analyse when a multiple of this many optimizer steps is reached; if neither this nor
+                `every_n_epochs` is given, as often as `max_overhead` allows. Always before the first step and after
+                the last.
             every_n_epochs: Analyse at the end of every so many epochs.
+            max_overhead: Share of the run's time that training may lose to the monitor; this and the next three as in
+                `ww_monitor.Monitor`.
+            layers_per_step: `"all"`, or how many layers to analyse a step, `"auto"` for as many as take a tenth of one.
+            mode: `"sync"`, or `"async"` to analyse copies of the weights while training goes on.
+            still_bytes: Memory on the training device for such a copy.
             stop_on: `"traps"` stops the run when a correlation trap persists, `"broken_layers"` when a layer is NaN.
             patience: In how many consecutive snapshots.
             preset: `"default"` or `"weightwatcher"`.
@@ -99,6 +110,10 @@ class Adapter:
         self.monitor = build_monitor(
             every_n_steps=every_n_steps,
             every_n_epochs=every_n_epochs,
+            max_overhead=max_overhead,
+            layers_per_step=layers_per_step,
+            mode=mode,
+            still_bytes=still_bytes,
             stop_on=stop_on,
             patience=patience,
             preset=preset,
@@ -128,9 +143,17 @@ class Adapter:
         self._session: Session | None = None
         self._history_name = ""
         self._resumed = False
+        self._x: dict[int | None, int] = {}
+        """Where on the framework's own axis a step lies whose snapshot is under way."""
 
     def _open(
-        self, *, step: int, folder: Path | None, print_line: Callable[[str], object] | None, main: bool = True
+        self,
+        *,
+        step: int,
+        folder: Path | None,
+        print_line: Callable[[str], object] | None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         """A run begins, or goes on, at optimizer step `step`.
 
@@ -138,13 +161,16 @@ class Adapter:
             step: Completed updates.
             folder: Where the history file goes, if one is wanted.
             print_line: Where console lines go, if they are wanted.
-            main: Whether this process writes files and lines.
+            rank: Of this process; only the first writes files and lines.
+            ranks: Number of processes: each analyses its share, and all get the same snapshots.
         """
         monitor = self.monitor
         if not self._resumed and monitor.last_step is not None and (step == 0 or step < monitor.last_step):
             monitor.restart()
             self._history_name = ""
-        if main:
+        monitor.begin(step)
+        monitor.across_ranks, monitor.quiet = ranks > 1, rank > 0
+        if rank == 0:
             self._session = Session(
                 monitor,
                 folder=folder if self._history else None,
@@ -153,9 +179,18 @@ class Adapter:
             )
             self._history_name = self._session.history_name
 
-    def _snapshot(self, model: Source, *, step: int, epoch: int | None) -> Snapshot | None:
-        """Analyse the model now."""
-        return self.monitor.observe(self._walk(model), step=step, epoch=epoch)
+    def _snapshot(self, model: Source, *, step: int, epoch: int | None, whole: bool = False) -> list[Snapshot]:
+        """Look at the model now; the snapshots that are complete, those of the background first.
+
+        Args:
+            model: The model.
+            step: Completed updates.
+            epoch: Epoch.
+            whole: Wait for a snapshot of now: at the beginning and at the end of a run.
+        """
+        done = self.monitor.finish() if whole else self.monitor.collect()
+        snapshot = self.monitor.observe(self._walk(model), step=step, epoch=epoch, whole=whole)
+        return done if snapshot is None else [*done, snapshot]
 
     def _announce(self) -> None:
         """The line at the start, once there is a snapshot."""

@@ -13,7 +13,7 @@ import torch
 
 from ww_monitor.callbacks._adapter import Adapter
 from ww_monitor.errors import MissingDependency
-from ww_monitor.record import Snapshot, summary_key
+from ww_monitor.record import NAN, Snapshot
 from ww_monitor.sinks.tensorboard import write_histograms
 
 _NAMESPACES = ("pytorch_lightning", "lightning.pytorch")
@@ -49,20 +49,23 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
         """First snapshot, so that every key exists before a callback looks for it."""
         monitor, step = self.monitor, trainer.global_step
         folder = self._folder(trainer)
-        self._open(step=step, folder=folder, print_line=_printer(trainer), main=trainer.is_global_zero)
+        self._open(
+            step=step, folder=folder, print_line=_printer(trainer), rank=trainer.global_rank, ranks=trainer.world_size
+        )
         if monitor.last_step == step and len(monitor.history):
-            self._publish_metrics(trainer, monitor.history.last.scalars(layers=False))
+            self._publish_metrics(trainer, monitor.history.last)
         else:
-            self._observe(trainer, pl_module, x=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            self._observe(trainer, pl_module, x=trainer.fit_loop.epoch_loop._batches_that_stepped, whole=True)
         self._announce()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A snapshot where one is due; repeats and jumps of `global_step` are the schedule's business."""
-        if not self.monitor.due(trainer.global_step):
-            return
-        values = self._observe(trainer, pl_module, x=trainer.fit_loop.epoch_loop._batches_that_stepped)
-        alpha = values.get(summary_key("alpha"))
-        if alpha is not None and not getattr(trainer, "barebones", False):
+        if self.monitor.due(trainer.global_step):
+            snapshots = self._observe(trainer, pl_module, x=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        else:
+            snapshots = self._published(trainer, self.monitor.collect())
+        alpha = snapshots[-1].summary.get("alpha", NAN) if snapshots else NAN
+        if alpha == alpha and not getattr(trainer, "barebones", False):
             with self.monitor.guard("progress bar", always=True):
                 pl_module.log("ww_alpha", alpha, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
@@ -73,8 +76,9 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Last snapshot, and the table."""
-        if self.monitor.last_step != trainer.global_step:
-            self._observe(trainer, pl_module, x=self._x_after_batch(trainer))
+        self._published(trainer, self.monitor.finish())
+        if not self.monitor.is_seen(trainer.global_step):
+            self._observe(trainer, pl_module, x=self._x_after_batch(trainer), whole=True)
         self._show_table()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -98,24 +102,27 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
         """One key for every monitor that looks at the same things as often, whatever the base class."""
         return f"ww_monitor.SpectralMonitor({self._settings})"
 
-    def _observe(self, trainer: Any, pl_module: Any, *, x: int) -> dict[str, float]:
-        """Analyse on rank 0, tell every rank, publish; returns the model-level values."""
-        snapshot: Snapshot | None = None
-        if trainer.is_global_zero:
-            snapshot = self._snapshot(pl_module, step=trainer.global_step, epoch=trainer.current_epoch)
-        else:
-            self.monitor.last_step = trainer.global_step
-        values = snapshot.scalars(layers=False) if snapshot else {}
-        values, reason = trainer.strategy.broadcast((values, self.monitor.stop_reason), src=0)
-        if snapshot is not None:
-            self._log(trainer, snapshot, x)
-        self._publish_metrics(trainer, values)
+    def _observe(self, trainer: Any, pl_module: Any, *, x: int, whole: bool = False) -> list[Snapshot]:
+        """Look now, on every rank alike; the snapshots that are complete, published."""
+        step = trainer.global_step
+        self._x[step] = x
+        with self.monitor.timed():
+            snapshots = self._snapshot(pl_module, step=step, epoch=trainer.current_epoch, whole=whole)
+            return self._published(trainer, snapshots)
+
+    def _published(self, trainer: Any, snapshots: list[Snapshot]) -> list[Snapshot]:
+        with self.monitor.timed():
+            for snapshot in snapshots:
+                self._log(trainer, snapshot, self._x.pop(snapshot.step, 0))
+                self._publish_metrics(trainer, snapshot)
+        reason = self.monitor.stop_reason
         if reason and not trainer.should_stop:
             trainer.should_stop = True
             self._say(f"stopping at step {trainer.global_step}: {reason}")
-        return dict(values)
+        return snapshots
 
     def _log(self, trainer: Any, snapshot: Snapshot, x: int) -> None:
+        """Tell every logger; those of other ranks than the first are dummies."""
         scalars = snapshot.scalars()
         for logger in trainer.loggers:
             name = type(logger).__name__
@@ -124,7 +131,8 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
                 if hasattr(logger.experiment, "add_histogram_raw"):
                     write_histograms(logger.experiment, snapshot, x)
 
-    def _publish_metrics(self, trainer: Any, values: dict[str, float]) -> None:
+    def _publish_metrics(self, trainer: Any, snapshot: Snapshot) -> None:
+        values = snapshot.scalars(layers=False)
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
 
     def _x_after_batch(self, trainer: Any) -> int:

@@ -13,7 +13,7 @@ from ww_monitor.engine.options import Options
 from ww_monitor.errors import LayerError
 from ww_monitor.matrices import Matrix
 from ww_monitor.metric import Batch, Metric, phases, statuses, verdicts
-from ww_monitor.record import NAN, Histogram, Layer
+from ww_monitor.record import NAN, Histogram, Layer, SkippedLayer, Snapshot
 from ww_monitor.spectra.powerlaw import TailFit
 from ww_monitor.spectra.status import Status
 
@@ -39,7 +39,7 @@ def layers_of(
         LayerError: with `options.strict`, if a layer fails.
     """
     try:
-        yield from _layers(matrices, measured, options)
+        yield from _layers(matrices, measured, options, step)
     except Exception as error:  # noqa: BLE001 - whatever a metric throws costs one layer
         if len(matrices) == 1:
             yield failed_layer(matrices[0], error, options, step=step)
@@ -56,10 +56,12 @@ def failed_layer(matrix: Matrix, error: Exception, options: Options, *, step: in
     logger.debug("analysis of layer %s failed", matrix.name, exc_info=error)
     metrics = {metric.name: NAN for metric in options.chosen}
     status = f"error: {type(error).__name__}: {error}"
-    return Layer(matrix.name, matrix.kind, matrix.shape, status, "error", metrics, role=matrix.role)
+    return Layer(matrix.name, matrix.kind, matrix.shape, status, "error", metrics, role=matrix.role, step=step)
 
 
-def _layers(matrices: Sequence[Matrix], measured: Sequence[Measured], options: Options) -> list[Layer]:
+def _layers(
+    matrices: Sequence[Matrix], measured: Sequence[Measured], options: Options, step: int | None
+) -> list[Layer]:
     batch = _batch(matrices[0], measured, options)
     columns = {metric.name: metric.function(batch).tolist() for metric in options.chosen}
     status, verdict, phase = statuses(batch), verdicts(batch), phases(batch)
@@ -78,6 +80,7 @@ def _layers(matrices: Sequence[Matrix], measured: Sequence[Measured], options: O
                 phase=phase[b],
                 esd=esd[b],
                 trap_entries=() if one.traps is None else one.traps.entries,
+                step=step,
                 eigenvalues=tuple(spectra[b].tolist()) if options.keep_eigenvalues else None,
             )
         )
@@ -137,6 +140,22 @@ def _histogram(known: np.ndarray, *, num_zero: int) -> Histogram:
     place = ((known - low) * (_ESD_BINS / (high - low))).astype(np.int64)
     counts = np.bincount(np.minimum(place, _ESD_BINS - 1), minlength=_ESD_BINS)
     return Histogram(low, high, tuple(counts.tolist()), num_zero=num_zero)
+
+
+def snapshot_of(
+    layers: Sequence[Layer],
+    skipped: Sequence[SkippedLayer],
+    options: Options,
+    *,
+    step: int | None = None,
+    epoch: int | None = None,
+    seconds: float = NAN,
+) -> Snapshot:
+    """The rows with the model's values over them."""
+    summary = summary_of(layers, options.chosen)
+    return Snapshot(
+        tuple(layers), tuple(skipped), summary, step=step, epoch=epoch, preset=options.preset, seconds=seconds
+    )
 
 
 def summary_of(layers: Sequence[Layer], chosen: Sequence[Metric]) -> dict[str, float]:

@@ -13,8 +13,8 @@ import torch
 from ww_monitor.engine import measure
 from ww_monitor.engine.measure import Loaded, Spectra
 from ww_monitor.engine.options import Options
-from ww_monitor.engine.rows import failed_layer, layers_of, summary_of
-from ww_monitor.engine.threads import thread_budget, workers
+from ww_monitor.engine.rows import failed_layer, layers_of, snapshot_of
+from ww_monitor.engine.threads import alone, thread_budget, workers
 from ww_monitor.matrices import Matrix, Skipped
 from ww_monitor.record import Layer, SkippedLayer, Snapshot
 from ww_monitor.spectra.eigenvalues import Library
@@ -40,7 +40,12 @@ _DEVICE_COLUMN = 30e-6
 
 @torch.no_grad()
 def analyze_matrices(
-    items: Iterable[Matrix | Skipped], options: Options, *, step: int | None = None, epoch: int | None = None
+    items: Iterable[Matrix | Skipped],
+    options: Options,
+    *,
+    step: int | None = None,
+    epoch: int | None = None,
+    background: bool = False,
 ) -> Snapshot:
     """The snapshot of some matrices, without findings.
 
@@ -52,6 +57,8 @@ def analyze_matrices(
         options: How to analyse.
         step: Optimizer step the weights belong to.
         epoch: Epoch they belong to.
+        background: Stay on the calling thread, which `engine.threads.hold_to_one_thread` holds to one thread, and set
+            no thread count that other threads would feel.
 
     Raises:
         LayerError: if `options.strict` and a layer fails.
@@ -64,11 +71,10 @@ def analyze_matrices(
             matrices.append(item)
         else:
             skipped.append(SkippedLayer(item.name, item.kind, tuple(item.shape), item.reason))
-    layers = {layer.name: layer for layer in _run(matrices, options, step, "numpy")}
-    ordered = tuple(layers[matrix.name] for matrix in matrices)
-    summary = summary_of(ordered, options.chosen)
+    layers = {layer.name: layer for layer in _run(matrices, options, step, background)}
+    ordered = [layers[matrix.name] for matrix in matrices]
     seconds = time.perf_counter() - start
-    return Snapshot(ordered, tuple(skipped), summary, step=step, epoch=epoch, preset=options.preset, seconds=seconds)
+    return snapshot_of(ordered, skipped, options, step=step, epoch=epoch, seconds=seconds)
 
 
 def groups_of(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
@@ -79,11 +85,12 @@ def groups_of(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
     return sorted(by_shape.values(), key=lambda group: -group[0].cost)
 
 
-def _run(matrices: Sequence[Matrix], options: Options, step: int | None, library: Library) -> Iterator[Layer]:
+def _run(matrices: Sequence[Matrix], options: Options, step: int | None, background: bool) -> Iterator[Layer]:
     """Chunks on the host go to the workers as they are loaded; those on a GPU wait to be solved in large batches."""
     tasks: list[Future[list[Layer]]] = []
     waiting: list[Loaded] = []
-    with workers(len(matrices), memory=HOST_MEMORY) as pool:
+    library: Library = "torch" if background else "numpy"
+    with alone() if background else workers(len(matrices), memory=HOST_MEMORY) as pool:
 
         def submit(work: Work, needs: int = 0) -> None:
             tasks.append(pool.submit(partial(_analyse, work, options, step, library), needs=needs))

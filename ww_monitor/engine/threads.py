@@ -75,6 +75,12 @@ class Workers:
 
 
 @contextmanager
+def alone() -> Iterator[Workers]:
+    """The calling thread and no other, with the thread counts that it has."""
+    yield Workers(1, memory=0)
+
+
+@contextmanager
 def workers(tasks: int, *, memory: int) -> Iterator[Workers]:
     """As many workers as threads are allowed and tasks there are, each with its share of BLAS threads.
 

@@ -1,0 +1,238 @@
+"""A survey gives the same rows however it reads: at once, spread over steps, or from copies in the background."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ww_monitor.engine import Options, analyze_matrices
+from ww_monitor.errors import InvalidArgument
+from ww_monitor.schedule import Budget
+from ww_monitor.survey import Survey, survey
+from ww_monitor.survey.stills import still
+from ww_monitor.survey.unchanged import Checked
+from ww_monitor.walk.torch import walk
+
+
+def make_net():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 32), nn.Conv2d(4, 8, 3), nn.Linear(32, 10))
+
+
+def change(net):
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.5).add_(0.01)
+
+
+def make_survey(**options):
+    return Survey(Options(), Budget(), **options)
+
+
+def rows(snapshot):
+    return {layer.name: {k: v for k, v in layer.metrics.items() if not math.isnan(v)} for layer in snapshot.layers}
+
+
+def look(watcher, net, step, **options):
+    return watcher.look(list(walk(net)), step=step, epoch=None, **options)
+
+
+@pytest.fixture
+def analysed(monkeypatch):
+    """The names of the matrices of each call of the engine."""
+    calls = []
+
+    def counted(items, options, **where):
+        items = list(items)
+        calls.append([item.name for item in items if hasattr(item, "load")])
+        return analyze_matrices(items, options, **where)
+
+    monkeypatch.setattr(survey, "analyze_matrices", counted)
+    return calls
+
+
+def test_a_look_is_an_analysis_of_all():
+    net = make_net()
+    snapshot = look(make_survey(), net, 5)
+    expected = analyze_matrices(walk(net), Options(), step=5)
+    assert (snapshot.step, rows(snapshot), snapshot.skipped) == (5, rows(expected), expected.skipped)
+    assert snapshot.summary == pytest.approx(expected.summary, nan_ok=True)
+
+
+def test_layers_spread_over_steps_keep_the_step_they_were_read_at():
+    net, watcher = make_net(), make_survey(layers_per_step=2)
+    first = analyze_matrices(walk(net), Options())
+    assert look(watcher, net, 10) is None
+    assert watcher.under_way
+    change(net)
+    snapshot = look(watcher, net, 11)
+    assert not watcher.under_way
+    assert [(layer.name, layer.step) for layer in snapshot.layers] == [("0", 10), ("1", 10), ("2", 11), ("3", 11)]
+    assert snapshot.step == 11
+    second = analyze_matrices(walk(net), Options())
+    assert rows(snapshot) == {**rows(second), **{name: rows(first)[name] for name in ("0", "1")}}
+
+
+def test_a_round_that_is_told_to_be_whole_reads_only_what_is_left(analysed):
+    net, watcher = make_net(), make_survey(layers_per_step=1)
+    look(watcher, net, 1)
+    assert look(watcher, net, 2, whole=True) is not None
+    assert analysed == [["0"], ["1", "2", "3"]]
+
+
+def test_auto_takes_as_many_layers_as_a_tenth_of_a_step_allows(analysed):
+    net, budget = make_net(), Budget()
+    watcher = Survey(Options(), budget, layers_per_step="auto")
+    look(watcher, net, 0, whole=True)
+    costs = [item.cost for item in walk(net)]
+    watcher._seconds_per_cost = 1.0
+    for allowed, expected in ((sum(costs[:2]), ["0", "1"]), (0.0, ["2"]), (1e12, ["3"])):
+        budget._steps[False], budget._seconds[False] = 1, allowed / survey.STEP_SHARE
+        watcher._seconds_per_cost = 1.0
+        look(watcher, net, 1)
+        assert analysed[-1] == expected
+
+
+def test_auto_takes_one_layer_while_nothing_has_been_timed(analysed):
+    look(make_survey(layers_per_step="auto"), make_net(), 0)
+    assert analysed == [["0"]]
+
+
+def test_frozen_layers_are_analysed_once_and_again_when_they_change(analysed):
+    net, watcher = make_net(), make_survey()
+    net[1].requires_grad_(False)
+    for step in (1, 2):
+        snapshot = look(watcher, net, step)
+    assert analysed == [["0", "1", "2", "3"], ["0", "2", "3"]]
+    assert [layer.step for layer in snapshot.layers] == [2, 1, 2, 2]
+    with torch.no_grad():
+        net[1].weight[3, 4] += 1
+    look(watcher, net, 3)
+    watcher.restart()
+    look(watcher, net, 4)
+    assert analysed[2:] == [["0", "1", "2", "3"]] * 2
+
+
+def test_the_background_analyses_the_weights_of_the_step_it_was_given():
+    net, watcher = make_net(), make_survey(mode="async")
+    expected = rows(analyze_matrices(walk(net), Options()))
+    assert look(watcher, net, 7) is None
+    change(net)
+    assert watcher.join(60)
+    (snapshot,) = watcher.collect()
+    assert snapshot.step == 7
+    found = rows(snapshot)
+    assert {name: found[name] == pytest.approx(expected[name], rel=1e-9) for name in expected} == dict.fromkeys(
+        expected, True
+    )
+    assert snapshot.summary["snapshots_dropped"] == 0
+    watcher.close(60)
+
+
+def test_dropped_snapshots_are_counted(monkeypatch):
+    net, watcher = make_net(), make_survey(mode="async")
+    for step in range(20):
+        look(watcher, net, step)
+    watcher.join(60)
+    snapshots = list(watcher.collect())
+    assert len(snapshots) + snapshots[-1].summary["snapshots_dropped"] == 20
+    assert [snapshot.step for snapshot in snapshots] == sorted(snapshot.step for snapshot in snapshots)
+    assert snapshots[-1].step == 19
+    watcher.close(60)
+
+
+def test_a_whole_look_is_made_now_in_async_mode_too():
+    snapshot = look(make_survey(mode="async"), make_net(), 0, whole=True)
+    assert (snapshot.step, snapshot.summary["snapshots_dropped"]) == (0, 0)
+
+
+def test_frozen_layers_are_neither_copied_nor_analysed_again_in_the_background(analysed):
+    net, watcher = make_net(), make_survey(mode="async")
+    net[1].requires_grad_(False)
+    for step in (1, 2):
+        look(watcher, net, step)
+        watcher.join(60)
+        (snapshot,) = watcher.collect()
+    assert analysed == [["0", "1", "2", "3"], ["0", "2", "3"]]
+    assert [layer.step for layer in snapshot.layers] == [2, 1, 2, 2]
+    watcher.close(60)
+
+
+def test_drift_is_that_of_the_copied_weights():
+    net, watcher = make_net(), make_survey(mode="async", track_delta=True)
+    look(watcher, net, 0, whole=True)
+    change(net)
+    look(watcher, net, 1)
+    change(net)
+    watcher.join(60)
+    (snapshot,) = watcher.collect()
+    expected = watcher._baseline.drift(list(walk(net)))["0"]["delta_norm"]
+    assert 0 < snapshot.layers[0].value("delta_norm") < expected
+    watcher.close(60)
+
+
+def test_a_weight_that_cannot_be_copied_costs_its_row_only():
+    items, watcher = list(walk(make_net())), make_survey(mode="async")
+
+    def load():
+        raise OSError("gone")
+
+    items[1] = type(items[1])(items[1].name, "dense", items[1].shape, load)
+    watcher.look(items, step=0, epoch=None)
+    watcher.join(60)
+    (snapshot,) = watcher.collect()
+    assert [layer.status for layer in snapshot.layers] == ["ok", "error: OSError: gone", "ok", "ok"]
+    watcher.close(60)
+
+
+def test_an_analysis_that_fails_in_the_background_raises_when_it_is_collected(monkeypatch):
+    watcher = make_survey(mode="async")
+
+    def fail(*arguments, **options):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(survey, "analyze_matrices", fail)
+    look(watcher, make_net(), 0)
+    watcher.join(60)
+    with pytest.raises(MemoryError, match="no room"):
+        list(watcher.collect())
+    watcher.close(60)
+
+
+def test_a_still_is_a_copy_of_everything_that_may_change():
+    net = make_net()
+    items = list(walk(net))
+    taken = still(items, Checked({}, {}), step=3, epoch=1, memory=None)
+    for copied, original in zip(taken.items, items, strict=True):
+        assert torch.equal(copied.load(), original.load())
+        assert copied.load().untyped_storage().data_ptr() != original.load().untyped_storage().data_ptr()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("still_bytes", [None, 1])
+def test_a_gpus_weights_are_copied_there_or_to_pinned_memory(still_bytes):
+    net = make_net().cuda()
+    watcher = make_survey(mode="async", still_bytes=still_bytes)
+    expected = rows(analyze_matrices(walk(net), Options()))
+    look(watcher, net, 7)
+    change(net)
+    watcher.join(60)
+    (snapshot,) = watcher.collect()
+    assert rows(snapshot)["0"] == pytest.approx(expected["0"], rel=1e-8)
+    watcher.close(60)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "threads"}, "mode must be one of 'sync', 'async'"),
+        ({"layers_per_step": 0}, "layers_per_step must be an integer >= 1"),
+        ({"layers_per_step": "some"}, "layers_per_step must be"),
+        ({"still_bytes": 0}, "still_bytes must be"),
+    ],
+)
+def test_a_wrong_choice_is_refused(options, message):
+    with pytest.raises(InvalidArgument, match=message):
+        make_survey(**options)
