@@ -233,11 +233,13 @@ class Monitor:
         if self.last_step is None and not self.budget.looks and not self.budget.elapsed:
             self.begin(step)
         self.last_step, self._next_step = step, None
+        published: list[Snapshot] = []
         with self.timed(), self.guard("analysis"):
             items = list(self.select.apply(matrices))
             looked = self.survey.look(items, step=step, epoch=epoch, whole=whole)
-            return None if looked is None else self._publish(looked)
-        return None
+            if looked is not None:
+                published.append(self._publish(looked))
+        return published[0] if published else None
 
     def collect(self) -> list[Snapshot]:
         """The snapshots that the background has completed, oldest first, now with findings and in the sinks."""

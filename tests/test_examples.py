@@ -1,0 +1,51 @@
+"""Every example runs as a user runs it, and says what it promises. A new example is a new row."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ww_monitor import History
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SLOW = {"demo.py"}
+"""Not run here: minutes long, and run by `make demo`."""
+
+CASES = [
+    # script, arguments beside --output, packages it needs, what it prints, history files it writes
+    ("huggingface_gpt.py", ["--steps", "40"], ["transformers", "tensorboard"], "steps 0 to 40", ["ww_history.jsonl"]),
+    ("keras_mlp.py", ["--epochs", "2"], ["keras", "sklearn", "tensorboard"], "steps 0 to 90", ["ww_history.jsonl"]),
+    ("lora.py", ["--steps", "20"], ["transformers", "peft"], "moved by 0.", ["adapter/ww_history.jsonl"]),
+]
+
+
+@pytest.mark.parametrize(("script", "arguments", "needs", "prints", "writes"), CASES, ids=[case[0] for case in CASES])
+def test_example_runs(tmp_path, script, arguments, needs, prints, writes):
+    for package in needs:
+        pytest.importorskip(package, reason=f"{package}, which the example is about, is not installed")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), "--output", str(tmp_path), *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "SpectralWarning" not in done.stderr
+    assert prints in done.stdout
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*.jsonl"))] == writes
+    for path in writes:
+        assert len(History.read(tmp_path / path)) > 1
+
+
+def test_every_example_is_short_and_run():
+    scripts = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert {case[0] for case in CASES} == scripts.keys() - SLOW
+    assert {name: lines for name, lines in scripts.items() if lines > 60}.keys() <= SLOW

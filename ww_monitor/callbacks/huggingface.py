@@ -1,0 +1,279 @@
+"""The Hugging Face callback: for `transformers.Trainer` and its subclasses, such as TRL's."""
+
+from __future__ import annotations
+
+import math
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from copy import copy
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ww_monitor.callbacks._adapter import Adapter
+from ww_monitor.errors import MissingDependency
+from ww_monitor.record import Snapshot, summary_key
+from ww_monitor.sinks.tensorboard import write_histograms
+
+try:
+    from transformers.trainer_callback import (
+        CallbackHandler,
+        EarlyStoppingCallback,
+        PrinterCallback,
+        ProgressCallback,
+        TrainerCallback,
+    )
+except ImportError as error:
+    raise MissingDependency(
+        "ww_monitor.callbacks.huggingface: needs transformers; pip install 'ww-monitor[huggingface]'"
+    ) from error
+
+_PRINTING = (PrinterCallback, ProgressCallback)
+"""They print every value of every log as one line: right for a loss, not for every metric of every layer."""
+
+
+class SpectralMonitor(Adapter, TrainerCallback):
+    """Follows the spectra of a model's weight matrices while a Trainer trains it.
+
+    `Trainer(callbacks=[SpectralMonitor()])` is all. Model-level values go to the Trainer's trackers (`report_to`) as
+    `ww/<metric>` and layers as `ww_<metric>/<layer>`, under the prefix `train/` that the trackers give to everything
+    that is not an evaluation; TensorBoard gets a histogram of log10 λ a layer (`ww_esd/<layer>`).
+    `trainer.state.log_history` has the model-level values. `ww_history.jsonl` in `args.output_dir` holds everything
+    and is read by `ww_monitor.History.read`. The metrics with unit, source and meaning are in the README's table.
+
+    While it trains, every evaluation has the latest model-level values as `eval_ww_<metric>`, so that
+    `metric_for_best_model="ww_alpha"` works for the best checkpoint and for `EarlyStoppingCallback`, which must stand
+    after this callback. Say `greater_is_better` too: the Trainer takes `True` unless told. A metric that is watched so
+    is measured at every evaluation, whatever the schedule, because a checkpoint is chosen by it.
+
+    A step is an optimizer step. `stop_on` ends the run after a step, the first one at the earliest. A resumed run
+    continues its history, with `restore_callback_states_from_checkpoint` or without.
+
+    Training is bit-identical with and without it. A failure inside becomes a status or one `SpectralWarning`.
+
+    The arguments are described with `__init__`.
+    """
+
+    _handler: CallbackHandler | None = None
+    _training = False
+    _begun = False
+
+    def attach(self, trainer: Any) -> SpectralMonitor:
+        """Watch `trainer`: joins its callbacks if it is not among them.
+
+        Needed only for a trainer that was made without this callback.
+
+        Args:
+            trainer: A `transformers.Trainer`.
+
+        Returns:
+            This callback.
+        """
+        self._handler = trainer.callback_handler
+        if not any(callback is self for callback in trainer.callback_handler.callbacks):
+            trainer.add_callback(self)
+        return self
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the files; what a run that died has left open is closed first."""
+        self._close()
+        self._handler = _calling_handler() or self._handler
+        self._known: dict[str, float] = {}
+        self._training, self._begun = True, False
+        if self._key in state.stateful_callbacks:
+            self._load_state(state.stateful_callbacks[self._key].get("attributes", {}))
+        self._open(
+            step=state.global_step,
+            folder=Path(args.output_dir),
+            print_line=_print_line,
+            rank=args.process_index,
+            ranks=args.world_size,
+        )
+        if self._session is not None:  # the Trainer has no hook for an exception: then this closes, at the latest
+            self._left_open = weakref.finalize(self, self._session.close)
+        self._check_surroundings(args)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """First snapshot; not when training begins, because trackers that stand later have not begun then."""
+        if not self._begun:
+            self._begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """A snapshot where one is due, and after the last step, before its evaluation and its checkpoint."""
+        last = control.should_training_stop and not self._is_seen(state)
+        if self.monitor.due(state.global_step) or last:
+            self._observe(args, state, control, whole=last, **kwargs)
+        else:
+            self._publish(args, state, control, self.monitor.collect(), **kwargs)
+        return self._stop_if_asked(state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """A snapshot where the epoch schedule asks for one."""
+        if self.monitor.due_at_epoch_end(_epoch(state), state.global_step):
+            self._observe(args, state, control, **kwargs)
+        return self._stop_if_asked(state, control)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """Add the model-level values to the evaluation's."""
+        if not self._training or metrics is None:
+            return
+        if not self._begun:
+            self._begin(args, state, control, **kwargs)
+        watched = self._watched(args)
+        if watched and not self._is_seen(state):
+            self._observe(args, state, control, whole=True, **kwargs)
+        values = {_evaluation_key(key): value for key, value in self._known.items()}
+        if watched and watched not in values:
+            values[watched] = self._worst(args, watched)
+        if state.is_hyper_param_search:  # the default objective is the sum of all metrics
+            values = {watched: values[watched]} if watched else {}
+        metrics.update(values)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Last snapshot, where `on_step_end` did not know that the step was the last.
+
+        The Trainer's closing log comes before it loads the best model and before the trackers close.
+        """
+        if self._training and "train_runtime" in (logs or {}) and not self._is_seen(state):
+            self._observe(args, state, control, whole=True, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The table; close the sinks."""
+        self._show_table()
+        self._close()
+
+    def _close(self) -> None:
+        if self._session is not None:
+            self._left_open.detach()
+        self._training = False
+        super()._close()
+
+    @property
+    def _key(self) -> str:
+        """Of the state in a checkpoint: one for every monitor that looks at the same things as often.
+
+        No class name: the Trainer replaces the callbacks whose class it finds there by new ones, which nobody holds.
+        """
+        return f"ww_monitor.SpectralMonitor({self._settings})"
+
+    def _is_seen(self, state: Any) -> bool:
+        return self.monitor.is_seen(state.global_step)
+
+    def _begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """First snapshot, unless a resumed run has it."""
+        self._begun = True
+        if self._is_seen(state):
+            self._known = self.monitor.history.last.scalars(layers=False)
+        else:
+            self._observe(args, state, control, whole=True, **kwargs)
+        self._announce()
+
+    def _observe(self, args: Any, state: Any, control: Any, *, whole: bool = False, **kwargs: Any) -> None:
+        """Look now, in every process alike, and publish what is complete."""
+        with self.monitor.timed():
+            step = state.global_step
+            snapshots = self._snapshot(kwargs["model"], step=step, epoch=_epoch(state), whole=whole)
+            self._publish(args, state, control, snapshots, **kwargs)
+
+    def _publish(self, args: Any, state: Any, control: Any, snapshots: Sequence[Snapshot], **kwargs: Any) -> None:
+        """Into the evaluation's values, the log and the trackers, each snapshot at its own step."""
+        with self.monitor.timed():
+            for snapshot in snapshots:
+                values = snapshot.scalars(layers=False)
+                self._known.update(values)
+                if values:
+                    state.log_history.append({**values, "epoch": state.epoch or 0, "step": snapshot.step})
+                self._log(args, state, control, snapshot, **kwargs)
+            if snapshots:
+                state.stateful_callbacks[self._key] = {"args": {}, "attributes": self._state()}
+
+    def _log(self, args: Any, state: Any, control: Any, snapshot: Snapshot, **kwargs: Any) -> None:
+        """Hand the values to every tracker, in every process, as the Trainer does with its loss.
+
+        Not by `trainer.log`: that would count as the loss log of the step, which then were lost, and TRL's trainers
+        flush their running means with every log. Here a tracker that raises costs itself only.
+        """
+        logs, then = snapshot.scalars(), copy(state)
+        then.global_step = snapshot.step
+        for callback in self._handler.callbacks if self._handler and logs else ():
+            if isinstance(callback, _PRINTING):
+                continue
+            what = f"callback {type(callback).__name__}"
+            with self.monitor.guard(what, key=f"callback {id(callback)}", always=True):
+                callback.on_log(args, then, control, logs=dict(logs), **kwargs)
+                if state.is_world_process_zero:
+                    self._log_pictures(callback, snapshot, then.global_step)
+
+    def _log_pictures(self, callback: Any, snapshot: Snapshot, step: int) -> None:
+        """What is more than a number, to the trackers that can show it."""
+        writer = getattr(callback, "tb_writer", None)
+        if hasattr(writer, "add_histogram_raw"):
+            write_histograms(writer, snapshot, step)
+
+    def _stop_if_asked(self, state: Any, control: Any) -> Any:
+        reason = self.monitor.stop_reason
+        if reason and not control.should_training_stop:
+            control.should_training_stop = True
+            self._say(f"stopping at step {state.global_step}: {reason}")
+        return control
+
+    def _watched(self, args: Any) -> str:
+        """The evaluation key that `metric_for_best_model` names, if it is one of ours."""
+        wanted = args.metric_for_best_model or ""
+        key = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
+        ours = {summary_key(metric.name) for metric in self.monitor.options.chosen} | self._known.keys()
+        return key if key in map(_evaluation_key, ours) else ""
+
+    def _worst(self, args: Any, key: str) -> float:
+        """What stands for a watched value that is not known yet: no improvement, as in the Trainer's own start value.
+
+        Without the key the Trainer ends the run by a KeyError.
+        """
+        name = key.removeprefix("eval_")
+        self.monitor.say_once(f"unknown {key}", f"{name} is not known for this model so far; it counts as the worst")
+        return -math.inf if args.greater_is_better else math.inf
+
+    def _check_surroundings(self, args: Any) -> None:
+        """Say what would otherwise go wrong without a word."""
+        if self._handler is None:
+            message = "found no Trainer around this callback: no tracker gets its values; call attach(trainer)"
+            self.monitor.say_once("no trainer", message)
+            return
+        callbacks = self._handler.callbacks
+        before = callbacks[: next((at for at, callback in enumerate(callbacks) if callback is self), 0)]
+        watched = self._watched(args)
+        if watched and any(isinstance(callback, EarlyStoppingCallback) for callback in before):
+            message = f"EarlyStoppingCallback stands before SpectralMonitor and cannot see {watched}; put it after"
+            self.monitor.say_once("order", message)
+
+
+def _calling_handler() -> CallbackHandler | None:
+    """The handler whose event is running: a Trainer passes everything to its callbacks but itself."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _epoch(state: Any) -> int:
+    """The number of the last step's epoch, from 0; the Trainer counts in epochs done, with fractions."""
+    return max(0, math.ceil(state.epoch or 0) - 1)
+
+
+def _evaluation_key(key: str) -> str:
+    """`eval_ww_alpha` for `ww/alpha`: a name that `metric_for_best_model` can hold."""
+    return f"eval_{key.replace('/', '_')}"
+
+
+def _print_line(line: str) -> None:
+    """A print that leaves the Trainer's progress bar whole."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(line)
+    else:
+        print(line)
