@@ -243,6 +243,17 @@ def test_lora_gives_the_merged_weight():
     assert (item.name, item.load().requires_grad) == ("d", False)
 
 
+def test_what_training_leaves_alone_is_frozen():
+    """A frozen model inside, and what keeps its kernel but trains an adapter on it."""
+    inner = keras.Sequential([layers.Dense(12, name="kept"), layers.Dense(12, name="adapted")], name="inner")
+    net = keras.Sequential([keras.Input((9,)), inner, layers.Dense(5, name="head")])
+    inner.trainable = False
+    inner.layers[1].trainable = True
+    inner.layers[1].enable_lora(2)
+    frozen = {name: item.frozen for name, item in matrices(net).items()}
+    assert frozen == {"inner.kept": True, "inner.adapted": False, "head": False}
+
+
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_quantized_layers_are_skipped(mode):
     """The integers of a quantized layer are no weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -178,6 +179,7 @@ class Adapter:
                 continues=self._history_name,
             )
             self._history_name = self._session.history_name
+            self._left_open = weakref.finalize(self, self._session.close)  # where no hook tells of an exception
 
     def _snapshot(self, model: Source, *, step: int, epoch: int | None, whole: bool = False) -> list[Snapshot]:
         """Look at the model now; the snapshots that are complete, those of the background first.
@@ -208,9 +210,10 @@ class Adapter:
             self._session.show_table()
 
     def _close(self) -> None:
-        """The run is over, however it ended."""
+        """The run is over, however it ended; also called when a run begins, for one that has ended unseen."""
         self._resumed = False
         if self._session is not None:
+            self._left_open.detach()
             self._session.close()
             self._session = None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import weakref
 from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
@@ -90,8 +89,6 @@ class SpectralMonitor(Adapter, TrainerCallback):
             rank=args.process_index,
             ranks=args.world_size,
         )
-        if self._session is not None:  # the Trainer has no hook for an exception: then this closes, at the latest
-            self._left_open = weakref.finalize(self, self._session.close)
         self._check_surroundings(args)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -146,8 +143,6 @@ class SpectralMonitor(Adapter, TrainerCallback):
         self._close()
 
     def _close(self) -> None:
-        if self._session is not None:
-            self._left_open.detach()
         self._training = False
         super()._close()
 

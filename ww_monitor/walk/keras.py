@@ -196,7 +196,8 @@ def _known(model: Any, split: Split | None) -> Iterator[Matrix | Skipped]:
                 continue
             seen[id(variable)] = name
             role = infer_role(name, kind) if role is None else role
-            yield from (matrix(name, kind, part, shape, partial(_read, layer, attribute), role) for part in parts)
+            load, frozen = partial(_read, layer, attribute), not layer.trainable_weights
+            yield from (replace(matrix(name, kind, part, shape, load, role), frozen=frozen) for part in parts)
 
 
 def _others(model: Any) -> Iterator[Skipped]:
@@ -273,11 +274,13 @@ def _read(layer: Any, attribute: str) -> Tensor:
 
 
 def _to_torch(value: Any) -> Tensor:
-    """A tensor of any backend as a torch tensor on the same memory."""
+    """A tensor of any backend as a torch tensor on the same memory; one that JAX has on several devices is gathered."""
     if isinstance(value, Tensor):
         return value.detach()
     if type(value).__module__.startswith("tensorflow"):
         tensorflow: Any = sys.modules["tensorflow"]
         value = tensorflow.experimental.dlpack.to_dlpack(tensorflow.convert_to_tensor(value))
+    elif len(getattr(value, "devices", set)()) > 1:
+        value = sys.modules["jax"].device_put(value, min(value.devices(), key=lambda device: device.id))
     tensor: Tensor = torch.utils.dlpack.from_dlpack(value)
     return tensor
