@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 
 import ww_monitor
+from ww_monitor.engine import threads
 from ww_monitor.spectra import traps
 
 pl = pytest.importorskip("pytorch_lightning")
@@ -152,6 +153,9 @@ CALLBACKS = {
     },
     "every epoch": {"every_n_steps": None, "every_n_epochs": 1},
     "with stop_on, that never comes to stop": {"stop_on": "traps", "patience": 1000},
+    "one layer a step": {"layers_per_step": 1},
+    "in the background": {"mode": "async"},
+    "as often as the budget allows": {"every_n_steps": None},
 }
 
 
@@ -159,6 +163,21 @@ CALLBACKS = {
 def test_training_with_the_monitor_is_bit_identical(plain, tmp_path, arguments):
     watched = train(tmp_path, [spectral_monitor(**arguments)])
     assert differences(plain.state, watched.state) == []
+
+
+def test_training_is_bit_identical_beside_workers_too(plain, tmp_path, monkeypatch):
+    used = []
+
+    def counted():
+        used.append(True)
+        return 2
+
+    monkeypatch.setattr(threads, "thread_budget", counted)
+    before = process_state()
+    watched = train(tmp_path, [spectral_monitor()])
+    assert used
+    assert differences(plain.state, watched.state) == []
+    assert changed(before, process_state()) in ([], ["streams"])  # of the training
 
 
 def test_the_comparison_above_sees_shuffled_spectra_and_a_power_iteration(plain, tmp_path, shuffles):
@@ -310,6 +329,38 @@ def test_the_first_analysis_of_a_process_changes_nothing_either():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert (done.stdout.strip(), done.stderr) == (str([True] * 9), "")
+
+
+def test_an_analysis_in_the_background_changes_nothing_for_other_threads_while_it_runs():
+    import threading
+
+    from ww_monitor.survey import survey
+    from ww_monitor.walk.torch import walk
+
+    net, started, go_on = make_net(), threading.Event(), threading.Event()
+    watcher = ww_monitor.Monitor(mode="async", every_n_steps=1)
+    watcher.observe(walk(net), step=0, whole=True)
+    analyse = survey.analyze_matrices
+
+    def held(*arguments, **options):
+        result = analyse(*arguments, **options)
+        started.set()
+        assert go_on.wait(20)
+        return result
+
+    survey.analyze_matrices = held
+    before = process_state()
+    try:
+        watcher.observe(walk(net), step=1)
+        assert started.wait(20)
+        during = process_state()
+    finally:
+        survey.analyze_matrices = analyse
+        go_on.set()
+    assert changed(before, during) == []
+    assert [snapshot.step for snapshot in watcher.finish()] == [1]
+    watcher.close()
+    assert changed(before, process_state()) == []
 
 
 HOOKS = ("on_train_start", "on_train_batch_end", "on_train_epoch_end", "on_train_end", "teardown")
