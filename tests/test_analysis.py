@@ -224,7 +224,7 @@ OPTIONS = {
     "split": (THREE, {"split": {"c": 3}}, names),
     "experts": (nn.ModuleDict({"experts": Experts()}), {"experts": "pooled"}, names),
 }
-"""A model, the option, and what it changes; `lora` and `strict` are tested apart."""
+"""A model, the option, and what it changes; `lora`, `strict` and `across_ranks` are tested apart."""
 
 
 @pytest.mark.parametrize(("source", "arguments", "seen"), OPTIONS.values(), ids=OPTIONS)
@@ -245,7 +245,7 @@ def test_the_lora_option_reaches_the_walker(monkeypatch):
 
 
 def test_there_is_a_test_for_every_option():
-    assert set(inspect.signature(analyze).parameters) == {"model", "lora", "strict", *OPTIONS}
+    assert set(inspect.signature(analyze).parameters) == {"model", "lora", "strict", "across_ranks", *OPTIONS}
 
 
 def test_the_same_seed_gives_the_same_snapshot_and_no_global_stream_moves():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from ww_monitor.distributed import analyze_on_ranks
 from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.matrices import Select
 from ww_monitor.record import History, Snapshot
@@ -36,6 +37,7 @@ def analyze(
     experts: Literal["separate", "pooled"] = "separate",
     lora: Sequence[str] = ("base", "delta"),
     strict: bool = False,
+    across_ranks: bool = False,
 ) -> Snapshot:
     """Spectra, metrics and findings of every weight matrix of a model.
 
@@ -66,6 +68,8 @@ def analyze(
         experts: `"separate"` gives a matrix for each expert of a stacked weight, `"pooled"` one with a slice for each.
         lora: Which of `"base"`, `"delta"` (B·A with its scale) and `"merged"` to analyse of a layer with adapters.
         strict: Raise on the first layer that fails, instead of giving it a status.
+        across_ranks: Analyse together with all ranks of the `torch.distributed` job, each of which makes the same call
+            with its part of the model; see `ww_monitor.distributed.analyze_on_ranks`. Weights in shards need it.
 
     Returns:
         A snapshot with `layers`, `summary`, `findings`, `skipped` and `to_pandas()`; its layers carry their
@@ -74,6 +78,7 @@ def analyze(
     Raises:
         InvalidArgument: naming the argument, its value and the choices; or the layers that have no pair in `base`.
         LayerError: with `strict`, naming the layer, what was expected and what came.
+        RankFailed: with `across_ranks`, if a rank is not heard of in time, naming it and what it last did.
 
     >>> import torch, ww_monitor
     >>> _ = torch.manual_seed(0)
@@ -100,5 +105,5 @@ def analyze(
     items = select.apply(walk_source(model, split=split, experts=experts, lora=lora))
     if base is not None:
         items = delta(items, select.apply(walk_source(base, split=split, experts=experts, lora=lora)))
-    snapshot = analyze_matrices(items, options)
+    snapshot = analyze_on_ranks(items, options) if across_ranks else analyze_matrices(items, options)
     return snapshot.with_findings(apply_rules(SINGLE_RULES, History([snapshot])))

@@ -18,6 +18,10 @@ class LayerError(WWMonitorError):
     """A layer could not be analysed and `strict=True` was asked for; the message names layer and step."""
 
 
+class RankFailed(WWMonitorError):
+    """A rank of a distributed analysis is missing; the message names it, what it last did, and what waited for it."""
+
+
 class MissingDependency(WWMonitorError, ImportError):
     """An optional package is needed for what was asked; the message says which extra brings it."""
 

@@ -5,14 +5,55 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import torch
 
 from ww_monitor.errors import InvalidArgument
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 CONV_EIGENVALUE_FACTOR = 0.5
 """Every eigenvalue of a convolution slice is multiplied by this (weightwatcher 0.7.7's normalisation, kept
 so that published alpha-hat values stay comparable; it shifts log-scale metrics and leaves alpha alone)."""
+
+
+Index = range | tuple[int, ...]
+"""Places along one axis of a matrix."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of a matrix that lies on this rank.
+
+    Attributes:
+        index: The slices, rows and columns whose product lies here; none along an axis where the rank has nothing.
+        load: Returns the part `[slices, rows, columns]` on the device of the mesh; no other rank is needed.
+        dtype: Of the weights.
+        mesh: The ranks that hold all of the matrix between them, replicas included.
+        sharded: The dimensions of the mesh along which ranks hold different parts.
+    """
+
+    index: tuple[Index, Index, Index]
+    load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
+    dtype: torch.dtype
+    mesh: DeviceMesh = field(repr=False, compare=False)
+    sharded: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How a matrix lies on the ranks of a job.
+
+    Attributes:
+        ranks: Those (by their number in the job) that hold it between them; all of them call `Matrix.load` together,
+            and each gets the whole.
+        piece: What lies on this rank, where it can be read alone.
+    """
+
+    ranks: tuple[int, ...]
+    piece: Piece | None = None
 
 
 @dataclass(frozen=True)
@@ -25,6 +66,8 @@ class Matrix:
         shape: `(slices, rows, columns)` of what `load` returns; a dense weight has one slice.
         load: Returns the weights `[slices, rows, columns]`, detached, in storage dtype, on their device.
         role: What the matrix does in its block (`"q"`, `"up"`, `"head"`, …), or `""` where unknown.
+        frozen: Whether training leaves it alone, as far as the walker can see.
+        shards: Where it is spread over ranks, so that `load` is a collective; else `None`.
     """
 
     name: str
@@ -32,6 +75,8 @@ class Matrix:
     shape: tuple[int, int, int]
     load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
     role: str = ""
+    frozen: bool = False
+    shards: Shards | None = field(default=None, repr=False, compare=False)
 
     @property
     def long_side(self) -> int:

@@ -59,7 +59,8 @@ class Monitor:
         still_bytes: Memory on the training device for such a copy; what does not fit is copied to the host. A quarter
             of what is free if it is not given.
         across_ranks: Share the work among the processes of torch.distributed. All of them then call `observe` at the
-            same steps and get the same snapshots; only the first should have sinks.
+            same steps and get the same snapshots; only the first should have sinks. Every look is whole and made at
+            once then.
         rules: What to look for; see `ww_monitor.rules`.
         sinks: Where snapshots go.
         stop_on: `"traps"`, `"broken_layers"`, or `None`: what makes `stop_reason` non-empty. Its rule is applied also
@@ -158,6 +159,9 @@ class Monitor:
     @across_ranks.setter
     def across_ranks(self, value: bool) -> None:
         self.survey.across_ranks = value
+        if value and (self.survey.mode, self.survey.layers_per_step) != ("sync", "all"):
+            message = "on several ranks every look is whole and made at once; mode and layers_per_step are left aside"
+            self.say_once("across ranks", message)
 
     def is_seen(self, step: int) -> bool:
         """Whether there is a snapshot of optimizer step `step`."""
@@ -180,8 +184,9 @@ class Monitor:
     def _due_within_budget(self, step: int) -> bool:
         if self.last_step is None:
             return True
-        if self._next_step is None:
-            self._next_step = self.budget.plan(step)
+        if self._next_step is None and self.budget.can_plan(step):
+            with self.guard("planning"):
+                self._next_step = self.survey.agreed(self.budget.plan(step))
         return self._next_step is not None and step >= self._next_step
 
     def due_at_epoch_end(self, epoch: int, step: int) -> bool:

@@ -145,9 +145,13 @@ class Budget:
             self._this_look = 0.0
             self.looks += 1
 
+    def can_plan(self, step: int) -> bool:
+        """Whether enough steps have been timed."""
+        return step >= self._first_step + STEPS_TO_TIME
+
     def plan(self, step: int) -> int | None:
         """The step of the next look, seen from `step`; `None` while the duration of a step is not known."""
-        if math.isnan(self.seconds_per_step) or step < self._first_step + STEPS_TO_TIME:
+        if math.isnan(self.seconds_per_step) or not self.can_plan(step):
             return None
         needed = (self.lost + 2 * self.cost) / self.share
         wait = max(0.0, needed - self.elapsed) / max(self.seconds_per_step, 1e-9)

@@ -1,17 +1,20 @@
 """Trains with two processes on the CPU, watched by SpectralMonitor; each rank leaves what it saw in a JSON file.
 
-Run as `python ddp_run.py FOLDER early_stopping|stop_on`.
+Run as `python ddp_run.py FOLDER early_stopping|stop_on|sharded|budget`.
 """
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from ww_monitor.callbacks.lightning import SpectralMonitor
@@ -25,7 +28,13 @@ class Net(pl.LightningModule):
         with torch.no_grad():
             self.net[0].weight[3, 4] = 2.0
 
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            for layer in (self.net[0], self.net[2]):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
     def training_step(self, batch, batch_idx):
+        time.sleep(0.02)  # or a look would outlast the run
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self):
@@ -43,7 +52,12 @@ class Counting(CSVLogger):
 
 
 def main(folder: Path, what: str) -> None:
-    monitor = SpectralMonitor(every_n_steps=2, stop_on="traps" if what == "stop_on" else None, console=False)
+    monitor = SpectralMonitor(
+        every_n_steps=None if what == "budget" else 2,
+        max_overhead=0.9 if what == "budget" else 0.02,
+        stop_on="traps" if what in ("stop_on", "sharded") else None,
+        console=False,
+    )
     callbacks = [monitor]
     if what == "early_stopping":
         callbacks.append(EarlyStopping("ww/num_traps", mode="max", stopping_threshold=0.5))
@@ -52,7 +66,7 @@ def main(folder: Path, what: str) -> None:
         max_epochs=5,
         accelerator="cpu",
         devices=2,
-        strategy="ddp",
+        strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if what == "sharded" else "ddp",
         callbacks=callbacks,
         logger=logger,
         enable_checkpointing=False,
@@ -67,6 +81,8 @@ def main(folder: Path, what: str) -> None:
         "alpha": float(trainer.callback_metrics["ww/alpha"]),
         "snapshots": len(monitor.monitor.history),
         "log calls": logger.calls,
+        "steps": [snapshot.step for snapshot in monitor.monitor.history],
+        "history": [snapshot.to_json() for snapshot in monitor.monitor.history],
         "last step": monitor.monitor.last_step,
     }
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(report))

@@ -26,6 +26,9 @@ from ww_monitor.walk.sources import WHOLE, Source, walk_source
 
 HISTORY_FILE = "ww_history.jsonl"
 
+_chosen: set[Path] = set()
+"""History files of the sessions that are open: a file is chosen before its first snapshot makes it."""
+
 
 class Adapter:
     """The arguments of every callback, and what its hooks share. A callback derives from it and its framework's base.
@@ -170,7 +173,8 @@ class Adapter:
             monitor.restart()
             self._history_name = ""
         monitor.begin(step)
-        monitor.across_ranks, monitor.quiet = ranks > 1, rank > 0
+        monitor.quiet = rank > 0
+        monitor.across_ranks = ranks > 1
         if rank == 0:
             self._session = Session(
                 monitor,
@@ -273,6 +277,7 @@ class Session:
         self.history_path = None if folder is None else history_path(folder, continues=continues)
         self._own: list[Sink] = []
         if self.history_path is not None:
+            _chosen.add(self.history_path)
             self._own.append(JsonLines(self.history_path))
         if print_line is not None:
             self._own.append(Console(print_line))
@@ -308,6 +313,8 @@ class Session:
         """Close all sinks and take the session's own off the monitor."""
         self.monitor.close()
         self.monitor.sinks = [sink for sink in self.monitor.sinks if sink not in self._own]
+        if self.history_path is not None:
+            _chosen.discard(self.history_path)
 
 
 def history_path(folder: Path, *, continues: str = "") -> Path:
@@ -319,4 +326,4 @@ def history_path(folder: Path, *, continues: str = "") -> Path:
         return folder / continues
     stem, suffix = HISTORY_FILE.split(".")
     names = [folder / HISTORY_FILE] + [folder / f"{stem}-{number}.{suffix}" for number in range(1, 10_000)]
-    return next(path for path in names if not path.exists())
+    return next(path for path in names if path not in _chosen and not path.exists())

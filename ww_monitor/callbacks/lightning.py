@@ -122,9 +122,9 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
         return snapshots
 
     def _log(self, trainer: Any, snapshot: Snapshot, x: int) -> None:
-        """Tell every logger; those of other ranks than the first are dummies."""
+        """Tell every logger, on the first rank."""
         scalars = snapshot.scalars()
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if trainer.is_global_zero else ():
             name = type(logger).__name__
             with self.monitor.guard(f"logger {name}", key=f"logger {id(logger)}", always=True):
                 logger.log_metrics(scalars, step=x)

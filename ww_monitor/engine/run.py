@@ -168,6 +168,8 @@ def _loaded(groups: Iterable[Sequence[Matrix]], options: Options, step: int | No
 
 
 def _load(matrix: Matrix) -> torch.Tensor:
+    if matrix.shards is not None:
+        raise ValueError("spread over ranks; expected across_ranks=True, and the same call on each of them")
     weights = matrix.load()
     if tuple(weights.shape) != tuple(matrix.shape):
         raise ValueError(f"expected weights of shape {matrix.shape}, got {tuple(weights.shape)}")

@@ -38,7 +38,14 @@ def needs_weights(matrix: Matrix, sums: Sums, options: Options) -> bool:
     finite = bool(torch.isfinite(sums.moments.squares).all())
     if not finite or not sums.moments.squares.any():
         return options.strict and not finite  # the row is blank; the complaint counts entries
-    return bool(sums.zeros.any()) or (_asks_for_elements(matrix, options) and _near_a_trap(matrix, sums.moments))
+    if not _alive(matrix, sums).all():
+        return True
+    return _asks_for_elements(matrix, options) and _near_a_trap(matrix, sums.moments)
+
+
+def _alive(matrix: Matrix, sums: Sums) -> torch.Tensor:
+    """`[S]` whether there are too few zeros for a row or a column of them."""
+    return sums.zeros < matrix.short_side
 
 
 def _asks_for_elements(matrix: Matrix, options: Options) -> bool:
@@ -75,7 +82,7 @@ def layer_of_sums(
         solved = eigenvalues_of_gram(gram, sums.moments.squares, long_side=matrix.long_side)
         unread = torch.ones((), dtype=dtype).expand(1, *matrix.shape)
         on_host = type(solved)(solved.values.cpu(), solved.frobenius_sq.cpu(), solved.status.cpu())
-        spectra = Spectra(on_host, sums.moments, sums.zeros == 0)
+        spectra = Spectra(on_host, sums.moments, _alive(matrix, sums))
         measured = measure(Loaded([matrix], unread), spectra, options)
     except Exception as error:  # noqa: BLE001 - whatever a solver throws costs this layer only
         return failed_layer(matrix, error, options, step=step)

@@ -55,7 +55,7 @@ class Workers:
             self._freed.wait_for(lambda: self._running < self.count and self._fits(needs))
             self._running += 1
             self._in_use += needs
-        future = self._executor.submit(task)
+        future = self._executor.submit(_run_once, [task])
         future.add_done_callback(lambda _: self._release(needs))
         return future
 
@@ -72,6 +72,11 @@ class Workers:
         """Wait for the threads; what has not begun is given up."""
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _run_once(box: list[Callable[[], Result]]) -> Result:
+    """Run the task in the box; what it holds is free when its memory is said to be."""
+    return box.pop()()
 
 
 @contextmanager

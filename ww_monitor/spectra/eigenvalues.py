@@ -15,8 +15,8 @@ from ww_monitor.spectra.status import Status
 _TOGETHER = 1 << 18
 """Elements of W up to which matrices are solved in one call: small ones share its overhead."""
 
-_ROW_CHUNK = 1 << 19
-"""Elements of W that are held in float64 at a time while the Gram matrix is summed (4 MiB), or a quarter of the Gram
+_ROW_CHUNK = 1 << 21
+"""Elements of W that are held in float64 at a time while the Gram matrix is summed (16 MiB), or a quarter of the Gram
 matrix where that is more: smaller chunks would spend their time on adding."""
 
 _MKL_SIDE = 2048
@@ -91,6 +91,41 @@ def eigenvalues(matrices: torch.Tensor, *, resolve_small: bool = False, library:
     return solved
 
 
+def eigenvalues_of_gram(gram: torch.Tensor, frobenius_sq: torch.Tensor, *, long_side: int) -> Eigenvalues:
+    """λ of Gram matrices that are given, as where the sum over the shards of W has made them; guarded and verified.
+
+    Args:
+        gram: `[B, M, M]` float64, overwritten where it cannot be solved.
+        frobenius_sq: `[B]` float64 ‖W‖²_F, summed over the elements.
+        long_side: N, for the rounding to allow.
+    """
+    solve = _solve_gram_on_device if gram.device.type == "cuda" else _solve_gram_on_host
+    values, gram_sq, status = solve(gram, frobenius_sq.to(gram.device))
+    eps = torch.finfo(torch.float64).eps
+    return _verified(values, frobenius_sq.to(gram.device), gram_sq, status, long_side, eps)
+
+
+def _solve_gram_on_device(
+    gram: torch.Tensor, frobenius_sq: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Eigenvalues, ‖WᵀW‖²_F and status; nothing is read by the host."""
+    status = _input_status(frobenius_sq)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    gram = torch.where((status == Status.OK)[:, None, None], gram, identity)
+    gram_sq = torch.linalg.vector_norm(gram, dim=(1, 2)).square()
+    return torch.cat([_eigvalsh_on_device(part) for part in _in_parts(gram)]).clamp(min=0.0), gram_sq, status
+
+
+def _solve_gram_on_host(
+    gram: torch.Tensor, frobenius_sq: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same on the host."""
+    values, gram_sq, failed = _solve_grams(gram.numpy(), frobenius_sq.numpy(), "numpy")
+    status = _input_status(frobenius_sq)
+    status[failed & (status == Status.OK)] = Status.SOLVER_FAILED
+    return values.clamp(min=0.0), gram_sq, status
+
+
 def solve_batched(stacks: Sequence[torch.Tensor]) -> list[Eigenvalues]:
     """The solve as one batched operation of the device, whatever the long sides; the same results as on the host.
 
@@ -102,11 +137,7 @@ def solve_batched(stacks: Sequence[torch.Tensor]) -> list[Eigenvalues]:
         grams, norms = zip(*(_gram_on_device(stack, precision) for stack in stacks), strict=True)
         gram, frobenius_sq = torch.cat(grams), torch.cat(norms)
         del grams
-        status = _input_status(frobenius_sq)
-        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        gram = torch.where((status == Status.OK)[:, None, None], gram, identity)
-        gram_sq = torch.linalg.vector_norm(gram, dim=(1, 2)).square()
-        values = torch.cat([_eigvalsh_on_device(part) for part in _in_parts(gram)]).clamp(min=0.0)
+        values, gram_sq, status = _solve_gram_on_device(gram, frobenius_sq)
     eps, start, solved = torch.finfo(precision).eps, 0, []
     for stack in stacks:
         part = slice(start, start + len(stack))
@@ -166,12 +197,20 @@ def _solve_on_host(tall: torch.Tensor, library: Library) -> Eigenvalues:
 def _solve_part(tall: torch.Tensor, library: Library) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Eigenvalues, ‖W‖²_F, ‖WᵀW‖²_F and whether the solver failed, of matrices that are solved together."""
     gram, frobenius_sq = _gram_on_host(tall, library)
+    values, gram_sq, failed = _solve_grams(gram, frobenius_sq, library)
+    return values, torch.from_numpy(frobenius_sq), gram_sq, failed
+
+
+def _solve_grams(
+    gram: np.ndarray, frobenius_sq: np.ndarray, library: Library
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Eigenvalues, ‖WᵀW‖²_F and whether the solver failed; those that cannot be solved are overwritten."""
     gram_sq = np.array([_sum_of_squares(one) for one in gram])
     solvable = (frobenius_sq > _FLOOR_NORM) & (frobenius_sq < np.inf)
     for b in np.flatnonzero(~solvable):
         gram[b] = np.eye(gram.shape[-1])
     values, failed = _eigvalsh_on_host(gram, library)
-    return values, torch.from_numpy(frobenius_sq), torch.from_numpy(gram_sq), torch.from_numpy(failed)
+    return values, torch.from_numpy(gram_sq), torch.from_numpy(failed)
 
 
 def _gram_on_host(tall: torch.Tensor, library: Library) -> tuple[np.ndarray, np.ndarray]:

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
+from typing import TypeVar
 
-from ww_monitor.survey.background import Background
 from ww_monitor.baseline import Baseline
+from ww_monitor.distributed import analyze_on_ranks, exchange
 from ww_monitor.engine import Options, analyze_matrices, snapshot_of
 from ww_monitor.engine.threads import hold_to_one_thread
 from ww_monitor.errors import check_choice, check_positive_int
 from ww_monitor.matrices import Matrix, Skipped
 from ww_monitor.record import Layer, Snapshot
 from ww_monitor.schedule import Budget
+from ww_monitor.survey.background import Background
 from ww_monitor.survey.stills import Still, still
 from ww_monitor.survey.unchanged import Unchanged
 
 MODES = ("sync", "async")
+
+Planned = TypeVar("Planned")
 
 STEP_SHARE = 0.1
 """Share of a training step that `layers_per_step="auto"` takes for its layers (our choice: not felt in a step)."""
@@ -32,7 +36,8 @@ class Survey:
         layers_per_step: `"all"`, a number, or `"auto"` for as many as take a tenth of a step.
         mode: `"sync"`, or `"async"` for copies that a thread analyses.
         still_bytes: Memory on the device for such a copy; see `ww_monitor.survey.stills.still`.
-        across_ranks: Share the work among the processes of torch.distributed.
+        across_ranks: Share the work among the processes of torch.distributed; every look is whole and made at once
+            then.
         track_delta: Follow how far each matrix has moved from its weights at the first look.
 
     Raises:
@@ -94,6 +99,8 @@ class Survey:
         """
         if self.track_delta and self._baseline is None:
             self._baseline = Baseline.capture(items)
+        if self.across_ranks:
+            return self._look_on_ranks(items, step, epoch)
         if self.mode == "async" and not whole:
             self._send(items, step, epoch)
             return None
@@ -117,6 +124,15 @@ class Survey:
         if self._baseline is not None:
             snapshot = snapshot.with_metrics(self._baseline.drift(items))
         return replace(snapshot, seconds=perf_counter() - start)
+
+    def _look_on_ranks(self, items: Sequence[Matrix | Skipped], step: int, epoch: int | None) -> Snapshot:
+        """The same snapshot on every rank, which all look alike."""
+        snapshot = analyze_on_ranks(items, self.options, step=step, epoch=epoch)
+        return snapshot.with_metrics(self._baseline.drift(items)) if self._baseline is not None else snapshot
+
+    def agreed(self, value: Planned) -> Planned:
+        """What the first rank has planned, on every rank; alone, the value itself."""
+        return exchange(value, "the plan for the next look")[0] if self.across_ranks else value
 
     def _portion(self, left: Sequence[Matrix | Skipped]) -> list[Matrix | Skipped]:
         """The next layers of a round, with what is skipped at its end."""

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrices import Matrix, Shards, Skipped
 
 _MOST_NAMED = 20
 
@@ -105,10 +105,18 @@ def delta(items: Iterable[Matrix | Skipped], base_items: Iterable[Matrix | Skipp
     bases = {matrix.name: base for matrix, base in pairs.matched}
     return iter(
         [
-            replace(item, load=partial(_difference, item, bases[item.name])) if isinstance(item, Matrix) else item
+            replace(item, load=partial(_difference, item, bases[item.name]), shards=_together(item, bases[item.name]))
+            if isinstance(item, Matrix)
+            else item
             for item in listed
         ]
     )
+
+
+def _together(matrix: Matrix, base: Matrix) -> Shards | None:
+    """The ranks that must read a difference together: what is computed has no pieces."""
+    shards = matrix.shards or base.shards
+    return None if shards is None else Shards(shards.ranks)
 
 
 @torch.no_grad()

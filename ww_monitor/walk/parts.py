@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix
+from ww_monitor.matrices import Matrix, Shards
+from ww_monitor.walk.sharded import whole
 
 LEAST_EXPERT_SIDE = 8
 """Both sides of an expert's matrix have at least this many entries: below lie tables of scales and biases, and 8 is
@@ -132,22 +133,32 @@ def is_expert_stack(owner: str, shape: Sequence[int]) -> bool:
     return named and len(shape) == 3 and shape[0] > 1 and min(shape[1:]) >= LEAST_EXPERT_SIDE
 
 
-def matrix(name: str, kind: str, part: Part, shape: Sequence[int], read: Callable[[], Tensor], role: str) -> Matrix:
+def matrix(
+    name: str,
+    kind: str,
+    part: Part,
+    shape: Sequence[int],
+    read: Callable[[], Tensor],
+    role: str,
+    shards: Shards | None = None,
+) -> Matrix:
     """The matrix that a part of a tensor makes; `role` counts where the cut gives none."""
     own_role = role if part.role is None else part.role
-    return Matrix(
-        ".".join(filter(None, (name, part.end))), kind, part.shape(shape), partial(_load, read, part), own_role
-    )
+    label = ".".join(filter(None, (name, part.end)))
+    return Matrix(label, kind, part.shape(shape), partial(_load, read, part), own_role, shards=shards)
 
 
 @torch.no_grad()
 def _load(read: Callable[[], Tensor], part: Part) -> Tensor:
-    return part.stack(read().detach())
+    return part.stack(whole(read().detach()))
 
 
 def variant(item: Matrix, label: str, read: Callable[[], Tensor], part: Part) -> Matrix:
     """The same part of another tensor, with `label` (if any) at the end of its name."""
-    return replace(item, name=".".join(filter(None, (item.name, label))), load=partial(_load, read, part))
+    shards = None if item.shards is None else Shards(item.shards.ranks)  # what is computed has no pieces
+    return replace(
+        item, name=".".join(filter(None, (item.name, label))), load=partial(_load, read, part), shards=shards
+    )
 
 
 def _role(end: str) -> str | None:

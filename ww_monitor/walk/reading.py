@@ -15,6 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ww_monitor.walk.parts import unfit
+from ww_monitor.walk.sharded import like_whole, read_whole
 
 
 def read(module: nn.Module, attribute: str) -> Tensor:
@@ -27,7 +28,11 @@ def read(module: nn.Module, attribute: str) -> Tensor:
 
 
 def read_dense(module: nn.Module, attribute: str) -> Tensor:
-    """The weight the module computes with, dequantised where the tensor or else the module offers it."""
+    """The weight the module computes with, gathered if partitioned, dequantised where tensor or module offers it."""
+    return read_whole(stored_tensors(module, attribute), partial(_read_dense, module, attribute))
+
+
+def _read_dense(module: nn.Module, attribute: str) -> Tensor:
     tensor = read(module, attribute)
     if _offers_dequantize(tensor):
         return tensor.dequantize()
@@ -68,7 +73,8 @@ def stand_in(module: nn.Module, attribute: str) -> Tensor | None:
     """A tensor with the shape, dtype, layout and device of the weight, computed only where they cannot be known."""
     if not parametrize.is_parametrized(module, attribute):
         stored, _ = _hook(module, attribute)
-        return getattr(module, stored, None)
+        tensor: Tensor | None = like_whole(getattr(module, stored, None))
+        return tensor
     functions = module.get_submodule(f"parametrizations.{attribute}")
     of_torch = all(type(function).__module__ == parametrizations.__name__ for function in functions.children())
     checked = not functions.unsafe and not any(hasattr(function, "right_inverse") for function in functions.children())
@@ -85,6 +91,21 @@ def _hook(module: nn.Module, attribute: str) -> tuple[str, Callable[[], Tensor]]
         if isinstance(hook, WeightNorm) and hook.name == attribute:
             return f"{attribute}_v", partial(hook.compute_weight, module)
     return attribute, partial(getattr, module, attribute)
+
+
+def stored_tensors(module: nn.Module, attribute: str) -> list[Tensor]:
+    """The tensors that a weight is made of: itself, or what a parametrization starts from."""
+    if parametrize.is_parametrized(module, attribute):
+        return originals(module.get_submodule(f"parametrizations.{attribute}"))
+    stored = getattr(module, _hook(module, attribute)[0], None)
+    return [stored] if isinstance(stored, Tensor) else []
+
+
+def is_computed(module: nn.Module, attribute: str) -> bool:
+    """Whether a weight is more than one stored tensor as it is."""
+    if parametrize.is_parametrized(module, attribute) or _hook(module, attribute)[0] != attribute:
+        return True
+    return any(is_packed(module, tensor) for tensor in stored_tensors(module, attribute))
 
 
 def originals(functions: nn.Module) -> list[Tensor]:

@@ -22,15 +22,18 @@ from ww_monitor.walk.reading import (
     defect,
     dequantized_shape,
     identity,
+    is_computed,
     is_packed,
     originals,
     own_tensors,
     read_dense,
     shape,
     stand_in,
+    stored_tensors,
     tied_to,
 )
 from ww_monitor.walk.roles import infer_role
+from ww_monitor.walk.sharded import by_unit, like_whole, shards_of, units
 
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Linear, "dense"),
@@ -99,7 +102,7 @@ def walk(
     check_choice("walk", "experts", experts, ("separate", "pooled"))
     adapters.check_lora("walk", lora)
     root = _unwrap(model)
-    return _walk(root, _Walk(split, experts == "separate", tuple(lora), adapters.find_adapters(root)))
+    return _walk(root, _Walk(split, experts == "separate", tuple(lora), adapters.find_adapters(root), units(model)))
 
 
 @dataclass(frozen=True)
@@ -110,16 +113,30 @@ class _Walk:
     separate: bool
     lora: tuple[str, ...]
     adapters: adapters.Adapters
+    units: dict[int, nn.Module]  # FSDP1's, by the modules in them
     owners: dict[str, nn.Module] = field(default_factory=dict)  # by cleaned path
     seen: dict[object, str] = field(default_factory=dict)  # the first name of a stored tensor, by its identity
+
+    def identity(self, module: nn.Module, stored: torch.Tensor | None) -> object:
+        """What tied weights have in common: of a unit that is gathered again and again, the place in its storage."""
+        unit = self.units.get(id(module))
+        if unit is None or stored is None:
+            return identity(stored)
+        return id(unit), stored.storage_offset(), stored.shape, stored.stride()
 
 
 def _walk(root: nn.Module, this: _Walk) -> Iterator[Matrix | Skipped]:
     taken: set[str] = set()
-    for path, module in _modules(root):
-        this.owners.setdefault(path, module)
-        for item in _items(module, path, this):
-            yield replace(item, name=_unique(item.name or _class_name(root), taken))
+    for item in by_unit(_modules(root), this.units, partial(_items_of, this)):
+        yield replace(item, name=_unique(item.name or _class_name(root), taken))
+
+
+def _items_of(this: _Walk, path: str, module: nn.Module) -> list[Matrix | Skipped]:
+    """The items of one module, which know whether it trains."""
+    this.owners.setdefault(path, module)
+    frozen = not any(parameter.requires_grad for parameter in module.parameters())
+    items = _items(module, path, this)
+    return [replace(item, frozen=frozen) if isinstance(item, Matrix) else item for item in items]
 
 
 # --- modules and names
@@ -235,11 +252,12 @@ def _bare_weights(module: nn.Module, path: str) -> Iterator[_Weight]:
     for attribute, tensor in tensors.items():
         if is_lazy(tensor):
             continue
+        size = shape(like_whole(tensor))
         if attribute in _PACKED and is_packed(module, tensor):
             yield _Weight(attribute, "dense", None, stem="")
         elif isinstance(tensor, Parameter) and tensor.is_floating_point():
-            routes = attribute == "weight" and tensor.ndim == 2 and _ROUTER.search(class_name)
-            if routes or is_expert_stack(f"{path}.{class_name}", tensor.shape):
+            routes = attribute == "weight" and len(size) == 2 and _ROUTER.search(class_name)
+            if routes or is_expert_stack(f"{path}.{class_name}", size):
                 yield _Weight(attribute, "dense", None)
 
 
@@ -257,7 +275,7 @@ def _items(module: nn.Module, path: str, this: _Walk) -> Iterator[Matrix | Skipp
     weights = list(_weights(module, path))
     for weight in weights:
         yield from _cut_weight(module, path, weight, this)
-    yield from _leftovers(module, path, weights, this.seen)
+    yield from _leftovers(module, path, weights, this)
 
 
 @torch.no_grad()
@@ -272,7 +290,7 @@ def _cut_weight(module: nn.Module, path: str, weight: _Weight, this: _Walk) -> l
             return [absent] if weight.attribute == "weight" else []
         dense = dequantized_shape(module, like)
         size = dense or shape(like)
-        key = identity(own_tensors(module).get(weight.attribute))
+        key = this.identity(module, own_tensors(module).get(weight.attribute))
         reason = "" if dense else defect(like, weight.kind)
         layer = this.adapters.get((id(module), weight.attribute))
         if (reason and layer is None) or key in this.seen:
@@ -296,8 +314,10 @@ def _parts(
     parts = weight.parts or _cut(module, name, weight, size, this)
     load, role = partial(read_dense, module, weight.attribute), infer_role(name, weight.kind)
     layer = this.adapters.get((id(module), weight.attribute))
+    stored, computed = stored_tensors(module, weight.attribute), is_computed(module, weight.attribute)
     for part in parts:
-        item = matrix(name, weight.kind, part, size, load, role)
+        shards = shards_of(stored, part.stack, size, computed=computed)
+        item = matrix(name, weight.kind, part, size, load, role, shards)
         if layer is None:
             yield item
         else:
@@ -315,7 +335,7 @@ def _cut(module: nn.Module, name: str, weight: _Weight, size: tuple[int, ...], t
     return wished or fused.fused_parts(name, size, weight.axis, owner) or WHOLE
 
 
-def _leftovers(module: nn.Module, path: str, weights: list[_Weight], seen: dict[object, str]) -> Iterator[Skipped]:
+def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk) -> Iterator[Skipped]:
     """The module's own parameters and packed weights of two or more dimensions that none of `weights` stands for."""
     listed = {weight.attribute + end for weight in weights for end in ("", "_orig", "_g", "_v")}
     owner = f"{'other ' if weights else ''}parameters of {_class_name(module)}"
@@ -328,7 +348,7 @@ def _leftovers(module: nn.Module, path: str, weights: list[_Weight], seen: dict[
             continue
         reason = ""
         if isinstance(tensor, Parameter):
-            reason = tied_to(seen.get(identity(tensor))) or f"{owner} are not a known weight"
+            reason = tied_to(this.seen.get(this.identity(module, tensor))) or f"{owner} are not a known weight"
         elif attribute in ("weight", "qweight") and not tensor.is_floating_point():
             reason = "integer weights"
         if reason:

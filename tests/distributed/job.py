@@ -1,0 +1,399 @@
+"""What the ranks do; each leaves in FOLDER what it saw of each scenario.
+
+Run as `python -m tests.distributed.job FOLDER WORLD:SCENARIO,SCENARIO,… …`. The ranks are forked from one process, so
+that the libraries are imported once.
+"""
+
+import ctypes
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import types
+import warnings
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import ww_monitor
+from tests.distributed import models
+from ww_monitor.distributed import analyze_on_ranks
+from ww_monitor.engine import Options
+from ww_monitor.errors import WWMonitorError
+from ww_monitor.matrices import Matrix
+from ww_monitor.walk.torch import walk
+
+PLAN = {"embedding": RowwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
+OPTIONS = Options(keep_eigenvalues=True)
+
+
+def look(model, **options):
+    return ww_monitor.analyze(model, min_size=3, across_ranks=True, **options)
+
+
+# --- models as trainers hold them
+
+
+def ddp(rank, world):
+    return look(DistributedDataParallel(models.net()))
+
+
+def fsdp2(rank, world):
+    model = models.net()
+    fully_shard(model.experts)
+    fully_shard(model)
+    before = [parameter.to_local().clone() for parameter in model.parameters()]
+    generator, flags = torch.get_rng_state(), [parameter.requires_grad for parameter in model.parameters()]
+    threads, default = torch.get_num_threads(), dist.group.WORLD
+    snapshot = look(model)
+    after = [parameter.to_local() for parameter in model.parameters()]
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, after, strict=True))
+    assert torch.equal(generator, torch.get_rng_state())
+    assert flags == [parameter.requires_grad for parameter in model.parameters()]
+    assert (threads, default) == (torch.get_num_threads(), dist.group.WORLD)
+    return snapshot
+
+
+def fsdp2_weightwatcher(rank, world):
+    model = models.chain()
+    fully_shard(model)
+    return look(model, preset="weightwatcher")
+
+
+def fsdp2_delta(rank, world):
+    model, base = models.chain(), models.chain()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(parameter.cos())
+    fully_shard(model)
+    fully_shard(base)
+    return look(model, base=base)
+
+
+def fsdp2_bfloat16(rank, world):
+    model = models.net().bfloat16()
+    fully_shard(model)
+    return look(model)
+
+
+def tensor_parallel(rank, world):
+    return look(parallelize_module(models.chain(), init_device_mesh("cpu", (world,)), PLAN))
+
+
+def mixed(rank, world):
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+    model = parallelize_module(models.chain(), mesh["tensor"], PLAN)
+    fully_shard(model, mesh=mesh["data"])
+    return look(model)
+
+
+def hsdp(rank, world):
+    model = models.net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards")))
+    return look(model)
+
+
+def data_and_tensor(rank, world):
+    """Tensor parallel, and replicas of that which no mesh knows of."""
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+    return look(parallelize_module(models.chain(), mesh["tensor"], PLAN))
+
+
+def fsdp1(rank, world, original=True):
+    model = models.net()
+    model.experts = FullyShardedDataParallel(model.experts, device_id=torch.device("cpu"), use_orig_params=original)
+    for module in model.frozen, model.zero, model.broken:
+        module.requires_grad_(True)
+    return look(FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=original))
+
+
+def fsdp1_flat(rank, world):
+    return fsdp1(rank, world, original=False)
+
+
+class Partition:
+    """DeepSpeed's documented protocol: a parameter without data, its shape in `ds_shape`, gathered in a context."""
+
+    def __init__(self, model):
+        self.whole = {}
+        for parameter in model.parameters():
+            parameter.ds_id, parameter.ds_shape = id(parameter), parameter.shape
+            self.whole[parameter.ds_id] = parameter.detach().clone()
+            parameter.data = torch.empty(0)
+
+    def gathered(self, parameters, modifier_rank=0):
+        assert modifier_rank is None
+        return _Gathered(self, list(parameters))
+
+
+class _Gathered:
+    def __init__(self, partition, parameters):
+        self.partition, self.parameters = partition, parameters
+
+    def __enter__(self):
+        for parameter in self.parameters:
+            dist.barrier()  # a collective, as the real one is
+            parameter.data = self.partition.whole[parameter.ds_id]
+
+    def __exit__(self, *error):
+        for parameter in self.parameters:
+            parameter.data = torch.empty(0)
+
+
+def zero3(rank, world):
+    model = models.chain()
+    zero = types.SimpleNamespace(GatheredParameters=Partition(model).gathered)
+    sys.modules["deepspeed"] = types.SimpleNamespace(zero=zero)
+    try:
+        return look(model)
+    finally:
+        del sys.modules["deepspeed"]
+
+
+def alone(rank, world):
+    """The call of one process, made on shards."""
+    model = models.chain()
+    fully_shard(model)
+    return ww_monitor.analyze(model)
+
+
+def training(rank, world):
+    """Whether a step, an analysis and a step end in the same bits as two steps, on this rank."""
+    return [torch.equal(a, b) for a, b in zip(trained(watched=False), trained(watched=True), strict=True)]
+
+
+def trained(watched):
+    model = models.chain()
+    for module in model.children():
+        fully_shard(module)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        torch.manual_seed(4)
+        nn.functional.dropout(model(torch.randint(64, (8,))), 0.1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if watched:
+            look(model)
+    return [parameter.to_local().detach() for parameter in model.parameters()]
+
+
+# --- ranks that differ
+
+
+def experts(rank, world):
+    """The same names on every rank: a router that all hold, and an expert of its own on each."""
+    torch.manual_seed(0)
+    router = nn.Linear(30, 40)
+    torch.manual_seed(10 + rank)
+    return look(nn.ModuleDict({"router": router, "expert": nn.Linear(30, 40)}))
+
+
+def pipeline(rank, world):
+    """Each rank a stage of its own; the last has no matrix."""
+    if rank == world - 1:
+        return look(nn.LayerNorm(8))
+    torch.manual_seed(rank)
+    return look(nn.ModuleDict({f"stage{rank}": nn.Linear(40, 30), "also" + str(rank): nn.Linear(20, 20)}))
+
+
+def broken_layer(rank, world):
+    """A piece that cannot be read on rank 1, and a replica that cannot be read there, or nowhere."""
+    model = models.chain()
+    fully_shard(model)
+    items = list(walk(model))
+    plain = [Matrix(name, "dense", (1, 30, 20), reading(rank, name)) for name in ("there", "nowhere")]
+    for i, item in enumerate(items):
+        if item.name == "up" and rank == 1:
+            piece = replace(item.shards.piece, load=failing)
+            items[i] = replace(item, shards=replace(item.shards, piece=piece))
+    return analyze_on_ranks(items + plain, OPTIONS)
+
+
+def late_break(rank, world):
+    """Pieces that can be read once, and then not any more: one that is summed, one that is sent."""
+    model = models.chain()
+    fully_shard(model)
+    items = list(walk(model))
+    for i, item in enumerate(items):
+        if item.name in ("up", "down") and rank == 1:
+            loads = iter([item.shards.piece.load])
+            piece = replace(item.shards.piece, load=lambda loads=loads: next(loads, failing)())
+            items[i] = replace(item, shards=replace(item.shards, piece=piece))
+    return analyze_on_ranks(items, OPTIONS)
+
+
+def reading(rank, name):
+    weights = torch.randn(1, 30, 20, generator=torch.Generator().manual_seed(5))
+    return failing if rank == 1 or name == "nowhere" else lambda: weights
+
+
+def failing():
+    raise ValueError("cannot be read")
+
+
+def strict(rank, world):
+    model = models.net()
+    fully_shard(model)
+    return look(model, strict=True)
+
+
+def bad_walker(rank, world):
+    def items():
+        yield Matrix("fc", "dense", (1, 30, 20), lambda: torch.ones(1, 30, 20))
+        if rank == 1:
+            raise KeyError("of rank 1")
+
+    return analyze_on_ranks(items(), OPTIONS)
+
+
+def twice(rank, world):
+    """Two calls use one group; the steps are those of the calls."""
+    model = models.chain()
+    first = analyze_on_ranks(walk(model), OPTIONS, step=3, epoch=1)
+    groups = len(dist.distributed_c10d._world.pg_map)
+    second = analyze_on_ranks(walk(model), OPTIONS, step=4)
+    assert len(dist.distributed_c10d._world.pg_map) == groups
+    return first, second
+
+
+def subgroup(rank, world):
+    """Two groups of ranks, each with a model of its own."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    torch.manual_seed(rank % 2)
+    return analyze_on_ranks(walk(nn.Linear(30 + rank % 2, 40)), OPTIONS, group=groups[rank % 2])
+
+
+# --- memory
+
+
+def memory(rank, world, tall=True):
+    """Bytes beyond the model at the peak of an analysis, sampled by a thread."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 18)  # large blocks go back at once: resident memory is what is held
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(*((1000, 24000) if tall else (24000, 1000)), bias=False) for _ in range(3)))
+    fully_shard(model)
+    warm = nn.Sequential(nn.Linear(300, 400, bias=False), nn.Linear(400, 300, bias=False))
+    fully_shard(warm)
+    look(warm)  # whatever is loaded late
+    before = peak = resident()
+    over = threading.Event()
+
+    def sample():
+        nonlocal peak
+        while not over.wait(0.0005):
+            peak = max(peak, resident())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    look(model)
+    over.set()
+    thread.join()
+    return peak - before
+
+
+def memory_wide(rank, world):
+    return memory(rank, world, tall=False)
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# --- ranks that are missing
+
+
+def killed(rank, world):
+    """Rank 1 is killed while it analyses; the others say so, and say it again at once."""
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    load = die if rank == 1 else lambda: torch.ones(1, 30, 20)
+    loads = iter([lambda: torch.full((1, 30, 20), 1.0 + rank)])
+    items = [Matrix("expert", "dense", (1, 30, 20), lambda: next(loads, load)())]
+    return failure(items, timeout=20.0)
+
+
+def killed_in_shards(rank, world):
+    """Rank 1 is killed where the others wait for its shard."""
+    model = models.chain()
+    fully_shard(model)
+    items = list(walk(model))
+    for i, item in enumerate(items):
+        if item.name == "down" and rank == 1:
+            loads = iter([item.shards.piece.load])
+            piece = replace(item.shards.piece, load=lambda loads=loads: next(loads, die)())
+            items[i] = replace(item, shards=replace(item.shards, piece=piece))
+    return failure(items, timeout=20.0)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hanging(rank, world):
+    """Rank 1 never comes back from a layer, until the others have given up."""
+    loads = iter([lambda: torch.full((1, 30, 20), 1.0 + rank)])
+
+    def load():
+        if rank == 1:
+            time.sleep(5)
+        return torch.ones(1, 30, 20)
+
+    return failure([Matrix("expert", "dense", (1, 30, 20), lambda: next(loads, load)())], timeout=2.0)
+
+
+def failure(items, timeout):
+    start = time.perf_counter()
+    try:
+        analyze_on_ranks(items, OPTIONS, timeout=timeout)
+    except WWMonitorError as error:
+        first = type(error).__name__, str(error), time.perf_counter() - start
+    else:
+        return "no failure"
+    start = time.perf_counter()
+    try:
+        analyze_on_ranks(items, OPTIONS, timeout=timeout)
+    except WWMonitorError as error:
+        return *first, str(error), time.perf_counter() - start
+
+
+# --- the job
+
+
+def main(rank, world, folder, scenarios):
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    store = dist.FileStore(str(folder / f"store-{world}-{scenarios[0]}"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=40))
+    for scenario in scenarios:
+        try:
+            seen = globals()[scenario](rank, world)
+        except Exception as error:  # noqa: BLE001 - for the test to look at
+            seen = error
+        (folder / f"{scenario}-{world}-{rank}.pkl").write_bytes(pickle.dumps(seen))
+    os._exit(0)  # without waiting for ranks that are gone
+
+
+if __name__ == "__main__":
+    for job in sys.argv[2:]:
+        world, _, scenarios = job.partition(":")
+        children = []
+        for rank in range(int(world)):
+            child = os.fork()
+            if child == 0:
+                main(rank, int(world), Path(sys.argv[1]), scenarios.split(","))
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)

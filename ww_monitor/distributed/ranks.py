@@ -1,0 +1,165 @@
+"""The ranks that analyse together: how they talk, and what is said when one of them is missing."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from ww_monitor.errors import RankFailed
+
+Said = TypeVar("Said")
+
+_GRACE = 20
+"""Tenths of a second that the living have to come as far as this rank, before one that is missing is named."""
+
+
+class Ranks:
+    """A process group, with a gloo group of our own beside it for what is no tensor of a shard.
+
+    Making one is a collective of the group. No timeout, backend or default of the user's groups is changed.
+
+    Args:
+        group: The group; `None` for all ranks of the job.
+        timeout: Seconds that a rank waits for another.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, timeout: float) -> None:
+        self.group = group
+        self.timeout = timedelta(seconds=timeout)
+        self.members: Sequence[int] = dist.get_process_group_ranks(group or dist.group.WORLD)
+        self.rank = dist.get_rank(group)
+        self.world = len(self.members)
+        self._failure = ""
+        self._waits = 0
+        self._said = ""
+        key = ",".join(map(str, self.members)) if group is not None else "all"
+        store = distributed_c10d._get_default_store()
+        self._store = distributed_c10d.PrefixStore(f"ww_monitor/{key}/{timeout}", store)
+        self.say("making a group")
+        try:
+            self._control = dist.new_group(
+                None if group is None else list(self.members),
+                timeout=self.timeout,
+                backend="gloo",
+                use_local_synchronization=group is not None,
+            )
+        except Exception as error:  # noqa: BLE001 - it is raised by whoever uses these ranks, now and later
+            self._failed("a group of their own", error)
+
+    def say(self, what: str) -> None:
+        """Leave word of what this rank does next, for the others to read if it is not heard of again."""
+        self._said = what
+        with suppress(Exception):  # the words are a courtesy; who keeps the store may be the one that is gone
+            self._store.set(str(self.rank), f"{self._waits}|{what}")
+
+    def exchange(self, said: Said, what: str) -> list[Said]:
+        """What every rank says, in the order of the ranks.
+
+        Raises:
+            RankFailed: naming the missing rank and what it last did.
+        """
+        self.check()
+        self._waits += 1
+        self.say(f"waiting for {what}")
+        heard: list[Any] = [None] * self.world
+        try:
+            dist.all_gather_object(heard, said, group=self._control)
+        except Exception as error:
+            raise self._failed(what, error) from error
+        return heard
+
+    def wait(self, work: dist.Work | None, what: str) -> None:
+        """Wait for a collective of tensors.
+
+        Raises:
+            RankFailed: naming the missing rank and what it last did.
+        """
+        try:
+            if work is not None:
+                work.wait(self.timeout)
+        except Exception as error:
+            raise self._failed(what, error) from error
+
+    def check(self) -> None:
+        """Fail at once where a rank was missing before.
+
+        Raises:
+            RankFailed: with the message of then.
+        """
+        if self._failure:
+            raise RankFailed(self._failure)
+
+    def _failed(self, what: str, error: Exception) -> RankFailed:
+        cause = str(error).rpartition("] ")[2].partition(". ")[0].strip() or type(error).__name__
+        self._failure = (
+            f"analysis over {self.world} ranks: rank {self.rank} expected {what} within "
+            f"{self.timeout.total_seconds():g} s; {self._who_is_missing()} ({cause})"
+        )
+        return RankFailed(self._failure)
+
+    def _who_is_missing(self) -> str:
+        """The ranks that have not come as far as this one, with their last words."""
+        missing = self._behind()
+        for _ in range(_GRACE):
+            if len(missing) < 2:
+                break
+            time.sleep(0.1)
+            missing = self._behind()
+        if not missing:
+            return "every rank had come as far, but the connection failed"
+        return "; ".join(f"rank {rank} is missing: it was last {said}" for rank, said in missing.items())
+
+    def _behind(self) -> dict[int, str]:
+        words = {rank: self._last_words(rank) for rank in range(self.world) if rank != self.rank}
+        behind = {rank: said for rank, (waits, said) in words.items() if waits < self._waits}
+        return behind or {
+            rank: said for rank, (waits, said) in words.items() if waits == self._waits and said != self._said
+        }
+
+    def _last_words(self, rank: int) -> tuple[int, str]:
+        try:
+            if not self._store.check([str(rank)]):
+                return -1, "not heard of"
+            waits, _, said = self._store.get(str(rank)).decode().partition("|")
+        except Exception:  # noqa: BLE001 - who kept the store is gone
+            return self._waits, self._said
+        return int(waits), said
+
+
+def exchange(said: Said, what: str, *, group: dist.ProcessGroup | None = None, timeout: float = 300.0) -> list[Said]:
+    """What every rank says, in the order of the ranks, e.g. for a decision that all must take alike; a collective.
+
+    Args:
+        said: What this rank says; anything that can be pickled.
+        what: What is waited for, for the message if a rank is missing.
+        group: The ranks; `None` for all. Without `torch.distributed` there is one.
+        timeout: Seconds that a rank waits for another.
+
+    Raises:
+        RankFailed: naming the missing rank and what it last did.
+    """
+    return ranks_of(group, timeout).exchange(said, what) if several(group) else [said]
+
+
+def several(group: dist.ProcessGroup | None) -> bool:
+    """Whether `torch.distributed` is in use and the group has more than this rank."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+_MADE: dict[tuple[int, float], tuple[weakref.ref[Any], Ranks]] = {}
+
+
+def ranks_of(group: dist.ProcessGroup | None, timeout: float) -> Ranks:
+    """The ranks of a group, made once; a collective of the group the first time."""
+    key = group or dist.group.WORLD
+    found = _MADE.get((id(key), timeout))
+    if found is None or found[0]() is not key:
+        _MADE[id(key), timeout] = found = (weakref.ref(key), Ranks(group, timeout))
+    return found[1]
