@@ -20,6 +20,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from ww_monitor.callbacks.lightning import SpectralMonitor
 
 
+WAIT = 0.2 if "budget" in sys.argv else 0.0
+"""Seconds of a step: or the first look, with its imports, would outlast the run."""
+
+
 class Net(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +38,7 @@ class Net(pl.LightningModule):
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch, batch_idx):
-        time.sleep(0.02)  # or a look would outlast the run
+        time.sleep(WAIT)
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self):
