@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ww_monitor.callbacks.lightning import SpectralMonitor
 
-
 WAIT = 0.2 if "budget" in sys.argv else 0.0
 """Seconds of a step: or the first look, with its imports, would outlast the run."""
 

@@ -120,9 +120,10 @@ def test_tensorboard_gets_scalars_and_histograms_in_the_trainers_own_file(tmp_pa
     assert list(expected) == [0, 3, 7]
     assert set(events.Tags()["scalars"]) >= {"ww/alpha", "ww_alpha/net.0", "ww_num_traps/net.4"}
     for tag in events.Tags()["scalars"]:
-        if tag.startswith("ww"):
+        if tag.startswith("ww") and not tag.startswith("ww_band/"):
             known = {x: values[tag] for x, values in expected.items() if tag in values}
             assert {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(known, rel=1e-6)
+    assert [event.value for event in events.Scalars("ww_band/alpha_high")] == [6.0] * 3
     assert events.Tags()["histograms"] == ["ww_esd/net.0", "ww_esd/net.2", "ww_esd/net.4"]
     histograms = events.Histograms("ww_esd/net.2")
     assert [event.step for event in histograms] == [0, 3, 7]
@@ -161,6 +162,10 @@ def test_wandb_gets_every_scalar_on_the_trainers_own_axis(tmp_path, net, read_wa
     }
     assert rows == expected_rows(monitor.monitor.history)
     assert ("*", "trainer/global_step") in written["steps"]
+    assert not any(name.startswith("ww") for name, _ in written["steps"])
+    pictures = {row["trainer/global_step"]: row for row in written["rows"] if "ww_esd/net.0/_type" in row}
+    assert list(pictures) == list(rows)
+    assert {row["ww/layers/_type"] for row in pictures.values()} == {"table-file"}
 
 
 def test_several_loggers_get_the_same(tmp_path, net):

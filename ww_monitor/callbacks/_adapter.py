@@ -17,7 +17,7 @@ from ww_monitor.monitor import Monitor
 from ww_monitor.record import Snapshot
 from ww_monitor.rules import TRAINING_RULES, Rule
 from ww_monitor.schedule import MAX_OVERHEAD
-from ww_monitor.sinks import Sink
+from ww_monitor.sinks import Sink, tensorboard, wandb
 from ww_monitor.sinks.console import Console, table
 from ww_monitor.sinks.jsonl import JsonLines
 from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE
@@ -35,6 +35,12 @@ class Adapter:
 
     Hooks call `_open` when a run begins, `_snapshot` when `monitor` says that one is due, and `_close` at the end.
     """
+
+    _prefix = ""
+    """What the framework puts before our keys in TensorBoard."""
+
+    _step_key: str | None = None
+    """The x axis that the framework declares in W&B."""
 
     def __init__(
         self,
@@ -147,6 +153,8 @@ class Adapter:
         self._session: Session | None = None
         self._history_name = ""
         self._resumed = False
+        self._tensorboard = tensorboard.Dashboard(prefix=self._prefix)
+        self._wandb = wandb.Dashboard(step_key=self._step_key)
         self._x: dict[int | None, int] = {}
         """Where on the framework's own axis a step lies whose snapshot is under way."""
 
@@ -198,6 +206,19 @@ class Adapter:
         snapshot = self.monitor.observe(self._walk(model), step=step, epoch=epoch, whole=whole)
         return done if snapshot is None else [*done, snapshot]
 
+    def _show(self, tracker: Any, snapshot: Snapshot, x: int) -> None:
+        """What is more than a number, to a tracker of the framework that can show it, beside the scalars there.
+
+        Args:
+            tracker: A TensorBoard `SummaryWriter`, a W&B run, or anything else, which shows nothing.
+            snapshot: What was seen.
+            x: Where its scalars are on the tracker's axis.
+        """
+        if hasattr(tracker, "add_histogram_raw"):
+            self._tensorboard.update(tracker, snapshot, x)
+        elif hasattr(tracker, "define_metric"):
+            self._wandb.update(tracker, snapshot, x)
+
     def _announce(self) -> None:
         """The line at the start, once there is a snapshot."""
         if self._session is not None and len(self.monitor.history):
@@ -216,6 +237,8 @@ class Adapter:
     def _close(self) -> None:
         """The run is over, however it ended; also called when a run begins, for one that has ended unseen."""
         self._resumed = False
+        with self.monitor.guard("last pictures", always=True):
+            self._wandb.finish()
         if self._session is not None:
             self._left_open.detach()
             self._session.close()

@@ -13,7 +13,6 @@ from typing import Any
 from ww_monitor.callbacks._adapter import Adapter
 from ww_monitor.errors import MissingDependency
 from ww_monitor.record import Snapshot, summary_key
-from ww_monitor.sinks.tensorboard import write_histograms
 
 try:
     from transformers.trainer_callback import (
@@ -37,7 +36,8 @@ class SpectralMonitor(Adapter, TrainerCallback):
 
     `Trainer(callbacks=[SpectralMonitor()])` is all. Model-level values go to the Trainer's trackers (`report_to`) as
     `ww/<metric>` and layers as `ww_<metric>/<layer>`, under the prefix `train/` that the trackers give to everything
-    that is not an evaluation; TensorBoard gets a histogram of log10 λ a layer (`ww_esd/<layer>`).
+    that is not an evaluation; TensorBoard and W&B get more than numbers (see `ww_monitor.sinks.tensorboard.Dashboard`
+    and `ww_monitor.sinks.wandb.Dashboard`).
     `trainer.state.log_history` has the model-level values. `ww_history.jsonl` in `args.output_dir` holds everything
     and is read by `ww_monitor.History.read`. The metrics with unit, source and meaning are in the README's table.
 
@@ -54,6 +54,8 @@ class SpectralMonitor(Adapter, TrainerCallback):
     The arguments are described with `__init__`.
     """
 
+    _prefix = "train/"
+    _step_key = "train/global_step"
     _handler: CallbackHandler | None = None
     _training = False
     _begun = False
@@ -200,13 +202,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
             with self.monitor.guard(what, key=f"callback {id(callback)}", always=True):
                 callback.on_log(args, then, control, logs=dict(logs), **kwargs)
                 if state.is_world_process_zero:
-                    self._log_pictures(callback, snapshot, then.global_step)
-
-    def _log_pictures(self, callback: Any, snapshot: Snapshot, step: int) -> None:
-        """What is more than a number, to the trackers that can show it."""
-        writer = getattr(callback, "tb_writer", None)
-        if hasattr(writer, "add_histogram_raw"):
-            write_histograms(writer, snapshot, step)
+                    self._show(_tracker(callback), snapshot, then.global_step)
 
     def _stop_if_asked(self, state: Any, control: Any) -> Any:
         reason = self.monitor.stop_reason
@@ -254,6 +250,11 @@ def _calling_handler() -> CallbackHandler | None:
             return caller
         frame = frame.f_back
     return None
+
+
+def _tracker(callback: Any) -> Any:
+    """What a callback of the Trainer writes to: TensorBoard's writer, or W&B's run."""
+    return getattr(callback, "tb_writer", None) or getattr(getattr(callback, "_wandb", None), "run", None)
 
 
 def _epoch(state: Any) -> int:

@@ -14,7 +14,6 @@ import torch
 from ww_monitor.callbacks._adapter import Adapter
 from ww_monitor.errors import MissingDependency
 from ww_monitor.record import NAN, Snapshot
-from ww_monitor.sinks.tensorboard import write_histograms
 
 _NAMESPACES = ("pytorch_lightning", "lightning.pytorch")
 
@@ -35,7 +34,8 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
     """Follows the spectra of a module's weight matrices while it trains.
 
     Model-level values go to every logger of the Trainer as `ww/<metric>`, layers as `ww_<metric>/<layer>`, and a
-    TensorBoard logger gets a histogram of log10 λ a layer (`ww_esd/<layer>`). `trainer.callback_metrics` has the
+    TensorBoard or W&B logger gets more than numbers (see `ww_monitor.sinks.tensorboard.Dashboard` and
+    `ww_monitor.sinks.wandb.Dashboard`). `trainer.callback_metrics` has the
     model-level values, so `EarlyStopping(monitor="ww/num_traps")` and `ModelCheckpoint(monitor="ww/alpha")` work from
     the first step on; the progress bar shows `ww_alpha`. `ww_history.jsonl` in the log folder holds everything and is
     read by `ww_monitor.History.read`. The metrics with unit, source and meaning are in the README's table.
@@ -44,6 +44,8 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
 
     The arguments are described with `__init__`.
     """
+
+    _step_key = "trainer/global_step"
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """First snapshot, so that every key exists before a callback looks for it."""
@@ -128,8 +130,7 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
             name = type(logger).__name__
             with self.monitor.guard(f"logger {name}", key=f"logger {id(logger)}", always=True):
                 logger.log_metrics(scalars, step=x)
-                if hasattr(logger.experiment, "add_histogram_raw"):
-                    write_histograms(logger.experiment, snapshot, x)
+                self._show(logger.experiment, snapshot, x)
 
     def _publish_metrics(self, trainer: Any, snapshot: Snapshot) -> None:
         values = snapshot.scalars(layers=False)
