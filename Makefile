@@ -7,7 +7,7 @@ STAMP   = $(VENV)/.installed
 # One thread beats two on the small matrices of the tests and the demo.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench bench-gpu bench-overhead clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,8 +29,14 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-bench: $(STAMP)         ## ratios against the bare solver, and against weightwatcher
-	OMP_NUM_THREADS= $(BIN)/python -m benchmarks.engine
+bench: $(STAMP)         ## the engine against weightwatcher and the bare solver, ten minutes, into benchmarks/RESULTS.md
+	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.engine
+
+bench-gpu: $(STAMP)     ## the same on a CUDA device; says so where there is none
+	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.gpu
+
+bench-overhead: $(STAMP) ## training with the monitor and without, 25 minutes, into benchmarks/RESULTS.md
+	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.overhead
 
 clean:
 	rm -rf $(VENV) dist demo_logs .pytest_cache .mypy_cache .ruff_cache

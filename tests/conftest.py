@@ -2,8 +2,10 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +17,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def pytest_configure():
     torch.set_num_threads(1)
+    os.environ.setdefault("KERAS_BACKEND", "torch")  # read when keras is imported, whichever test does that first
     if find_spec("hypothesis") is not None:
         from hypothesis import settings
 
@@ -59,3 +62,51 @@ def run_weightwatcher():
         return json.loads(done.stdout)
 
     return run
+
+
+@pytest.fixture
+def read_wandb():
+    """What the one offline W&B run in a folder wrote, after it has been finished: rows, steps, alerts and files."""
+
+    def read(folder):
+        (path,) = folder.glob("**/*.wandb")
+        for _ in range(200):
+            records = list(_wandb_records(path.read_bytes()))
+            if any(record.WhichOneof("record_type") == "exit" for record in records):
+                break
+            time.sleep(0.05)
+        of_kind = {kind: [r for r in records if r.WhichOneof("record_type") == kind] for kind in _WANDB_KINDS}
+        rows = [
+            {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            for record in of_kind["history"]
+        ]
+        metrics = [record.metric for record in of_kind["metric"]]
+        return {
+            "rows": rows,
+            "steps": [(metric.glob_name or metric.name, metric.step_metric) for metric in metrics],
+            "alerts": [(r.alert.title, r.alert.text, r.alert.level) for r in of_kind["alert"]],
+            "files": [file.path for record in of_kind["files"] for file in record.files.files],
+        }
+
+    return read
+
+
+_WANDB_KINDS = ("history", "metric", "alert", "files")
+
+
+def _wandb_records(data):
+    """The protobuf records of a `.wandb` file: a LevelDB log of 32 KiB blocks after a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    assert struct.unpack("<4sHB", data[:7])[:2] == (b":W&B", 0xBEE1)
+    position, block, whole = 7, 32768, b""
+    while position + 7 <= len(data):
+        left = block - position % block
+        _, size, kind = struct.unpack("<IHB", data[position : position + 7])
+        if left < 7 or (size == 0 and kind == 0):
+            position += left
+            continue
+        whole = (b"" if kind in (1, 2) else whole) + data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):
+            yield wandb_internal_pb2.Record.FromString(whole)

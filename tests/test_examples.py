@@ -19,7 +19,15 @@ CASES = [
     # script, arguments beside --output, packages it needs, what it prints, history files it writes
     ("huggingface_gpt.py", ["--steps", "40"], ["transformers", "tensorboard"], "steps 0 to 40", ["ww_history.jsonl"]),
     ("keras_mlp.py", ["--epochs", "2"], ["keras", "sklearn", "tensorboard"], "steps 0 to 90", ["ww_history.jsonl"]),
+    (
+        "lightning_cnn.py",
+        ["--epochs", "2"],
+        ["pytorch_lightning", "sklearn", "tensorboard"],
+        "steps 0 to 114",
+        ["version_0/ww_history.jsonl"],
+    ),
     ("lora.py", ["--steps", "20"], ["transformers", "peft"], "moved by 0.", ["adapter/ww_history.jsonl"]),
+    ("pytorch_loop.py", ["--epochs", "2"], ["sklearn", "rich"], "steps 0 to 58", ["ww_history.jsonl"]),
 ]
 
 

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 import ww_monitor
-from ww_monitor import plan
 from ww_monitor.errors import InvalidArgument, MissingDependency
 from ww_monitor.matrices import Matrix, Skipped
-from ww_monitor.plan import Rates, describe, measured_rates, operations, plan_matrices
+from ww_monitor.plan import Rates, describe, description, measured_rates, operations, plan_matrices
 
 RATES = Rates(gram=1e9, solve=1e8)
 
@@ -71,7 +70,7 @@ def test_prints_a_table_with_reasons_and_totals():
 def test_the_rate_is_measured_once(monkeypatch):
     measured_rates.cache_clear()
     calls = []
-    monkeypatch.setattr(plan, "_time", lambda w: calls.append(w.shape) or (0.5, 0.25))
+    monkeypatch.setattr(description, "_time", lambda w: calls.append(w.shape) or (0.5, 0.25))
     assert measured_rates() == measured_rates() == Rates(512**3 / 0.5, 4 / 3 * 512**3 / 0.25)
     assert calls == [(512, 512)] * 2
     measured_rates.cache_clear()

@@ -41,11 +41,14 @@ def test_the_budget_is_torchs_count_and_no_more_than_the_cores(four_threads, mon
     assert thread_budget() == 3
 
 
-@pytest.mark.parametrize(("budget", "tasks", "count", "blas"), [(4, 9, 4, 1), (4, 2, 2, 2), (4, 1, 1, 4), (1, 5, 1, 1)])
-def test_fewer_tasks_than_threads_leave_them_to_blas(monkeypatch, budget, tasks, count, blas):
+@pytest.mark.parametrize(
+    ("budget", "tasks", "side", "count", "blas"),
+    [(4, 9, 768, 4, 1), (4, 2, 768, 2, 2), (4, 1, 768, 1, 4), (4, 1, 500, 1, 1), (1, 5, 768, 1, 1)],
+)
+def test_fewer_large_tasks_than_threads_leave_them_to_blas(monkeypatch, budget, tasks, side, count, blas):
     monkeypatch.setattr(threads, "thread_budget", lambda: budget)
     before = blas_threads()
-    with workers(tasks, memory=1) as pool:
+    with workers(tasks, memory=1, largest_side=side) as pool:
         assert pool.count == count
         assert blas_threads() == {blas}
     assert blas_threads() == before
@@ -54,7 +57,7 @@ def test_fewer_tasks_than_threads_leave_them_to_blas(monkeypatch, budget, tasks,
 def test_thread_counts_are_given_back_after_an_error(monkeypatch):
     monkeypatch.setattr(threads, "thread_budget", lambda: 2)
     before, ours = blas_threads(), torch.get_num_threads()
-    with pytest.raises(KeyboardInterrupt), workers(3, memory=1):
+    with pytest.raises(KeyboardInterrupt), workers(3, memory=1, largest_side=768):
         raise KeyboardInterrupt
     assert (blas_threads(), torch.get_num_threads()) == (before, ours)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ww_monitor")]

@@ -6,10 +6,13 @@ import importlib
 import inspect
 import json
 import pkgutil
+import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +25,7 @@ from ww_monitor.sinks.console import Console, table
 from ww_monitor.sinks.jsonl import JsonLines
 from ww_monitor.sinks.memory import Memory
 from ww_monitor.sinks.tensorboard import TensorBoard
+from ww_monitor.sinks.wandb import WandB
 
 NAN = float("nan")
 
@@ -67,13 +71,38 @@ def make_tensorboard(folder: Path):
     return TensorBoard(folder), lambda: len(scalars(folder).get("ww/alpha", []))
 
 
+@pytest.fixture
+def make_wandb(start_wandb, read_wandb):
+    def make(folder: Path):
+        run = start_wandb(folder)
+
+        def count() -> int:
+            run.finish()
+            return sum("ww/alpha" in row for row in read_wandb(folder)["rows"])
+
+        return WandB(run), count
+
+    return make
+
+
 FACTORIES = {
     "Memory": make_memory,
     "JsonLines": make_json_lines,
     "Console": make_console,
     "TensorBoard": make_tensorboard,
+    "WandB": "make_wandb",
 }
-"""How the contract tests make a sink, and count the snapshots that arrived; a new sink enters here."""
+"""How the contract tests make a sink, and count the snapshots that arrived (a function, or the name of a fixture that
+gives one); a new sink enters here."""
+
+
+@pytest.fixture
+def make_sink(request):
+    def make(name: str, folder: Path):
+        factory = FACTORIES[name]
+        return (request.getfixturevalue(factory) if isinstance(factory, str) else factory)(folder)
+
+    return make
 
 
 def sink_classes() -> dict[str, type]:
@@ -112,8 +141,8 @@ def test_a_sink_has_write_and_close_and_says_what_it_does(name):
 
 
 @pytest.mark.parametrize("name", FACTORIES)
-def test_a_sink_takes_snapshots_of_every_kind(name, tmp_path):
-    sink, count = FACTORIES[name](tmp_path)
+def test_a_sink_takes_snapshots_of_every_kind(name, tmp_path, make_sink):
+    sink, count = make_sink(name, tmp_path)
     assert isinstance(sink, Sink)
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Conv2d(16, 16, 3), torch.nn.Linear(2, 2))
@@ -131,20 +160,20 @@ def test_a_sink_takes_snapshots_of_every_kind(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", FACTORIES)
-def test_a_sink_can_be_closed_twice_and_unused(name, tmp_path):
-    used, count = FACTORIES[name](tmp_path / "used")
+def test_a_sink_can_be_closed_twice_and_unused(name, tmp_path, make_sink):
+    used, count = make_sink(name, tmp_path / "used")
     used.write(snapshot())
     used.close()
     used.close()
     assert count() == 1
-    unused, _ = FACTORIES[name](tmp_path / "unused")
+    unused, _ = make_sink(name, tmp_path / "unused")
     unused.close()
     unused.close()
 
 
 @pytest.mark.parametrize("name", FACTORIES)
-def test_a_write_after_close_opens_again(name, tmp_path):
-    sink, count = FACTORIES[name](tmp_path)
+def test_a_write_after_close_opens_again(name, tmp_path, make_sink):
+    sink, count = make_sink(name, tmp_path)
     for step in (10, 20, 30):
         sink.write(snapshot(step))
         sink.close()
@@ -152,10 +181,10 @@ def test_a_write_after_close_opens_again(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", FACTORIES)
-def test_a_sink_leaves_the_snapshot_as_it_is(name, tmp_path):
+def test_a_sink_leaves_the_snapshot_as_it_is(name, tmp_path, make_sink):
     one = snapshot()
     before = one.to_json()
-    sink, _ = FACTORIES[name](tmp_path)
+    sink, _ = make_sink(name, tmp_path)
     sink.write(one)
     sink.close()
     assert one.to_json() == before
@@ -229,66 +258,6 @@ def test_a_run_gets_a_file_of_its_own_or_the_one_it_continues(tmp_path, there, c
     for name in there:
         (tmp_path / name).write_text("")
     assert history_path(tmp_path, continues=continues) == tmp_path / expected
-
-
-# --- TensorBoard
-
-
-def test_tensorboard_gets_every_known_scalar_at_its_step(tmp_path):
-    sink = TensorBoard(str(tmp_path))
-    sink.write(snapshot(10))
-    sink.write(snapshot(25))
-    sink.close()
-    read = scalars(tmp_path)
-    expected = {
-        "ww/alpha": [(10, 2.6), (25, 2.75)],
-        "ww_alpha/encoder.fc": [(10, 2.6), (25, 2.75)],
-        "ww_num_traps/encoder.fc": [(10, 0.0), (25, 0.0)],
-        "ww_trap_headroom/encoder.fc": [(10, 0.7), (25, 0.7)],
-    }
-    assert read.keys() == expected.keys()
-    for tag, values in expected.items():
-        assert read[tag] == [(step, pytest.approx(value)) for step, value in values]
-
-
-def test_tensorboard_gets_the_esd_of_a_real_layer(tmp_path):
-    torch.manual_seed(0)
-    layer = ww_monitor.analyze(torch.nn.Linear(200, 120)).layers[0]
-    sink = TensorBoard(tmp_path)
-    sink.write(Snapshot((layer,), step=7))
-    sink.close()
-    (event,) = events(tmp_path).Histograms(f"ww_esd/{layer.name}")
-    histogram = event.histogram_value
-    assert event.step == 7
-    assert histogram.bucket == list(layer.esd.counts)
-    assert histogram.bucket_limit == pytest.approx(layer.esd.edges[1:])
-    assert (histogram.min, histogram.max, histogram.num) == pytest.approx((layer.esd.low, layer.esd.high, 120))
-    logs = torch.tensor(layer.eigenvalues).log10()
-    width = (layer.esd.high - layer.esd.low) / len(layer.esd.counts)
-    assert abs(histogram.sum / histogram.num - float(logs.mean())) < width
-    assert histogram.sum_squares / histogram.num == pytest.approx(float(logs.square().mean()), abs=2 * width)
-
-
-def test_a_layer_without_a_spectrum_has_no_histogram(tmp_path):
-    sink = TensorBoard(tmp_path)
-    sink.write(Snapshot((Layer("fc", "dense", (1, 8, 8), status="not_finite", metrics={"alpha": NAN}),), step=1))
-    sink.close()
-    tags = events(tmp_path).Tags()
-    assert (tags["histograms"], tags["scalars"]) == ([], [])
-
-
-def test_a_writer_that_was_given_stays_open(tmp_path):
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(tmp_path)
-    sink = TensorBoard(writer)
-    sink.write(snapshot(10))
-    sink.close()
-    assert list(scalars(tmp_path)) != []
-    writer.add_scalar("loss", 1.0, 11)
-    writer.close()
-    assert scalars(tmp_path)["loss"] == [(11, 1.0)]
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 # --- console
@@ -374,3 +343,18 @@ def test_the_table_of_nothing_is_empty():
 
 def test_a_name_in_brackets_is_no_markup():
     assert cells(table(History([Snapshot((layer("blocks[red].fc", alpha=3.0),), step=0)])))[0][0] == "blocks[red].fc"
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_sink_touches_no_random_state_and_no_filter(name, tmp_path, make_sink):
+    def surroundings():
+        return random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist(), list(warnings.filters)
+
+    sink, _ = make_sink(name, tmp_path)
+    net = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32))
+    first, second = ww_monitor.analyze(net), ww_monitor.analyze(net)
+    sink.write(first)  # what imports do, they do once
+    before = surroundings()
+    sink.write(second)
+    sink.close()
+    assert surroundings() == before

@@ -90,7 +90,8 @@ def _run(matrices: Sequence[Matrix], options: Options, step: int | None, backgro
     tasks: list[Future[list[Layer]]] = []
     waiting: list[Loaded] = []
     library: Library = "torch" if background else "numpy"
-    with alone() if background else workers(len(matrices), memory=HOST_MEMORY) as pool:
+    side = max((matrix.short_side for matrix in matrices), default=0)
+    with alone() if background else workers(len(matrices), memory=HOST_MEMORY, largest_side=side) as pool:
 
         def submit(work: Work, needs: int = 0) -> None:
             tasks.append(pool.submit(partial(_analyse, work, options, step, library), needs=needs))

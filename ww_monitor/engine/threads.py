@@ -85,16 +85,26 @@ def alone() -> Iterator[Workers]:
     yield Workers(1, memory=0)
 
 
+LEAST_PARALLEL_SIDE = 512
+"""Short side below which a second BLAS thread costs more than it gains (256: 3–13 ms with two threads, 2 with one)."""
+
+
 @contextmanager
-def workers(tasks: int, *, memory: int) -> Iterator[Workers]:
+def workers(tasks: int, *, memory: int, largest_side: int) -> Iterator[Workers]:
     """As many workers as threads are allowed and tasks there are, each with its share of BLAS threads.
 
     BLAS libraries get their thread counts back afterwards; torch's own count is not touched.
+
+    Args:
+        tasks: How many there will be.
+        memory: Bytes of workspace for all of them.
+        largest_side: Longest short side of a matrix.
     """
     budget = thread_budget()
     pool = Workers(max(1, min(budget, tasks)), memory=memory)
+    share = max(1, budget // pool.count) if largest_side >= LEAST_PARALLEL_SIDE else 1
     try:
-        with controller().limit(limits=max(1, budget // pool.count), user_api="blas"):
+        with controller().limit(limits=share, user_api="blas"):
             yield pool
     finally:
         pool.close()

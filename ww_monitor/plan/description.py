@@ -1,4 +1,4 @@
-"""What an analysis would do: shapes, work and reasons to skip, without reading a weight."""
+"""What one process would analyse: shapes, work and reasons to skip."""
 
 from __future__ import annotations
 

@@ -1,0 +1,254 @@
+"""The W&B sink in offline runs, read back from their log."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ww_monitor
+from ww_monitor import MissingDependency, Monitor, WWMonitorError
+from ww_monitor.record import Finding, Histogram, Layer, Snapshot
+from ww_monitor.sinks.wandb import Dashboard, WandB
+from ww_monitor.walk.torch import walk
+
+wandb = pytest.importorskip("wandb", reason="wandb, the tracker, is not installed")
+
+NAN = float("nan")
+
+
+def snapshot(step: int | None = 10, *findings: Finding) -> Snapshot:
+    row = Layer(
+        "encoder.fc",
+        "dense",
+        (1, 32, 16),
+        verdict="ok",
+        metrics={"alpha": 2.5 + (step or 0) / 100, "num_traps": 0.0, "sigma": NAN},
+        esd=Histogram(-2.0, 1.0, (3, 0, 5, 8)),
+    )
+    return Snapshot((row,), summary={"alpha": row.metrics["alpha"], "sigma": NAN}, findings=findings, step=step)
+
+
+def finding(rule: str, layer: str, *, severity: Any = "critical", state: Any = "begin") -> Finding:
+    return Finding(rule, layer, severity, f"{layer}: so it is", step=10, state=state)
+
+
+def plain(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row that are ours; a medium has some too, as nested keys beside its `_type`."""
+    media = {key.removesuffix("_type") for key in row if key.endswith("/_type")}
+    own = {key: row[key] for key in row if key.startswith("ww") and not key.startswith(tuple(media))}
+    return {key: value for key, value in own.items() if isinstance(value, (int, float))}
+
+
+# --- rows and their axis
+
+
+def test_a_snapshot_is_one_row_with_its_step_on_an_axis_of_its_own(tmp_path, start_wandb, read_wandb):
+    run = start_wandb(tmp_path)
+    run.log({"loss": 1.0})
+    sink = WandB()
+    for step in (10, 20):
+        sink.write(snapshot(step))
+        run.log({"loss": 0.5})
+    sink.close()
+    run.finish()
+    written = read_wandb(tmp_path)
+    rows = [plain(row) for row in written["rows"] if "ww/alpha" in row]
+    assert rows == [
+        {
+            "ww/alpha": pytest.approx(2.5 + step / 100),
+            "ww_alpha/encoder.fc": pytest.approx(2.5 + step / 100),
+            "ww_num_traps/encoder.fc": 0.0,
+            "ww/step": step,
+        }
+        for step in (10, 20)
+    ]
+    assert [row["loss"] for row in written["rows"] if "loss" in row] == [1.0, 0.5, 0.5]
+    assert written["steps"] == [("ww/step", ""), ("ww/*", "ww/step"), ("ww_*", "ww/step")]
+
+
+@pytest.mark.parametrize("owner", ["trainer/global_step", "train/global_step"])
+def test_the_axis_of_the_runs_owner_is_found(tmp_path, start_wandb, read_wandb, owner):
+    run = start_wandb(tmp_path)
+    run.define_metric("*", step_metric=owner, step_sync=True)
+    run.log({"loss": 1.0, owner: 3})
+    sink = WandB()
+    sink.write(snapshot(10))
+    run.finish()
+    written = read_wandb(tmp_path)
+    (row,) = (row for row in written["rows"] if "ww/alpha" in row)
+    assert row[owner] == 10
+    assert "ww/step" not in row
+    assert written["steps"] == [("*", owner)]
+
+
+def test_the_axis_of_the_runs_owner_can_be_told(tmp_path, start_wandb, read_wandb):
+    run = start_wandb(tmp_path)
+    WandB(run, step_key="global_step").write(snapshot(10))
+    run.finish()
+    written = read_wandb(tmp_path)
+    assert written["rows"][0]["global_step"] == 10
+    assert written["steps"] == []
+
+
+def test_without_scalars_the_row_has_what_a_logger_cannot_carry(tmp_path, start_wandb, read_wandb):
+    run = start_wandb(tmp_path)
+    Dashboard(step_key="trainer/global_step").update(run, snapshot(10), 9)
+    run.finish()
+    (row,) = read_wandb(tmp_path)["rows"]
+    assert plain(row) == {}
+    assert row["trainer/global_step"] == 9
+    assert of_key(row, "ww_esd/encoder.fc")["_type"] == "histogram"
+
+
+# --- media
+
+
+def of_key(row: dict[str, Any], key: str) -> dict[str, Any]:
+    """A medium of a row, whether its fields were written as one value or as nested keys."""
+    nested = {name.removeprefix(f"{key}/"): value for name, value in row.items() if name.startswith(f"{key}/")}
+    return nested or row[key]
+
+
+def test_media_of_a_real_net_are_in_the_row_and_on_disk(tmp_path, start_wandb, read_wandb):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(60, 40), torch.nn.Linear(40, 30))
+    run = start_wandb(tmp_path)
+    monitor = Monitor(every_n_steps=1, sinks=[WandB(figures=lambda s: {"0": np.zeros((4, 5, 3), np.uint8)})])
+    seen = [monitor.observe(walk(net), step=step) for step in (0, 1)]
+    monitor.close()
+    run.finish()
+    written = read_wandb(tmp_path)
+    assert len(written["rows"]) == 2
+    for row, one in zip(written["rows"], seen, strict=True):
+        for layer in one.layers:
+            esd = of_key(row, f"ww_esd/{layer.name}")
+            assert (esd["_type"], esd["values"]) == ("histogram", list(layer.esd.counts))
+            assert esd["bins"] == pytest.approx(layer.esd.edges)
+        assert of_key(row, "ww/alpha_map")["_type"] == "image-file"
+        spectrum = of_key(row, "ww_spectrum/0")
+        assert (spectrum["width"], spectrum["height"]) == (5, 4)
+        (path,) = tmp_path.glob(f"**/{of_key(row, 'ww/layers')['path']}")
+        table = json.loads(path.read_text())
+        assert table["columns"][:5] == ["layer", "kind", "shape", "status", "verdict"]
+        lines = [dict(zip(table["columns"], line, strict=True)) for line in table["data"]]
+        assert [line["layer"] for line in lines] == ["0", "1"]
+        assert [line["shape"] for line in lines] == ["1×40×60", "1×30×40"]
+        assert [line["alpha"] for line in lines] == [layer.value("alpha") for layer in one.layers]
+        assert [line["trap_p_value"] for line in lines] == [None, None]
+
+
+def test_table_and_picture_get_rarer_in_a_long_run(tmp_path, start_wandb, read_wandb, monkeypatch):
+    monkeypatch.setattr("ww_monitor.sinks.wandb.is_milestone", lambda count: count == 1)
+    run = start_wandb(tmp_path)
+    sink = WandB(run)
+    for step in range(3):
+        sink.write(snapshot(step))
+    run.finish()
+    rows = read_wandb(tmp_path)["rows"]
+    assert [any(key.startswith("ww/layers") for key in row) for row in rows] == [True, False, False]
+    assert [any(key.startswith("ww_esd") for key in row) for row in rows] == [True, True, True]
+
+
+# --- alerts
+
+
+def alerts(tmp_path: Path, run: Any, read_wandb: Any) -> list[tuple[str, list[str], str]]:
+    run.finish()
+    read = read_wandb(tmp_path)["alerts"]
+    return [(title, [line.split(": ")[1] for line in text.splitlines()], level) for title, text, level in read]
+
+
+def test_a_finding_alerts_once_a_rule_and_layer(tmp_path, start_wandb, read_wandb):
+    run = start_wandb(tmp_path)
+    dashboard = Dashboard(alert_seconds=0)
+    dashboard.update(run, snapshot(0), 0)
+    dashboard.update(run, snapshot(1, finding("trap", "a"), finding("trap", "b")), 1)
+    dashboard.update(run, snapshot(2, finding("trap", "a", state="end")), 2)
+    dashboard.update(run, snapshot(3, finding("trap", "a"), finding("over_trained", "a", severity="warning")), 3)
+    dashboard.update(run, snapshot(4, finding("mean_shift", "a", severity="info")), 4)
+    dashboard.finish()
+    assert alerts(tmp_path, run, read_wandb) == [
+        ("ww_monitor: trap", ["a", "b"], "ERROR"),
+        ("ww_monitor: over_trained", ["a"], "WARN"),
+    ]
+
+
+def test_findings_of_a_rule_wait_for_one_another(tmp_path, start_wandb, read_wandb):
+    run = start_wandb(tmp_path)
+    sink = WandB(run)
+    for step, layer in enumerate("abcd"):
+        sink.write(snapshot(step, finding("trap", layer)))
+    sink.close()
+    sink.close()
+    assert alerts(tmp_path, run, read_wandb) == [
+        ("ww_monitor: trap", ["a"], "ERROR"),
+        ("ww_monitor: trap", ["b", "c", "d"], "ERROR"),
+    ]
+
+
+# --- whose run it is
+
+
+def test_without_a_run_there_is_one_clear_warning_and_nothing_is_begun(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert wandb.run is None
+    with pytest.raises(WWMonitorError, match=r"expected an active run, got none; call wandb.init\(\) first"):
+        WandB().write(snapshot())
+    monitor = Monitor(every_n_steps=1, sinks=[WandB()])
+    with pytest.warns(ww_monitor.SpectralWarning, match="sink WandB failed: WWMonitorError"):
+        monitor.observe(walk(torch.nn.Linear(20, 20)), step=0)
+    monitor.observe(walk(torch.nn.Linear(20, 20)), step=1)
+    monitor.close()
+    assert wandb.run is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_stays_its_owners(tmp_path, start_wandb):
+    run = start_wandb(tmp_path)
+    sink = WandB()
+    sink.write(snapshot())
+    sink.close()
+    assert wandb.run is run
+    run.log({"loss": 1.0})
+
+
+def test_a_run_that_is_given_goes_before_the_active_one(tmp_path, start_wandb, read_wandb):
+    active, given = start_wandb(tmp_path / "active"), start_wandb(tmp_path / "given", active=False)
+    WandB(given).write(snapshot())
+    active.log({"loss": 1.0})
+    for run in (given, active):
+        run.finish()
+    assert "ww/alpha" in read_wandb(tmp_path / "given")["rows"][0]
+    assert [plain(row) for row in read_wandb(tmp_path / "active")["rows"]] == [{}]
+
+
+def test_a_second_active_run_begins_anew(tmp_path, start_wandb, read_wandb):
+    sink = WandB()
+    for name in ("a", "b"):
+        run = start_wandb(tmp_path / name)
+        sink.write(snapshot(10))
+        run.finish()
+    for name in ("a", "b"):
+        written = read_wandb(tmp_path / name)
+        assert written["rows"][0]["ww/step"] == 10
+        assert ("ww/*", "ww/step") in written["steps"]
+
+
+def test_a_disabled_run_is_no_error():
+    run = wandb.init(mode="disabled")
+    sink = WandB(run)
+    sink.write(snapshot(1, finding("trap", "a")))
+    sink.close()
+    run.finish()
+
+
+def test_without_wandb_the_message_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'ww-monitor\[wandb\]'"):
+        WandB()
