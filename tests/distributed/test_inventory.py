@@ -1,5 +1,7 @@
 """What the ranks conclude from what each holds."""
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given
@@ -64,6 +66,15 @@ def test_shards_outside_the_group_are_named():
     matrix = Matrix("fc", "dense", (1, 30, 20), lambda: None, shards=Shards((0, 5)))
     with pytest.raises(WWMonitorError, match=r"layer 'fc'.*on the ranks of the group, \[0, 1\]; got some on \[5\]"):
         describe([matrix], 0, [0, 1])
+
+
+def test_a_message_names_many_ranks_once():
+    def message(world):
+        shards = Shards(tuple(range(world)))
+        items = [Matrix(f"layer {k}", "dense", (1, 8, 8), torch.zeros, shards=shards) for k in range(100)]
+        return len(pickle.dumps(describe(items, 0, range(world))))
+
+    assert message(1000) - message(10) < 10_000
 
 
 def test_a_load_that_raises_is_an_error_of_that_layer():

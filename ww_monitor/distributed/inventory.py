@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 
@@ -186,7 +187,7 @@ def _held(matrix: Matrix, rank: int, members: Sequence[int], numbers: list[int] 
             f"layer {matrix.name!r}: expected its shards on the ranks of the group, {list(members)}; got some on "
             f"{outside}"
         )
-    ranks = tuple(sorted(members.index(one) for one in together))
+    ranks = _in_group(tuple(together), tuple(members))
     error, known = (numbers, []) if isinstance(numbers, str) else ("", numbers or [])
     plain = Held(
         matrix.name,
@@ -200,6 +201,12 @@ def _held(matrix: Matrix, rank: int, members: Sequence[int], numbers: list[int] 
     )
     piece = shards.piece if shards is not None else None
     return plain if piece is None else _with_piece(plain, piece, known)
+
+
+@lru_cache(maxsize=64)
+def _in_group(together: tuple[int, ...], members: tuple[int, ...]) -> tuple[int, ...]:
+    """The numbers of some ranks in their group: one object for all matrices, which a message holds once."""
+    return tuple(sorted(members.index(one) for one in together))
 
 
 def _with_piece(held: Held, piece: Piece, known: Sequence[int]) -> Held:

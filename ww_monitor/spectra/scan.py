@@ -113,5 +113,5 @@ def _bounds(log_x: np.ndarray, exponent: np.ndarray, size: np.ndarray, index: np
         np.exp(deviation, out=deviation)
         deviation -= np.minimum(size_32[reachable] / size_32[part, None], np.float32(1))
         bound[start : start + rows] = np.maximum(deviation.max(1), -deviation.min(1))
-    largest = np.abs(log_x[index]).max()
-    return bound - _SINGLE_ROUNDING * (1 + exponent[index] * largest)
+    bound -= _SINGLE_ROUNDING * (1 + exponent[index] * np.abs(log_x[index]).max())
+    return bound
