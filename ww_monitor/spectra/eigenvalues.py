@@ -15,8 +15,8 @@ from ww_monitor.spectra.status import Status
 _TOGETHER = 1 << 18
 """Elements of W up to which matrices are solved in one call: small ones share its overhead."""
 
-_ROW_CHUNK = 1 << 21
-"""Elements of W that are held in float64 at a time while the Gram matrix is summed (16 MiB), or a quarter of the Gram
+_ROW_CHUNK = 1 << 20
+"""Elements of W that are held in float64 at a time while the Gram matrix is summed (8 MiB), or a quarter of the Gram
 matrix where that is more: smaller chunks would spend their time on adding."""
 
 _MKL_SIDE = 2048

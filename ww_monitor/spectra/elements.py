@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -66,6 +66,12 @@ def moments(matrices: torch.Tensor, *, squares: torch.Tensor | None = None) -> M
         matrices: `[B, N, M]` of any floating dtype.
         squares: `[B]` Σ w² where it is known.
     """
+    if not matrices.is_contiguous() and len(matrices) > 1:  # one slice of a kernel is copied at a time
+        parts = [
+            moments(matrices[b : b + 1], squares=None if squares is None else squares[b : b + 1])
+            for b in range(len(matrices))
+        ]
+        return Moments(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Moments)))
     flat = matrices.flatten(1)
     if squares is None:
         squares = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square()

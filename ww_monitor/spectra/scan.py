@@ -17,6 +17,9 @@ _CHUNK = 1 << 20
 _ANCHORS = 64
 """Ranks at which every candidate is bounded from below before any is evaluated in full."""
 
+_ALL_AT_ONCE = 100
+"""Eigenvalues up to which every candidate of a batch at once beats a search row by row on the host too."""
+
 _BOUNDS_CHUNK = 1 << 14
 """Elements of the candidate × anchor array held at a time (64 KiB in single precision)."""
 
@@ -34,7 +37,7 @@ def best_candidates(
         exponent: `[B, n]` alpha_i − 1; any finite number where i is no candidate.
         candidate: `[B, n]` bool; a row without any gets index 0 and infinity.
     """
-    if log_x.device.type != "cpu":
+    if log_x.device.type != "cpu" or log_x.shape[1] <= _ALL_AT_ONCE:
         distances = torch.where(candidate, ks_distances(log_x, exponent), float("inf"))
         smallest, index = distances.min(1)
         return index, smallest
