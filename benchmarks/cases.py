@@ -181,9 +181,16 @@ def full_size() -> dict[str, Case]:
             "GPT-2 small, 48 matrices, Student t elements, with traps", lambda: t(gpt2()), full=True, peer_rounds=0,
             against_bare=Bound(most=1.5),
         ),
+        "resnet18-traps": Case(
+            "ResNet-18, with traps and MP spikes", resnet, full=True, peer_rounds=1, against_peer=Bound(least=60),
+        ),
         "resnet18-traps-t": Case(
             "ResNet-18, Student t elements, with traps and MP spikes", lambda: t(resnet()), full=True, peer_rounds=1,
             against_peer=Bound(least=60),
+        ),
+        "4096-traps": Case(
+            "one 4096², with traps and MP spikes", large, full=True, peer_rounds=1, rounds=2,
+            drivers=("torch, default threads",), against_peer=Bound(least=12), against_bare=Bound(most=1.3),
         ),
         "4096-traps-t": Case(
             "one 4096², Student t elements, with traps and MP spikes", lambda: t(large()), full=True, peer_rounds=1,
