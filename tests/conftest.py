@@ -27,6 +27,12 @@ def pytest_configure():
             settings.load_profile("ci")
 
 
+def pytest_ignore_collect(collection_path):
+    """Keep doctest from importing the scripts that tests run in processes and environments of their own."""
+    is_script = collection_path.suffix == ".py" and not collection_path.name.startswith("test_")
+    return True if is_script else None
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder with reference values and data beside the project."""

@@ -444,19 +444,21 @@ def test_an_optimizer_that_cannot_be_read_is_said_once(tmp_path):
     assert log.epoch == [0]
 
 
-def test_a_process_that_is_not_the_first_writes_nothing(tmp_path, capsys):
-    """It knows the values all the same, so that it stops when the others do."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    sink, logs = Memory(), Logs()
-    torch.distributed.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
-    try:
-        monitor = spectral_monitor(tmp_path, console=True, sinks=[sink])
-        fit(make_model(), monitor, logs)
-    finally:
-        torch.distributed.destroy_process_group()
-    assert (list(tmp_path.iterdir()), capsys.readouterr().out, len(sink.history)) == ([], "", 0)
-    assert logs.epochs[0]["ww_alpha"] == monitor.monitor.history.last.summary["alpha"]
+def test_two_processes_agree_and_the_first_one_writes(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KERAS_BACKEND": "torch"}
+    command = [sys.executable, *launcher, str(HERE / "keras_ranks.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first["steps"] == [0, 3, 6]  # the planted trap stops both at the third
+    assert first["stopped at"] == second["stopped at"] < 3 * 8
+    assert {**second, "in the sink": 3} == first
+    assert second["in the sink"] == 0
+    assert first["logs"] == first["alpha"][-1:]
+    assert (tmp_path / "rank0" / "ww_history.jsonl").exists()
+    assert not (tmp_path / "rank1").exists()
+    assert done.stdout.count("ww_monitor: watching") == 1
 
 
 def test_arguments_are_checked_at_construction(tmp_path):
