@@ -232,10 +232,10 @@ def test_the_workspace_is_what_the_engine_sets_aside():
     assert plan_ranks([matrix], 1, rates=RATES).peak_bytes == engine._workspace(Loaded([matrix], weights))
 
 
-def test_the_workspace_in_shards_is_two_gram_matrices_or_the_weights_too():
+def test_the_workspace_in_shards_is_the_gram_matrix_or_the_weights_too():
     blocks = 16 * 2**20
-    assert planned([((1, 3000, 800), None)], 4).peak_bytes == 2 * 8 * 800**2 + blocks
-    assert planned([((1, 800, 3000), None)], 4).peak_bytes == 4 * 800 * 3000 * (1 + 1 / 4 + 1) + 24 * 800**2
+    assert planned([((1, 3000, 800), None)], 4).peak_bytes == 8 * 800**2 + blocks
+    assert planned([((1, 800, 3000), None)], 4).peak_bytes == 4 * 800 * 3000 * (1 + 1 / 4 + 1) + 8 * 800**2
 
 
 def test_a_row_takes_the_bytes_that_are_counted_for_it():

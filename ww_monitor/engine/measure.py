@@ -15,8 +15,9 @@ from ww_monitor.matrices import Matrix
 from ww_monitor.metric import Batch
 from ww_monitor.record import NAN, TrapEntry
 from ww_monitor.spectra import weightwatcher
-from ww_monitor.spectra.eigenvalues import Eigenvalues, Library, eigenvalues, solve_batched
+from ww_monitor.spectra.eigenvalues import Eigenvalues, eigenvalues, solve_batched
 from ww_monitor.spectra.elements import Elements, Moments, elements, large_entries, moments
+from ww_monitor.spectra.host import Library
 from ww_monitor.spectra.marchenko_pastur import per_matrix
 from ww_monitor.spectra.powerlaw import TailFit
 from ww_monitor.spectra.status import Status
@@ -124,7 +125,8 @@ def _as_solved(loaded: Loaded, options: Options) -> torch.Tensor:
 
 
 def _spectra(weights: torch.Tensor, solved: Eigenvalues) -> Spectra:
-    return Spectra(solved, moments(weights, squares=solved.frobenius_sq.to(weights.device)), _has_no_zero(weights))
+    found = solved.moments or moments(weights, squares=solved.frobenius_sq.to(weights.device))
+    return Spectra(solved, found, _has_no_zero(weights))
 
 
 def _has_no_zero(weights: torch.Tensor) -> torch.Tensor:
@@ -243,6 +245,9 @@ def _layer_status(slices: Sequence[int]) -> int:
 def _live_sides(weights: torch.Tensor, dense: bool) -> tuple[float, float]:
     """N and M without rows and columns of zeros, mean over slices: a pruned unit leaves no random bulk."""
     if dense:
+        return float(max(weights.shape[1:])), float(min(weights.shape[1:]))
+    zeros = [one.numel() - int(torch.count_nonzero(one)) for one in weights]
+    if max(zeros) < min(weights.shape[1:]):  # too few for a whole row or column
         return float(max(weights.shape[1:])), float(min(weights.shape[1:]))
     alive = weights != 0
     sides = [float(alive.any(dim).sum(1).double().mean()) for dim in (1, 2)]

@@ -17,7 +17,7 @@ from ww_monitor.engine.rows import failed_layer, layers_of, snapshot_of
 from ww_monitor.engine.threads import alone, thread_budget, workers
 from ww_monitor.matrices import Matrix, Skipped
 from ww_monitor.record import Layer, SkippedLayer, Snapshot
-from ww_monitor.spectra.eigenvalues import Library
+from ww_monitor.spectra.host import Library
 
 Work = Sequence[tuple[Loaded, Spectra | None]]
 """Chunks of one shape, scale and precision, with their spectra where a device has solved them already."""
@@ -138,10 +138,14 @@ def _device_memory(device: torch.device) -> float:
 
 
 def _workspace(loaded: Loaded) -> int:
-    """Bytes that a solve takes: three Gram matrices in float64, and the weights once more."""
-    slices = loaded.weights.shape[0] * loaded.weights.shape[1]
-    together = 1 if len(loaded.matrices) == 1 and not measure.on_gpu(loaded.weights) else slices
-    return 24 * together * loaded.matrices[0].short_side ** 2 + loaded.weights.nbytes
+    """Bytes that a solve takes: Gram matrices in float64, and the weights once more.
+
+    The host solves a large matrix in its Gram matrix; small ones together and a device's take two further copies.
+    """
+    gram = 8 * loaded.matrices[0].short_side ** 2
+    if len(loaded.matrices) == 1 and not measure.on_gpu(loaded.weights):
+        return gram + loaded.weights.nbytes
+    return 3 * gram * loaded.weights.shape[0] * loaded.weights.shape[1] + loaded.weights.nbytes
 
 
 def _loaded(groups: Iterable[Sequence[Matrix]], options: Options, step: int | None) -> Iterator[Loaded | Layer]:

@@ -251,12 +251,12 @@ class _Item:
 
     @property
     def peak_bytes(self) -> float:
-        """At the owner: the Gram matrix and the solver's copy, or the weights and what the engine sets aside."""
+        """At the owner, on a host: the Gram matrix, or the weights and what the engine sets aside."""
         if self.summed:
-            return 2 * self.gram_bytes + _BLOCKS
+            return self.gram_bytes + _BLOCKS
         slices, rows, columns = self.matrix.shape
         weights = slices * rows * columns * self.size
-        workspace = 24 * self.matrix.short_side**2 + weights  # as `engine.run` counts it
+        workspace = 8 * self.matrix.short_side**2 + weights  # as `engine.run` counts it
         return workspace + (weights + float(self.part_bytes.max()) if self.sharded else 0.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -43,6 +44,11 @@ class Moments:
     low: torch.Tensor
     high: torch.Tensor
 
+    @classmethod
+    def joined(cls, parts: Sequence[Moments]) -> Moments:
+        """Those of more matrices, one after the other."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
 
 @dataclass(frozen=True)
 class LargeEntries:
@@ -71,7 +77,7 @@ def moments(matrices: torch.Tensor, *, squares: torch.Tensor | None = None) -> M
             moments(matrices[b : b + 1], squares=None if squares is None else squares[b : b + 1])
             for b in range(len(matrices))
         ]
-        return Moments(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Moments)))
+        return Moments.joined(parts)
     flat = matrices.flatten(1)
     if squares is None:
         squares = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square()
@@ -123,7 +129,7 @@ def _trimmed(entries: torch.Tensor, reach: float) -> tuple[torch.Tensor, torch.T
     for _ in range(_TRIM_ROUNDS):
         mean, std = kept.mean(), kept.std(correction=0)
         inside = entries[(entries - mean).abs() <= std * reach]
-        if len(inside) == len(kept):
+        if len(inside) in (0, len(kept)):  # none where the spread underflows
             break
         kept = inside
     return mean, std
