@@ -107,12 +107,24 @@ def test_gram_matrix_summed_in_chunks_is_the_same(monkeypatch, chunk):
     torch.testing.assert_close(chunked.frobenius_sq, expected.frobenius_sq, rtol=1e-13, atol=0)
 
 
-def test_both_host_solvers_agree(monkeypatch):
-    matrices = draw(1, 60, 40)
+@pytest.mark.parametrize(
+    ("mkl_side", "library"), [(2048, "numpy"), (8, "numpy"), (2048, "torch")], ids=["SciPy", "torch above", "torch"]
+)
+def test_what_is_solved_in_place_is_what_numpy_gives(monkeypatch, mkl_side, library):
+    matrices = draw(3, 60, 40)
     by_numpy = eigenvalues(matrices).values
-    monkeypatch.setattr(host, "_MKL_SIDE", 8)
+    monkeypatch.setattr(host, "_IN_PLACE_SIDE", 8)
+    monkeypatch.setattr(host, "_MKL_SIDE", mkl_side)
     monkeypatch.setattr(np.linalg, "eigvalsh", None)
-    assert_same_spectrum(eigenvalues(matrices).values, by_numpy)
+    assert_same_spectrum(eigenvalues(matrices, library=library).values, by_numpy)
+
+
+@pytest.mark.parametrize("side", [40, 300])
+def test_a_matrix_has_the_same_bits_alone_and_beside_others(side):
+    matrices = draw(3, 320, side).float()
+    together = eigenvalues(matrices).values
+    for b in range(3):
+        assert torch.equal(eigenvalues(matrices[b : b + 1]).values[0], together[b])
 
 
 def with_entries(matrices, *values):

@@ -22,7 +22,7 @@ from ww_monitor.spectra.host import Library
 Work = Sequence[tuple[Loaded, Spectra | None]]
 """Chunks of one shape, scale and precision, with their spectra where a device has solved them already."""
 
-TOGETHER = 1 << 18
+TOGETHER = 1 << 20
 """Elements up to which matrices of one shape are loaded and analysed as one chunk: small ones share its overhead."""
 
 HOST_MEMORY = 2 << 30

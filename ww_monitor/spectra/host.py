@@ -19,6 +19,9 @@ _ROW_CHUNK = 1 << 18
 """Elements of W that are held in float64 at a time while the Gram matrix is summed, or a sixteenth of the Gram matrix
 where that is more: 2 MiB stay in a core's cache, and at 4096 shorter products cost a fifth more (measured)."""
 
+_IN_PLACE_SIDE = 256
+"""From this side on a copy of a Gram matrix costs more than a call of one's own."""
+
 _MKL_SIDE = 2048
 """Above this side torch's host eigensolver beats SciPy's (measured on 2 cores: 3.6 s against 5.9 s at 4096)."""
 
@@ -76,16 +79,16 @@ def _solve_one(w: torch.Tensor, library: Library) -> Solved:
     gram, found = np.zeros((m, m)), []
     with np.errstate(all="ignore"):
         for rows in _row_chunks(w):
-            found.append((rows.sum(), lapack.sum_of_squares(rows), rows.min(), rows.max()))
+            found.append((rows.sum(), _squares(rows, library), rows.min(), rows.max()))
             if library == "torch":
                 torch.from_numpy(gram).addmm_(torch.from_numpy(rows.T), torch.from_numpy(rows))
             else:
                 lapack.add_gram(rows, gram)
         total, squares, low, high = np.array(found).T
         moments = Moments(*(torch.tensor([x]) for x in (total.sum(), squares.sum(), low.min(), high.max())))
-        gram_sq = lapack.sum_of_squares(gram)
+        gram_sq = _squares(gram, library)
         if library == "numpy":  # one triangle
-            gram_sq = 2 * gram_sq - lapack.sum_of_squares(gram.diagonal())
+            gram_sq = 2 * gram_sq - _squares(gram.diagonal(), library)
     return _solve_grams(gram[None], moments.squares.numpy(), np.array([gram_sq]), library, moments)
 
 
@@ -105,15 +108,22 @@ def _row_chunks(w: torch.Tensor) -> Iterator[np.ndarray]:
         yield chunk if whole else chunk.copy(order="K")
 
 
+def _squares(array: np.ndarray, library: Library) -> float:
+    if library == "numpy":
+        return lapack.sum_of_squares(array)
+    flat = torch.from_numpy(array.ravel(order="K"))
+    return float(torch.dot(flat, flat))
+
+
 def _solve_together(tall: torch.Tensor, library: Library) -> Solved:
     """Small matrices `[B, N, M]` in one call each of product and solver."""
     a = torch.empty(tall.shape, dtype=torch.float64).copy_(tall)  # slices of a kernel lie scattered
     with np.errstate(all="ignore"):
-        squares = np.array([lapack.sum_of_squares(one) for one in a.numpy()])
+        squares = np.array([_squares(one, library) for one in a.numpy()])
         each = a.flatten(1).numpy()
         moments = Moments(*map(torch.from_numpy, (each.sum(1), squares, each.min(1), each.max(1))))
         gram = torch.matmul(a.mT, a).numpy() if library == "torch" else np.matmul(a.mT.numpy(), a.numpy())
-    return _solve_grams(gram, squares, np.array([lapack.sum_of_squares(one) for one in gram]), library, moments)
+    return _solve_grams(gram, squares, np.array([_squares(one, library) for one in gram]), library, moments)
 
 
 def solve_grams(gram: torch.Tensor, frobenius_sq: torch.Tensor) -> Solved:
@@ -121,7 +131,7 @@ def solve_grams(gram: torch.Tensor, frobenius_sq: torch.Tensor) -> Solved:
     norms = frobenius_sq.numpy()
     return _joined(
         [
-            _solve_grams(one[None], norms[b : b + 1], np.array([lapack.sum_of_squares(one)]), "numpy")
+            _solve_grams(one[None], norms[b : b + 1], np.array([_squares(one, "numpy")]), "numpy")
             for b, one in enumerate(gram.numpy())
         ]
     )
@@ -146,19 +156,24 @@ def _solve_grams(
 def _eigvalsh(gram: np.ndarray, library: Library) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues `[B, M]`, and which matrices the solver gave up on (they have ones)."""
     failed = np.zeros(len(gram), dtype=bool)
-    try:
-        return _lapack(gram, library), failed
-    except (np.linalg.LinAlgError, RuntimeError):
-        if len(gram) == 1:
-            return np.ones(gram.shape[:2]), ~failed
+    if len(gram) == 1 or gram.shape[-1] < _IN_PLACE_SIDE:
+        try:
+            return _lapack(gram, library), failed
+        except (np.linalg.LinAlgError, RuntimeError):
+            if len(gram) == 1:
+                return np.ones(gram.shape[:2]), ~failed
     parts = [_eigvalsh(gram[b : b + 1], library) for b in range(len(gram))]
     return np.concatenate([values for values, _ in parts]), np.concatenate([gave_up for _, gave_up in parts])
 
 
 def _lapack(gram: np.ndarray, library: Library) -> np.ndarray:
-    """The eigenvalues of the upper triangles; a single matrix is overwritten."""
-    if len(gram) == 1:
-        return lapack.eigvalsh(gram[0], with_torch=library == "torch" or gram.shape[-1] > _MKL_SIDE)[None]
+    """The eigenvalues of the upper triangles: of small ones together, of a large one in place.
+
+    Which way depends on the side alone, so that a matrix has the same bits whatever it is solved beside.
+    """
+    side = gram.shape[-1]
+    if side >= _IN_PLACE_SIDE:
+        return lapack.eigvalsh(gram[0], with_torch=library == "torch" or side > _MKL_SIDE)[None]
     if library == "torch":
         values: np.ndarray = torch.linalg.eigvalsh(torch.from_numpy(gram), UPLO="U").numpy()
         return values

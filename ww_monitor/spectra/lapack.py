@@ -50,17 +50,9 @@ def add_gram(rows: np.ndarray, gram: np.ndarray) -> None:
         raise ValueError(f"add_gram: expected float64 rows in one piece, got {rows.dtype}, strides {rows.strides}")
     one = _double(1.0)
     _routine(cython_blas, "dsyrk")(
-        _LOWER,
-        b"N" if by_rows else b"T",
+        _LOWER, b"N" if by_rows else b"T", _int(m), _int(n), one, _at(rows), _int(m if by_rows else n), one, _at(gram),
         _int(m),
-        _int(n),
-        one,
-        _at(rows),
-        _int(m if by_rows else n),
-        one,
-        _at(gram),
-        _int(m),
-    )
+    )  # fmt: skip
 
 
 def eigvalsh(gram: np.ndarray, *, with_torch: bool = False) -> np.ndarray:
