@@ -533,3 +533,21 @@ def test_the_rule_of_the_stop_is_applied_where_the_rules_leave_it_out_and_a_vari
     assert Monitor(rules=[]).rules == ()
     variant = functools.partial(rules.trap, at_least=2.0)
     assert Monitor(stop_on="traps", rules=[variant]).rules == (variant,)
+
+
+def test_the_warm_up_is_no_time_of_the_run(monkeypatch):
+    clock, monitor = itertools.count(step=100.0), Monitor()
+    monitor.budget = schedule.Budget(clock=lambda: float(next(clock)))
+    seen = []
+    monkeypatch.setattr("ww_monitor.monitor.warm_up", lambda: seen.append(monitor.budget.elapsed))
+    monitor.begin(0)
+    assert seen == [0.0]  # the clock has not been read: it would have moved
+    assert monitor.budget.elapsed == 100.0
+
+
+def test_a_warm_up_that_fails_is_said_and_ends_nothing(monkeypatch):
+    monkeypatch.setattr("ww_monitor.monitor.warm_up", lambda: 1 / 0)
+    monitor = Monitor(options=Options(strict=True))
+    with pytest.warns(errors.SpectralWarning, match="warming up failed: ZeroDivisionError"):
+        monitor.begin(0)
+    assert monitor.observe([matrix("fc", healthy())], step=0) is not None

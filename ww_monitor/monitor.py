@@ -12,7 +12,7 @@ from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
-from ww_monitor.engine import Options
+from ww_monitor.engine import Options, warm_up
 from ww_monitor.errors import InvalidArgument, SpectralWarning, check_choice, check_positive_int
 from ww_monitor.matrices import Matrix, Select, Skipped
 from ww_monitor.record import Finding, History, Snapshot
@@ -169,6 +169,8 @@ class Monitor:
 
     def begin(self, step: int) -> None:
         """Training begins, or goes on, after `step` updates: from now on its time counts."""
+        with self.guard("warming up", always=True):
+            warm_up()
         self.budget.start(step)
         self._next_step = None
 

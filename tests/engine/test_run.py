@@ -344,3 +344,12 @@ def test_slices_too_narrow_for_a_bulk_are_not_called_random():
     assert math.isnan(layer.value("num_spikes"))
     assert layer.verdict != "random_like"
     assert layer.value("alpha") > 1
+
+
+def test_a_process_is_warmed_up_once(monkeypatch):
+    done = []
+    monkeypatch.setattr(run, "analyze_matrices", lambda matrices, options: done.append([m.shape for m in matrices]))
+    run.warm_up.cache_clear()
+    run.warm_up()
+    run.warm_up()
+    assert done == [[(1, 32, 16)] * 2]

@@ -6,6 +6,6 @@ weights, on whatever device they are, and `rows` makes layers of them.
 
 from ww_monitor.engine.options import Options
 from ww_monitor.engine.rows import snapshot_of
-from ww_monitor.engine.run import analyze_matrices
+from ww_monitor.engine.run import analyze_matrices, warm_up
 
-__all__ = ["Options", "analyze_matrices", "snapshot_of"]
+__all__ = ["Options", "analyze_matrices", "snapshot_of", "warm_up"]

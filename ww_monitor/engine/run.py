@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
@@ -75,6 +75,16 @@ def analyze_matrices(
     ordered = [layers[matrix.name] for matrix in matrices]
     seconds = time.perf_counter() - start
     return snapshot_of(ordered, skipped, options, step=step, epoch=epoch, seconds=seconds)
+
+
+@lru_cache(maxsize=1)
+def warm_up() -> None:
+    """Do what the first analysis of a process does beside its work: imports, libraries' threads, first calls.
+
+    It takes some tenths of a second, which would pass for the cost of a look.
+    """
+    weights = torch.arange(32.0 * 16).sin().view(1, 32, 16)
+    analyze_matrices([Matrix(name, "dense", (1, 32, 16), lambda: weights) for name in "ab"], Options())
 
 
 def groups_of(matrices: Sequence[Matrix]) -> list[list[Matrix]]:

@@ -157,10 +157,18 @@ def _lognormal(u: np.ndarray) -> np.ndarray:
     starts = ([float(y.mean()), math.log(scale)], [-3 * scale, math.log(2 * scale)])
     bounds = [(-50 * scale, 50 * scale), (math.log(scale) - 5, math.log(scale) + 5)]
 
-    def negative(parameters: np.ndarray) -> float:
-        return -float(log_density(parameters).sum())
+    def negative(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        """−log likelihood and its slope in (µ, ln σ), without which the search stops at six digits."""
+        mu, sigma = parameters[0], math.exp(parameters[1])
+        z, t = (y - mu) / sigma, mu / sigma
+        hazard = math.exp(-0.5 * t * t - 0.5 * math.log(2 * math.pi) - log_ndtr(t))
+        slope = np.array([len(y) * hazard / sigma - z.sum() / sigma, len(y) * (1 - hazard * t) - (z * z).sum()])
+        return -float(log_density(parameters).sum()), slope
 
-    found = [minimize(negative, np.array(start), method="L-BFGS-B", bounds=bounds) for start in starts]
+    found = [
+        minimize(negative, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-15, "gtol": 1e-10})
+        for start in map(np.array, starts)
+    ]
     return log_density(min(found, key=lambda result: float(result.fun)).x)
 
 
