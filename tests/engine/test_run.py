@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ww_monitor.engine import Options, analyze_matrices, run, threads
+from ww_monitor.engine import Options, analyze_matrices, measure, rows, run, threads
 from ww_monitor.engine.measure import LEAST_TRAP_SIDE
 from ww_monitor.errors import LayerError
 from ww_monitor.matrices import Matrix, Skipped
@@ -127,6 +127,45 @@ def test_any_number_of_threads_gives_the_same_snapshot(monkeypatch):
     alone, together = ([comparable(layer) for layer in snapshot.layers] for snapshot in found)
     assert together == alone
     assert [layer.status for layer in found[1].layers][-1] == "error: OSError: gone"
+
+
+@pytest.mark.parametrize(("count", "together"), [(7, [7]), (8, [8]), (20, [8, 8, 4])])
+@pytest.mark.parametrize("budget", [1, 2])
+def test_rows_are_made_of_several_layers_and_are_those_made_alone(count, together, budget, monkeypatch):
+    made, make = [], rows.layers_of
+
+    def counted(matrices, *args, **options):
+        made.append(len(matrices))
+        return make(matrices, *args, **options)
+
+    monkeypatch.setattr(rows, "layers_of", counted)
+    monkeypatch.setattr(run, "TOGETHER", 1)
+    monkeypatch.setattr(threads, "thread_budget", lambda: budget)
+    items = [matrix(str(k), normal(60, 40, seed=k)) for k in range(count)]
+    found = analyze_matrices([*items, matrix("other", normal(30, 20))], KEEP)
+    assert sorted(made) == sorted([*together, 1])
+    assert [layer.name for layer in found.layers] == [*map(str, range(count)), "other"]
+    for item in items:
+        assert comparable(found[item.name]) == comparable(analyze_matrices([item], KEEP)[item.name])
+
+
+@pytest.mark.parametrize("bad", [{0}, {7}, {8}, {3, 9}, set(range(10))], ids=str)
+@pytest.mark.parametrize("budget", [1, 2])
+def test_the_rows_beside_layers_that_cannot_be_measured_are_made(bad, budget, monkeypatch):
+    whole = measure.measure
+
+    def picky(loaded, *args):
+        if any(int(one.name) in bad for one in loaded.matrices):
+            raise ArithmeticError("no")
+        return whole(loaded, *args)
+
+    monkeypatch.setattr(measure, "measure", picky)
+    monkeypatch.setattr(run, "TOGETHER", 1)
+    monkeypatch.setattr(threads, "thread_budget", lambda: budget)
+    found = analyze_matrices([matrix(str(k), normal(60, 40, seed=k)) for k in range(10)], KEEP)
+    wrong = [int(layer.name) for layer in found.layers if layer.status == "error: ArithmeticError: no"]
+    assert (len(found.layers), set(wrong)) == (10, bad)
+    assert all(layer.status == "ok" for layer in found.layers if int(layer.name) not in bad)
 
 
 def test_strict_raises_from_a_thread_too(two_threads):

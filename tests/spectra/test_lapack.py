@@ -34,6 +34,21 @@ def test_eigenvalues_are_those_of_the_upper_triangle(m, with_torch):
     np.testing.assert_allclose(lapack.eigvalsh(upper, with_torch=with_torch), np.linalg.eigvalsh(gram), rtol=1e-11)
 
 
+@pytest.mark.parametrize("m", SIDES)
+def test_the_two_steps_are_the_driver_to_the_bit(m, monkeypatch):
+    gram = draw(m + 10, m).T @ draw(m + 10, m)
+    found = lapack.eigvalsh(gram.copy())
+    monkeypatch.setattr(lapack, "_UNSCALED", (float("inf"), 0.0))
+    np.testing.assert_array_equal(found, lapack.eigvalsh(gram.copy()))
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-147, 1e-139, 1e139, 1e147, 1e200])
+def test_a_scale_at_which_products_leave_the_range_is_no_matter(scale):
+    w = draw(60, 50)
+    gram = w.T @ w
+    np.testing.assert_allclose(lapack.eigvalsh(gram * scale), np.linalg.eigvalsh(gram) * scale, rtol=1e-11)
+
+
 @pytest.mark.parametrize("with_torch", [False, True])
 def test_a_solve_takes_no_second_matrix(with_torch):
     """What numpy and torch allocate for a copy is seen as a matrix that is left as it was."""

@@ -11,9 +11,9 @@ from functools import lru_cache, partial
 import torch
 
 from ww_monitor.engine import measure
-from ww_monitor.engine.measure import Loaded, Spectra
+from ww_monitor.engine.measure import Loaded, Measured, Spectra
 from ww_monitor.engine.options import Options
-from ww_monitor.engine.rows import failed_layer, layers_of, snapshot_of
+from ww_monitor.engine.rows import RowBlock, failed_layer, snapshot_of
 from ww_monitor.engine.threads import alone, thread_budget, workers
 from ww_monitor.matrices import Matrix, Skipped
 from ww_monitor.record import Layer, SkippedLayer, Snapshot
@@ -99,12 +99,14 @@ def _run(matrices: Sequence[Matrix], options: Options, step: int | None, backgro
     """Chunks on the host go to the workers as they are loaded; those on a GPU wait to be solved in large batches."""
     tasks: list[Future[list[Layer]]] = []
     waiting: list[Loaded] = []
+    blocks = _Blocks(options, step)
     library: Library = "torch" if background else "numpy"
     side = max((matrix.short_side for matrix in matrices), default=0)
     with alone() if background else workers(len(matrices), memory=HOST_MEMORY, largest_side=side) as pool:
 
         def submit(work: Work, needs: int = 0) -> None:
-            tasks.append(pool.submit(partial(_analyse, work, options, step, library), needs=needs))
+            block = blocks.of(work)
+            tasks.append(pool.submit(partial(_analyse, work, options, step, library, block), needs=needs))
 
         for loaded in _loaded(groups_of(matrices), options, step):
             if isinstance(loaded, Layer):
@@ -120,8 +122,33 @@ def _run(matrices: Sequence[Matrix], options: Options, step: int | None, backgro
             del loaded  # or it would be in memory beside the next
         for work in _solved_on_devices(waiting, options):
             submit(work)
+        yield from blocks.last()
         for task in tasks:
             yield from task.result()
+
+
+class _Blocks:
+    """Which rows are made together: those of works of one shape, scale and precision that follow one another."""
+
+    def __init__(self, options: Options, step: int | None) -> None:
+        self._options, self._step = options, step
+        self._key: object = None
+        self._block = RowBlock(options, step=step)
+        self._rows: list[Layer] = []
+
+    def of(self, work: Work) -> RowBlock:
+        """The block of a work, which expects its layers."""
+        loaded = work[0][0]
+        key = loaded.matrices[0].shape, loaded.matrices[0].eigenvalue_factor, loaded.weights.dtype
+        if self._block.closed or key != self._key:
+            self._rows += self._block.close()
+            self._block, self._key = RowBlock(self._options, step=self._step), key
+        self._block.expect(sum(len(loaded.matrices) for loaded, _ in work))
+        return self._block
+
+    def last(self) -> list[Layer]:
+        """Close the last block: the rows that no worker has made."""
+        return self._rows + self._block.close()
 
 
 def _solved_on_devices(waiting: Sequence[Loaded], options: Options) -> Iterator[Work]:
@@ -205,9 +232,13 @@ def _quicker_on_host(matrices: Sequence[Matrix], stack: torch.Tensor) -> bool:
     return measure.on_gpu(stack) and on_host < matrices[0].short_side * _DEVICE_COLUMN
 
 
-def _analyse(work: Work, options: Options, step: int | None, library: Library) -> list[Layer]:
-    """The rows of chunks of one shape; where that fails one by one, so that a bad layer costs itself only."""
+def _analyse(work: Work, options: Options, step: int | None, library: Library, block: RowBlock) -> list[Layer]:
+    """Measure chunks of one shape; the rows that are ready with it.
+
+    Where that fails they are measured one by one, so that a bad layer costs itself only.
+    """
     matrices = [matrix for loaded, _ in work for matrix in loaded.matrices]
+    measured: Sequence[Measured | None]
     with torch.no_grad():
         try:
             measured = [
@@ -218,10 +249,10 @@ def _analyse(work: Work, options: Options, step: int | None, library: Library) -
                 )
             ]
         except Exception as error:  # noqa: BLE001 - whatever a solver throws costs one layer
-            if len(matrices) == 1:
-                return [failed_layer(matrices[0], error, options, step=step)]
-            return [row for part in _one_by_one(work) for row in _analyse([part], options, step, library)]
-        return list(layers_of(matrices, measured, options, step=step))
+            if len(matrices) > 1:
+                return [row for part in _one_by_one(work) for row in _analyse([part], options, step, library, block)]
+            return [failed_layer(matrices[0], error, options, step=step), *block.deliver(matrices, [None])]
+        return block.deliver(matrices, measured)
 
 
 def _one_by_one(work: Work) -> Iterator[tuple[Loaded, Spectra | None]]:
