@@ -67,6 +67,21 @@ def test_one_huge_entry_neither_shifts_the_mean_nor_hides_another():
     assert found.index.tolist() == [[0, 3, 7], [0, 20, 30]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_is_trimmed_is_trimmed_from_mean_and_deviation(dtype):
+    """A matrix of several chunks, with huge entries in the first, at a border and in the last."""
+    w = normal(500, 300, seed=0).to(dtype) + 3
+    huge = torch.tensor([0, (1 << 16) - 1, 1 << 16, 149_999])
+    w.view(-1)[huge] = 1e9
+    rest = torch.ones(w.numel(), dtype=torch.bool).index_fill_(0, huge, False)
+    kept = w.double().view(-1)[rest]
+    stats = elements(w[None])
+    assert stats.mean.item() == pytest.approx(kept.mean().item(), rel=1e-12)
+    assert stats.std.item() == pytest.approx(kept.std(correction=0).item(), rel=1e-12)
+    found = large_entries(w[None], stats)
+    assert sorted((300 * found.index[:, 1] + found.index[:, 2]).tolist()) == huge.tolist()
+
+
 @pytest.mark.parametrize("constant", [0.0, 1.0, 0.1, -3e4, 1e-30])
 def test_a_constant_matrix_has_neither_headroom_nor_mean_shift(constant):
     stats = elements(torch.full((1, 30, 20), constant))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
 _TRIM_ROUNDS = 50
+
+_CHUNK = 1 << 16
+"""Entries that the host holds in float64 at a time: half a MiB stays in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -116,23 +120,51 @@ def elements(matrices: torch.Tensor, *, known: Moments | None = None) -> Element
     reach = count**0.25
     needs_care = ((largest > std * reach) | (std < 1e-3 * mean.abs())) & torch.isfinite(largest)
     for b in torch.nonzero(needs_care).flatten().tolist():
-        entries = matrices[b].flatten().double()
-        mean[b], std[b] = _trimmed(entries, reach)
+        mean[b], std[b] = _trimmed(matrices[b].flatten(), float(mean[b]), reach)
         largest[b] = torch.maximum(high[b] - mean[b], mean[b] - low[b])
     std = torch.where(std > 1e-12 * mean.abs(), std, float("nan"))
     return Elements(mean=mean, std=std, headroom=largest / (std * reach), mean_shift=mean.abs() * reach / std)
 
 
-def _trimmed(entries: torch.Tensor, reach: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the entries within `reach` standard deviations of the mean, iterated."""
-    kept = entries
+def _trimmed(entries: torch.Tensor, near: float, reach: float) -> tuple[float, float]:
+    """Mean and standard deviation of the entries within `reach` standard deviations of the mean, iterated.
+
+    Args:
+        entries: `[n]` of any floating dtype.
+        near: About where the mean is.
+        reach: In standard deviations.
+    """
+    mean, std, kept = _spread(entries, near, math.inf)
     for _ in range(_TRIM_ROUNDS):
-        mean, std = kept.mean(), kept.std(correction=0)
-        inside = entries[(entries - mean).abs() <= std * reach]
-        if len(inside) in (0, len(kept)):  # none where the spread underflows
+        inside = _spread(entries, mean, std * reach)
+        if inside[2] == 0:  # where the spread underflows
             break
-        kept = inside
+        settled = inside[2] == kept
+        mean, std, kept = inside
+        if settled:  # the same entries, now about a mean that no large one drags
+            break
     return mean, std
+
+
+def _spread(entries: torch.Tensor, centre: float, distance: float) -> tuple[float, float, int]:
+    """Mean, standard deviation and number of the entries no further than `distance` from the centre."""
+    total = squares = 0.0
+    count = 0
+    for _, deviation in _deviations(entries, centre):
+        outside = deviation.abs() > distance
+        deviation.masked_fill_(outside, 0.0)
+        total += float(deviation.sum())
+        squares += float(deviation @ deviation)
+        count += len(deviation) - int(outside.sum())
+    shift = total / max(count, 1)
+    return centre + shift, math.sqrt(max(squares / max(count, 1) - shift * shift, 0.0)), count
+
+
+def _deviations(entries: torch.Tensor, centre: float) -> Iterator[tuple[int, torch.Tensor]]:
+    """Where a part of the entries begins, and its deviations in float64; a device takes all as one part."""
+    size = _CHUNK if entries.device.type == "cpu" else max(1, len(entries))
+    for start in range(0, len(entries), size):
+        yield start, entries[start : start + size].double() - centre
 
 
 def large_entries(matrices: torch.Tensor, stats: Elements, *, limit: int = 8) -> LargeEntries:
@@ -143,12 +175,15 @@ def large_entries(matrices: torch.Tensor, stats: Elements, *, limit: int = 8) ->
         stats: Its `elements`, one row a slice.
         limit: At most this many entries.
     """
-    reach = (matrices.shape[1] * matrices.shape[2]) ** 0.25
-    mean, std = (field.to(matrices.device)[:, None, None] for field in (stats.mean, stats.std))
-    ratio = (matrices.double() - mean).abs() / (std * reach)
-    top = torch.nan_to_num(ratio, nan=0.0).flatten().topk(min(limit, ratio.numel()))
-    above = top.values > 1.0
-    where = top.indices[above]
-    plane, rest = where // matrices[0].numel(), where % matrices[0].numel()
-    index = torch.stack([plane, rest // matrices.shape[2], rest % matrices.shape[2]], 1)
-    return LargeEntries(index, matrices.flatten()[where], top.values[above])
+    reach, size = (matrices.shape[1] * matrices.shape[2]) ** 0.25, matrices[0].numel()
+    where, ratios = [], []
+    for s, matrix in enumerate(matrices):
+        for start, deviation in _deviations(matrix.flatten(), float(stats.mean[s])):
+            ratio = deviation.abs_().div_(float(stats.std[s]) * reach)
+            above = (ratio > 1.0).nonzero().flatten()
+            where.append(above + (s * size + start))
+            ratios.append(ratio[above])
+    found = torch.cat(ratios).sort(descending=True, stable=True)
+    at, headroom = torch.cat(where)[found.indices[:limit]], found.values[:limit]
+    index = torch.stack([at // size, at % size // matrices.shape[2], at % matrices.shape[2]], 1)
+    return LargeEntries(index, matrices[index[:, 0], index[:, 1], index[:, 2]], headroom)
