@@ -30,7 +30,7 @@ def sums_of(job: Job, owner: int) -> Sums | None:
         low[at] = torch.minimum(low[at], part[2])
         high[at] = torch.maximum(high[at], part[3])
         zeros[at] += part[4]
-    return Sums(Moments(total, squares, low, high), zeros)
+    return Sums(Moments(total, squares, low, high, zeros == 0), zeros)
 
 
 def summed_side(job: Job, owner: int, options: Options) -> int | None:

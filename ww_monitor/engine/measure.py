@@ -49,8 +49,6 @@ class Spectra:
 
     solved: Eigenvalues
     moments: Moments
-    dense: torch.Tensor
-    """Whether no entry is zero."""
     tail: TailFit | None = None
     """Fields `[B]`, where the device has fitted them already."""
     on_host: str = ""
@@ -126,14 +124,7 @@ def _as_solved(loaded: Loaded, options: Options) -> torch.Tensor:
 
 def _spectra(weights: torch.Tensor, solved: Eigenvalues) -> Spectra:
     found = solved.moments or moments(weights, squares=solved.frobenius_sq.to(weights.device))
-    return Spectra(solved, found, _has_no_zero(weights))
-
-
-def _has_no_zero(weights: torch.Tensor) -> torch.Tensor:
-    """`[B·S]`; numpy looks at bytes and stops at the first zero."""
-    if weights.device.type == "cpu" and weights.dtype in (torch.float32, torch.float64):
-        return torch.tensor([bool(matrix.all()) for matrix in weights.numpy()])
-    return (weights != 0).flatten(1).all(1)
+    return Spectra(solved, found)
 
 
 def tail_on_device(loaded: Loaded, solved: Eigenvalues, options: Options) -> TailFit | None:
@@ -223,7 +214,7 @@ def measure(loaded: Loaded, spectra: Spectra, options: Options) -> list[Measured
                 values[b],
                 code,
                 loaded.weights.dtype,
-                live_sides=_live_sides(weights, bool(spectra.dense[part].all())),
+                live_sides=_live_sides(weights, bool(spectra.moments.dense[part].all())),
                 traps=None if stats is None else _traps(weights, _part(stats, part), options),
                 window_eigenvalues=_windows(weights, options, factor),
                 randomized=_randomized(weights, options, factor),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -82,7 +82,7 @@ def layer_of_sums(
         solved = eigenvalues_of_gram(gram, sums.moments.squares, long_side=matrix.long_side)
         unread = torch.ones((), dtype=dtype).expand(1, *matrix.shape)
         on_host = type(solved)(solved.values.cpu(), solved.frobenius_sq.cpu(), solved.status.cpu())
-        spectra = Spectra(on_host, sums.moments, _alive(matrix, sums))
+        spectra = Spectra(on_host, replace(sums.moments, dense=_alive(matrix, sums)))
         measured = measure(Loaded([matrix], unread), spectra, options)
     except Exception as error:  # noqa: BLE001 - whatever a solver throws costs this layer only
         return failed_layer(matrix, error, options, step=step)

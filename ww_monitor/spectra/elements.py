@@ -34,19 +34,21 @@ class Elements:
 
 @dataclass(frozen=True)
 class Moments:
-    """What one pass over the entries of B matrices leaves, each field `[B]` float64 on their device.
+    """What one pass over the entries of B matrices leaves, each field `[B]` on their device, float64 but for `dense`.
 
     Attributes:
         total: Σ w.
         squares: Σ w².
         low: Smallest entry.
         high: Largest entry.
+        dense: Whether no entry is zero.
     """
 
     total: torch.Tensor
     squares: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
+    dense: torch.Tensor
 
     @classmethod
     def joined(cls, parts: Sequence[Moments]) -> Moments:
@@ -70,7 +72,7 @@ class LargeEntries:
 
 
 def moments(matrices: torch.Tensor, *, squares: torch.Tensor | None = None) -> Moments:
-    """Σ w, Σ w², min w, max w of each matrix; sums in float64, no device is waited for.
+    """Σ w, Σ w², min w, max w of each matrix, and whether a w is zero; sums in float64, no device is waited for.
 
     Args:
         matrices: `[B, N, M]` of any floating dtype.
@@ -89,7 +91,7 @@ def moments(matrices: torch.Tensor, *, squares: torch.Tensor | None = None) -> M
         total = torch.from_numpy(flat.numpy().sum(1, dtype=np.float64))
     else:
         total = flat.sum(1, dtype=torch.float64)
-    return Moments(total, squares, flat.amin(1).double(), flat.amax(1).double())
+    return Moments(total, squares, flat.amin(1).double(), flat.amax(1).double(), flat.all(1))
 
 
 def elements(matrices: torch.Tensor, *, known: Moments | None = None) -> Elements:
@@ -120,51 +122,54 @@ def elements(matrices: torch.Tensor, *, known: Moments | None = None) -> Element
     reach = count**0.25
     needs_care = ((largest > std * reach) | (std < 1e-3 * mean.abs())) & torch.isfinite(largest)
     for b in torch.nonzero(needs_care).flatten().tolist():
-        mean[b], std[b] = _trimmed(matrices[b].flatten(), float(mean[b]), reach)
+        mean[b], std[b] = _trimmed(matrices[b].flatten(), reach)
         largest[b] = torch.maximum(high[b] - mean[b], mean[b] - low[b])
     std = torch.where(std > 1e-12 * mean.abs(), std, float("nan"))
     return Elements(mean=mean, std=std, headroom=largest / (std * reach), mean_shift=mean.abs() * reach / std)
 
 
-def _trimmed(entries: torch.Tensor, near: float, reach: float) -> tuple[float, float]:
+def _trimmed(entries: torch.Tensor, reach: float) -> tuple[float, float]:
     """Mean and standard deviation of the entries within `reach` standard deviations of the mean, iterated.
 
     Args:
         entries: `[n]` of any floating dtype.
-        near: About where the mean is.
         reach: In standard deviations.
     """
-    mean, std, kept = _spread(entries, near, math.inf)
+    mean, std, kept = _spread(entries, 0.0, math.inf)
     for _ in range(_TRIM_ROUNDS):
         inside = _spread(entries, mean, std * reach)
-        if inside[2] == 0:  # where the spread underflows
+        if inside[2] in (0, kept):  # none where the spread underflows
             break
-        settled = inside[2] == kept
         mean, std, kept = inside
-        if settled:  # the same entries, now about a mean that no large one drags
-            break
     return mean, std
 
 
 def _spread(entries: torch.Tensor, centre: float, distance: float) -> tuple[float, float, int]:
-    """Mean, standard deviation and number of the entries no further than `distance` from the centre."""
-    total = squares = 0.0
+    """Mean, standard deviation and number of the entries no further than `distance` from the centre.
+
+    The squares of some entries are summed about their own mean and put together with the others' (Chan, Golub &
+    LeVeque 1983, The American Statistician 37), so that neither a large mean nor a huge entry outside costs digits.
+    """
+    mean = squares = 0.0
     count = 0
-    for _, deviation in _deviations(entries, centre):
-        outside = deviation.abs() > distance
-        deviation.masked_fill_(outside, 0.0)
-        total += float(deviation.sum())
-        squares += float(deviation @ deviation)
-        count += len(deviation) - int(outside.sum())
-    shift = total / max(count, 1)
-    return centre + shift, math.sqrt(max(squares / max(count, 1) - shift * shift, 0.0)), count
+    for part in _in_float64(entries):
+        outside = (part - centre).abs_() > distance
+        inside = len(part) - int(outside.sum())
+        if not inside:
+            continue
+        part_mean = float(part.masked_fill_(outside, 0.0).sum()) / inside
+        part.sub_(part_mean).masked_fill_(outside, 0.0)
+        away, share = part_mean - mean, inside / (count + inside)
+        squares += float(part @ part) + away * away * count * share
+        mean += away * share
+        count += inside
+    return mean, math.sqrt(squares / max(count, 1)), count
 
 
-def _deviations(entries: torch.Tensor, centre: float) -> Iterator[tuple[int, torch.Tensor]]:
-    """Where a part of the entries begins, and its deviations in float64; a device takes all as one part."""
-    size = _CHUNK if entries.device.type == "cpu" else max(1, len(entries))
-    for start in range(0, len(entries), size):
-        yield start, entries[start : start + size].double() - centre
+def _in_float64(entries: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Copies of some entries at a time; a device takes all at once."""
+    for part in torch.split(entries, _CHUNK if entries.device.type == "cpu" else max(1, len(entries))):
+        yield part.to(torch.float64, copy=True)
 
 
 def large_entries(matrices: torch.Tensor, stats: Elements, *, limit: int = 8) -> LargeEntries:
@@ -176,13 +181,16 @@ def large_entries(matrices: torch.Tensor, stats: Elements, *, limit: int = 8) ->
         limit: At most this many entries.
     """
     reach, size = (matrices.shape[1] * matrices.shape[2]) ** 0.25, matrices[0].numel()
-    where, ratios = [], []
-    for s, matrix in enumerate(matrices):
-        for start, deviation in _deviations(matrix.flatten(), float(stats.mean[s])):
-            ratio = deviation.abs_().div_(float(stats.std[s]) * reach)
+    where: list[torch.Tensor] = []
+    ratios: list[torch.Tensor] = []
+    start = 0
+    for matrix, mean, std in zip(matrices, stats.mean.tolist(), stats.std.tolist(), strict=True):
+        for part in _in_float64(matrix.flatten()):
+            ratio = part.sub_(mean).abs_().div_(std * reach)
             above = (ratio > 1.0).nonzero().flatten()
-            where.append(above + (s * size + start))
+            where.append(above + start)
             ratios.append(ratio[above])
+            start += len(ratio)
     found = torch.cat(ratios).sort(descending=True, stable=True)
     at, headroom = torch.cat(where)[found.indices[:limit]], found.values[:limit]
     index = torch.stack([at // size, at % size // matrices.shape[2], at % matrices.shape[2]], 1)

@@ -15,10 +15,10 @@ from ww_monitor.spectra.elements import Moments
 _TOGETHER = 1 << 18
 """Elements of W up to which matrices are solved in one call: small ones share its overhead."""
 
-_ROW_CHUNK = 1 << 19
-"""Elements of W that are held in float64 at a time while the Gram matrix is summed, or a sixteenth of the Gram matrix
-where that is more: 4 MiB stay in a core's cache, and shorter products cost more (measured: a half as long 2 % at 768,
-at 4096 a fifth)."""
+_ROW_CHUNK = 1 << 18
+"""Elements of W that are held in float64 at a time while the Gram matrix is summed, or an eighth of the Gram matrix
+where that is more: 2 MiB stay in a core's cache, and shorter products cost more (measured: those of a sixteenth 5 % of
+the Gram matrix at 2048)."""
 
 _IN_PLACE_SIDE = 256
 """From this side on a copy of a Gram matrix costs more than a call of one's own."""
@@ -80,13 +80,14 @@ def _solve_one(w: torch.Tensor, library: Library) -> Solved:
     gram, found = np.zeros((m, m)), []
     with np.errstate(all="ignore"):
         for rows in _row_chunks(w):
-            found.append((rows.sum(), _squares(rows, library), rows.min(), rows.max()))
+            found.append((rows.sum(), _squares(rows, library), rows.min(), rows.max(), rows.all()))
             if library == "torch":
                 torch.from_numpy(gram).addmm_(torch.from_numpy(rows.T), torch.from_numpy(rows))
             else:
                 lapack.add_gram(rows, gram)
-        total, squares, low, high = np.array(found).T
-        moments = Moments(*(torch.tensor([x]) for x in (total.sum(), squares.sum(), low.min(), high.max())))
+        total, squares, low, high, dense = np.array(found).T
+        over_all = total.sum(), squares.sum(), low.min(), high.max(), dense.all()
+        moments = Moments(*(torch.tensor([x]) for x in over_all))
         gram_sq = _squares(gram, library)
         if library == "numpy":  # one triangle
             gram_sq = 2 * gram_sq - _squares(gram.diagonal(), library)
@@ -99,7 +100,7 @@ def _row_chunks(w: torch.Tensor) -> Iterator[np.ndarray]:
     numpy converts what it knows: the threads that torch would convert with go on spinning where BLAS needs the cores.
     """
     n, m = w.shape
-    rows = max(_ROW_CHUNK // m, m // 16, 1)
+    rows = max(_ROW_CHUNK // m, m // 8, 1)
     in_numpy = w.dtype in (torch.float64, torch.float32, torch.float16)
     for start in range(0, n, rows):
         part = w[start : start + rows]
@@ -122,7 +123,8 @@ def _solve_together(tall: torch.Tensor, library: Library) -> Solved:
     with np.errstate(all="ignore"):
         squares = np.array([_squares(one, library) for one in a.numpy()])
         each = a.flatten(1).numpy()
-        moments = Moments(*map(torch.from_numpy, (each.sum(1), squares, each.min(1), each.max(1))))
+        found = each.sum(1), squares, each.min(1), each.max(1), each.all(1)
+        moments = Moments(*map(torch.from_numpy, found))
         gram = torch.matmul(a.mT, a).numpy() if library == "torch" else np.matmul(a.mT.numpy(), a.numpy())
     return _solve_grams(gram, squares, np.array([_squares(one, library) for one in gram]), library, moments)
 
