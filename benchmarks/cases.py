@@ -147,16 +147,16 @@ def shuffled_layers(snapshot: Snapshot | None) -> str:
 
 
 def full_size() -> dict[str, Case]:
-    """The rows of the table: about six minutes on two quiet cores."""
+    """The rows of the table: about eight minutes on two quiet cores."""
     gpt2, resnet, large = shapes.gpt2_small, shapes.resnet18, partial(shapes.square, 4096)
     block, t = partial(shapes.gpt2_small, blocks=1), shapes.heavy_tailed
     return {
         "gpt2": Case(
-            "GPT-2 small, 48 matrices, plain", gpt2, hill_rounds=1,
+            "GPT-2 small, 48 matrices, plain", gpt2, rounds=5, peer_rounds=5, hill_rounds=1,
             against_peer=Bound(least=6), against_bare=Bound(most=1.15),
         ),
         "resnet18": Case(
-            "ResNet-18, 197 slices, plain", resnet, rounds=5, hill_rounds=3,
+            "ResNet-18, 197 slices, plain", resnet, rounds=5, peer_rounds=5, hill_rounds=3,
             against_peer=Bound(least=6), against_bare=Bound(most=1.3),
         ),
         "4096": Case(
