@@ -82,6 +82,15 @@ def test_what_is_trimmed_is_trimmed_from_mean_and_deviation(dtype):
     assert sorted((300 * found.index[:, 1] + found.index[:, 2]).tolist()) == huge.tolist()
 
 
+def test_weights_that_want_a_gradient_are_read_without_one():
+    w = normal(60, 50, seed=0)
+    w[3, 7] = 30.0
+    stats = elements(w.clone().requires_grad_()[None])
+    assert not stats.std.requires_grad
+    assert stats.headroom.item() == elements(w[None]).headroom.item() > 1
+    assert not large_entries(w.clone().requires_grad_()[None], stats).headroom.requires_grad
+
+
 @pytest.mark.parametrize("constant", [0.0, 1.0, 0.1, -3e4, 1e-30])
 def test_a_constant_matrix_has_neither_headroom_nor_mean_shift(constant):
     stats = elements(torch.full((1, 30, 20), constant))

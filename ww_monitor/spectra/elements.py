@@ -113,6 +113,7 @@ def elements(matrices: torch.Tensor, *, known: Moments | None = None) -> Element
     >>> round(elements(w[None]).headroom.item(), 2)       # 12 / 5000^¼ = 1.43
     1.42
     """
+    matrices = matrices.detach()
     found = known or moments(matrices)
     count = matrices[0].numel()
     mean = found.total.cpu() / count
@@ -168,7 +169,8 @@ def _spread(entries: torch.Tensor, centre: float, distance: float) -> tuple[floa
 
 def _in_float64(entries: torch.Tensor) -> Iterator[torch.Tensor]:
     """Copies of some entries at a time; a device takes all at once."""
-    for part in torch.split(entries, _CHUNK if entries.device.type == "cpu" else max(1, len(entries))):
+    size = _CHUNK if entries.device.type == "cpu" else max(1, len(entries))
+    for part in torch.split(entries, size):
         yield part.to(torch.float64, copy=True)
 
 
@@ -180,6 +182,7 @@ def large_entries(matrices: torch.Tensor, stats: Elements, *, limit: int = 8) ->
         stats: Its `elements`, one row a slice.
         limit: At most this many entries.
     """
+    matrices = matrices.detach()
     reach, size = (matrices.shape[1] * matrices.shape[2]) ** 0.25, matrices[0].numel()
     where: list[torch.Tensor] = []
     ratios: list[torch.Tensor] = []
