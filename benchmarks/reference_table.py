@@ -68,7 +68,7 @@ def reason(case: str, row: dict[str, Any], column: str) -> str:
         return "identity"
     if column == "sigma" and number(row["sigma"]) < 0:
         return "stale"
-    if case == "rank30_120x80" and column == "sv_min":
+    if case == "rank30_120x80" and column in ("sv_min", "detX_val", "detX_val_unrescaled"):
         return "sv_min"
     if case == "conv2x2_64_32":
         return "even"

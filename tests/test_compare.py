@@ -142,7 +142,7 @@ def test_the_floor_is_above_the_rounding_of_the_storage_precision():
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         rounding = torch.linalg.matrix_norm(w.to(dtype).double() - w, ord=2).item() ** 2
         largest = torch.linalg.matrix_norm(w, ord=2).square()[None]
-        floor = numerical_floor(largest, w.square().mean()[None], 300, 100, dtype=dtype).item()
+        floor = numerical_floor(largest, w.square().mean()[None], 300, 100, eps=torch.finfo(dtype).eps).item()
         assert rounding < floor
         assert dtype == torch.float32 or floor < 10 * rounding  # there the solver's own error is larger
 

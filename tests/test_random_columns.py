@@ -85,14 +85,10 @@ def test_columns_equal_the_tools_on_its_own_shuffles(reference, case):
     batch = Batch(
         slice_eigenvalues=eigenvalues(slices).values[None] * factor,
         status=torch.zeros(1, dtype=torch.int64),
-        long_side=max(slices.shape[1:]),
-        dtype=torch.float32,
+        long_side=torch.tensor([float(max(slices.shape[1:]))], dtype=torch.float64),
+        eps=torch.tensor([torch.finfo(torch.float32).eps], dtype=torch.float64),
         definitions=Definitions(preset="weightwatcher"),
-        randomized=[legacy_shuffles(slices, factor)],
-        **{
-            name: torch.zeros(1)
-            for name in ("trap_headroom", "mean_shift", "num_traps", "trap_severity", "trap_p_value")
-        },
+        measured={"randomized": [legacy_shuffles(slices, factor)]},
     )
     row = reference[case]["runs"]["plain"]["rows"][0]
     for metric in choose(COLUMNS, "weightwatcher"):

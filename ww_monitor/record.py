@@ -79,6 +79,8 @@ class Layer:
         esd: Histogram of the eigenvalues, where they are known.
         trap_entries: The largest entries above the trap threshold.
         step: Optimizer step at which the weights were read, or `None` outside training.
+        solved_on: The device that solved it (`"cpu"`, `"cuda:0"`); where that is not the one that has the weights, with
+            the reason: `"cpu, not cuda:0: no full-rate float64"`.
         eigenvalues: All eigenvalues, ascending, if they were asked for; never saved.
     """
 
@@ -93,6 +95,7 @@ class Layer:
     esd: Histogram | None = None
     trap_entries: tuple[TrapEntry, ...] = ()
     step: int | None = None
+    solved_on: str = field(default="", compare=False)
     eigenvalues: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
 
     def value(self, metric: str) -> float:

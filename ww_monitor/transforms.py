@@ -220,7 +220,7 @@ def _pooled_count(matrix: Matrix, keep: str) -> tuple[float, str]:
     layer = analyze_matrices([matrix], Options(metrics=[metric], keep_eigenvalues=True)).layers[0]
     if keep in ("alpha", "spikes"):
         return layer.value(metric), layer.verdict
-    spectrum = torch.tensor(layer.eigenvalues or [float("nan")], dtype=torch.float64)
+    spectrum = torch.tensor(layer.eigenvalues or [float("nan")], dtype=torch.float64, device="cpu")
     return float(correlation_space(spectrum[None]).size), layer.verdict
 
 

@@ -1,13 +1,21 @@
-"""The path of a GPU, here on CPU tensors: one batch a short side, one wait, the same numbers, failures retried."""
+"""The path of a device that solves its own matrices, on a stand-in: one decision, loop or batch, few reads."""
 
+import gc
 import math
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from ww_monitor.engine import Options, analyze_matrices, measure, run
+from tests.stand_in import use_stand_in
+from ww_monitor.engine import Options, analyze_matrices, threads
 from ww_monitor.matrices import Matrix
-from ww_monitor.spectra import eigenvalues as eigenvalues_module
+from ww_monitor.metric import MEASUREMENTS
+from ww_monitor.metric import batch as batch_module
+from ww_monitor.spectra.device import Accelerator
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -38,114 +46,265 @@ def some_matrices():
     ]
 
 
-@pytest.fixture
-def as_if_on_a_gpu(monkeypatch):
-    """Every tensor takes a GPU's path; says which solves were batched, and how often the host waited."""
-    seen = {"batches": [], "waits": 0}
-    solve, fetch = measure.solve_batched, measure.fetch
-
-    def counted(stacks):
-        seen["batches"].append((min(stacks[0].shape[1:]), len(stacks)))
-        return solve(stacks)
-
-    def waited(spectra):
-        seen["waits"] += bool(spectra)
-        return fetch(spectra)
-
-    monkeypatch.setattr(measure, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(measure, "solve_batched", counted)
-    monkeypatch.setattr(measure, "fetch", waited)
-    monkeypatch.setattr(run, "_quicker_on_host", lambda matrices, stack: False)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 34, 1 << 35))
-    return seen
-
-
 def comparable(layer):
     numbers = {name: value for name, value in layer.metrics.items() if not math.isnan(value)}
     return (layer.name, layer.status, layer.verdict, layer.phase, layer.trap_entries), numbers
 
 
-def assert_same(found, expected, tolerance):
+def assert_same(found, expected, tolerance, *, smallest=1e-12):
     for one, other in zip(found.layers, expected.layers, strict=True):
         (words, numbers), (expected_words, expected_numbers) = comparable(one), comparable(other)
         assert words == expected_words
-        assert numbers == pytest.approx(expected_numbers, rel=tolerance, abs=1e-12)
+        assert numbers == pytest.approx(expected_numbers, rel=tolerance, abs=smallest)
 
 
-def test_a_gpus_path_gives_the_hosts_snapshot(as_if_on_a_gpu, monkeypatch):
-    on_device = analyze_matrices(some_matrices(), Options())
-    monkeypatch.setattr(measure, "on_gpu", lambda tensor: False)
-    assert_same(on_device, analyze_matrices(some_matrices(), Options()), 1e-9)
+def on_host():
+    return analyze_matrices(some_matrices(), Options())
 
 
-def test_one_batch_a_short_side_and_one_wait(as_if_on_a_gpu):
-    analyze_matrices(some_matrices(), Options())
-    assert as_if_on_a_gpu == {"batches": [(40, 9), (16, 1)], "waits": 1}
-
-
-def test_batches_keep_within_the_memory(as_if_on_a_gpu, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * 3 * (24 * 40 * 40 + 90 * 40 * 4), 1 << 35))
-    analyze_matrices([matrix(str(k), normal(90, 40, seed=k)) for k in range(8)], Options())
-    assert as_if_on_a_gpu == {"batches": [(40, 4), (40, 4)], "waits": 2}
-
-
-def test_a_device_that_fails_leaves_it_to_the_host_and_says_so(as_if_on_a_gpu, monkeypatch):
-    expected = analyze_matrices(some_matrices()[:3], Options())
-
-    def fails(stacks):
-        raise RuntimeError("cusolver error")
-
-    monkeypatch.setattr(measure, "solve_batched", fails)
-    snapshot = analyze_matrices(some_matrices()[:3], Options())
-    assert [layer.status for layer in snapshot.layers] == ["ok, solved on the host after RuntimeError on cpu"] * 3
-    assert [layer.value("alpha") for layer in snapshot.layers] == [
-        pytest.approx(layer.value("alpha"), rel=1e-9) for layer in expected.layers
-    ]
-
-
-@pytest.mark.parametrize("options", [Options(fit="hill"), Options(fix_fingers="clip_xmax"), Options(aspect_ratio=1.0)])
-def test_other_fits_are_left_to_the_host(as_if_on_a_gpu, monkeypatch, options):
-    on_device = analyze_matrices(some_matrices(), options)
-    monkeypatch.setattr(measure, "on_gpu", lambda tensor: False)
-    assert_same(on_device, analyze_matrices(some_matrices(), options), 1e-9)
-
-
-def test_few_small_matrices_are_left_to_the_host(as_if_on_a_gpu, monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setattr(measure, "on_gpu", lambda tensor: True)
-    one, many = [matrix("a", normal(64, 64))], [matrix("a", normal(900, 768))] * 40
-    assert run._quicker_on_host(one, one[0].load())
-    assert not run._quicker_on_host(many, many[0].load())
-    monkeypatch.setattr(measure, "on_gpu", lambda tensor: False)
-    assert not run._quicker_on_host(one, one[0].load())
-
-
-@pytest.fixture
-def tf32_given_back():
-    before = torch.backends.cuda.matmul.allow_tf32
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+def test_a_devices_path_gives_the_hosts_snapshot(monkeypatch):
+    expected = on_host()
+    use_stand_in(monkeypatch)
+    found = analyze_matrices(some_matrices(), Options())
+    assert_same(found, expected, 1e-9)
+    assert {layer.solved_on for layer in found.layers} == {"cpu"}
 
 
 @pytest.mark.parametrize(
-    ("capability", "tf32", "precision"),
-    [((9, 0), False, torch.float64), ((8, 9), False, torch.float32), ((8, 9), True, torch.float64)],
+    "options",
+    [
+        Options(fit="hill"),
+        Options(fit="truncated"),
+        Options(fix_fingers="clip_xmax"),
+        Options(aspect_ratio=1.0),
+        Options(preset="weightwatcher"),
+        Options(metrics="all"),
+    ],
+    ids=str,
 )
-def test_the_gram_matrix_is_float32_only_where_float64_is_slow_and_tf32_is_off(
-    monkeypatch, capability, tf32, precision
-):
-    monkeypatch.setattr(torch.version, "hip", None)
+def test_so_it_does_with_every_option(monkeypatch, options):
+    """Likelihood ratios to fewer digits: the search for the other law ends where it does."""
+    items = [item for item in some_matrices() if item.name not in ("nan", "zero")]
+    expected = analyze_matrices(items, options)
+    use_stand_in(monkeypatch)
+    tolerance, smallest = (1e-7, 1e-8) if options.metrics == "all" else (1e-9, 1e-12)
+    assert_same(analyze_matrices(items, options), expected, tolerance, smallest=smallest)
+
+
+def many(count, rows, side):
+    return [matrix(f"{rows}x{side} {k}", normal(rows, side, seed=k)) for k in range(count)]
+
+
+def test_short_sides_up_to_128_are_one_batch_and_above_a_batch_from_eight_on(monkeypatch):
+    """Whatever torch would do with a stack: below eight large matrices the single solver is asked for each."""
+    asked = use_stand_in(monkeypatch)
+    items = [*many(2, 140, 128), *many(1, 128, 150), *many(7, 160, 130), *many(8, 150, 129), *many(1, 64, 40)]
+    analyze_matrices(items, Options(metrics=["alpha"]))
+    assert asked.batches == [(129, 8), (128, 3)]
+    assert asked.singles == [130] * 7 + [40]
+
+
+def test_all_slices_of_a_side_count_together(monkeypatch):
+    asked = use_stand_in(monkeypatch)
+    kernel = matrix("kernel", normal(9, 140, 132), kind="conv")
+    analyze_matrices([kernel, *many(3, 132, 200)], Options(metrics=["alpha"]))
+    assert (asked.batches, asked.singles) == ([(132, 12)], [])
+
+
+@pytest.mark.parametrize(("torch_version", "nvmath"), [("2.11.0+cu130", False), ("2.11.0", True), ("2.13.0+cpu", False)])
+def test_before_2_12_a_batch_needs_nvidias_bindings(monkeypatch, torch_version, nvmath):
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr("ww_monitor.spectra.device._has_nvmath", lambda: nvmath)
+    device = Accelerator(torch.device("cpu"))
+    batches = nvmath or torch_version.startswith("2.13")
+    assert [device.batches(768, count) for count in (1, 7, 8, 48)] == [False, False, batches, batches]
+    assert [device.batches(128, count) for count in (1, 2)] == [False, True]
+
+
+def test_chunks_are_of_one_size_and_the_last_is_filled_up(monkeypatch):
+    """Nineteen matrices where memory allows eight are three chunks of seven, so that the solver keeps its size."""
+    one = 6 * 8 * 130 * 130
+    asked = use_stand_in(monkeypatch, free=int(2 * 8.5 * one))
+    monkeypatch.setattr("ww_monitor.spectra.device.LEAST_BATCH", 2)
+    items = many(19, 140, 130)
+    found = analyze_matrices(items, Options(metrics=["alpha"], keep_eigenvalues=True))
+    assert asked.batches == [(130, 7)] * 3
+    for layer, item in zip(found.layers, items, strict=True):
+        expected = torch.linalg.svdvals(item.load().double()).square().flip(1)[0]
+        torch.testing.assert_close(torch.tensor(layer.eigenvalues, dtype=torch.float64), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("side", "count", "fitting", "expected"),
+    [
+        (768, 48, 100.0, 48),
+        (768, 48, 47.0, 24),
+        (768, 100, 48.0, 34),
+        (4096, 5, 1.3, 1),
+        (64, 200_000, 1e9, 50_000),
+        (16384, 20, 100.0, 7),
+        (700, 10, 0.1, 1),
+    ],
+)
+def test_a_chunk_keeps_within_memory_and_what_the_solver_takes(side, count, fitting, expected):
+    size = Accelerator(torch.device("cpu")).chunk(side, count, fitting)
+    assert size == expected
+    assert size * side * side < 2**31
+    assert size <= 65535
+
+
+def test_the_memory_that_is_free_is_what_torch_has_not_allocated(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30)
+    assert Accelerator(torch.device("cuda")).free_memory() == 140
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "architecture", "refusal"),
+    [
+        ((9, 0), None, "", ""),
+        ((8, 0), None, "", ""),
+        ((8, 9), None, "", "no full-rate float64"),
+        ((12, 0), None, "", "no full-rate float64"),
+        ((9, 4), "6.2", "gfx942:sramecc+", ""),
+        ((11, 0), "6.2", "gfx1100", "no full-rate float64"),
+    ],
+)
+def test_a_device_solves_if_its_float64_has_full_rate(monkeypatch, capability, hip, architecture, refusal):
+    monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    assert eigenvalues_module.gram_precision(torch.device("cuda")) == precision
-    assert eigenvalues_module.gram_precision(torch.device("cpu")) == torch.float64
+    properties = SimpleNamespace(gcnArchName=architecture)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert Accelerator(torch.device("cuda")).refusal() == refusal
 
 
-def test_an_autocast_region_around_the_analysis_changes_nothing(as_if_on_a_gpu):
+def test_a_device_without_full_rate_float64_leaves_all_to_the_host_which_says_so(monkeypatch):
+    expected = on_host()
+    asked = use_stand_in(monkeypatch, refusal="no full-rate float64")
+    found = analyze_matrices(some_matrices(), Options())
+    assert_same(found, expected, 1e-12)
+    assert {layer.solved_on for layer in found.layers} == {"cpu, not cpu: no full-rate float64"}
+    assert (asked.singles, asked.batches) == ([], [])
+    assert found["tall"].status == "ok"
+
+
+def test_it_is_decided_once_for_all_matrices_of_a_device(monkeypatch):
+    """A single one would be left to the host; together they are not, and the first does not decide for the others."""
+    for count, where in ((1, "cpu, not cpu: few and small"), (40, "cpu")):
+        with monkeypatch.context() as patch:
+            use_stand_in(patch, latency=0.005)
+            found = analyze_matrices(many(count, 300, 100), Options(metrics=["alpha"]))
+        assert {layer.solved_on for layer in found.layers} == {where}
+
+
+def test_one_tail_a_short_side_and_two_reads_a_look(monkeypatch):
+    """The moments of all matrices, then the numbers of all rows of a short side."""
+    asked = use_stand_in(monkeypatch)
+    tails, fit = [], batch_module.fit_tail
+
+    def counted(values, **options):
+        tails.append(tuple(values.shape))
+        return fit(values, **options)
+
+    monkeypatch.setattr(batch_module, "fit_tail", counted)
+    analyze_matrices([*many(5, 64, 40), *many(4, 90, 40), *many(3, 40, 70), *many(2, 40, 30)], Options())
+    assert sorted(tails) == [(2, 30), (12, 40)]
+    assert len(asked.reads) == 3
+
+
+def test_what_a_device_has_solved_never_enters_the_pool(monkeypatch):
+    submitted = []
+    submit = threads.Workers.submit
+    monkeypatch.setattr(threads.Workers, "submit", lambda *a, **k: (submitted.append(a), submit(*a, **k))[1])
+    use_stand_in(monkeypatch)
+    analyze_matrices(some_matrices(), Options())
+    assert submitted == []
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("cusolver error")], ids=str)
+def test_a_device_that_fails_leaves_it_to_the_host_and_says_so(monkeypatch, error):
+    expected = on_host()
+
+    def fails(gram):
+        raise error
+
+    use_stand_in(monkeypatch, solve=fails)
+    found = analyze_matrices(some_matrices(), Options())
+    assert_same(found, expected, 1e-9)
+    assert {layer.solved_on for layer in found.layers} == {f"cpu, not cpu: {type(error).__name__}"}
+
+
+def test_a_measurement_that_fails_costs_its_layer_only(monkeypatch):
+    whole = MEASUREMENTS["elements"].function
+
+    def picky(loaded, *args):
+        if any(one.name == "square" for one in loaded.matrices):
+            raise ArithmeticError("no")
+        return whole(loaded, *args)
+
+    expected = on_host()
+    use_stand_in(monkeypatch)
+    monkeypatch.setitem(MEASUREMENTS, "elements", replace(MEASUREMENTS["elements"], function=picky))
+    found = analyze_matrices(some_matrices(), Options())
+    assert found["square"].status == "error: ArithmeticError: no"
+    for layer, other in zip(found.layers, expected.layers, strict=True):
+        assert layer.name == "square" or comparable(layer)[0] == comparable(other)[0]
+
+
+def test_weights_that_nobody_else_holds_are_given_up_before_they_are_solved(monkeypatch):
+    alive = weakref.WeakSet()
+
+    def fresh(k):
+        weights = normal(1, 900, 140, seed=k)
+        alive.add(weights.untyped_storage())
+        return weights
+
+    held = [fresh(k) for k in range(2)]
+    assert len(alive) == 2
+    del held
+    counts = []
+
+    def counting(gram):
+        gc.collect()
+        counts.append(len(alive))
+        return torch.linalg.eigvalsh(gram)
+
+    use_stand_in(monkeypatch, solve=counting)
+    items = [Matrix(str(k), "dense", (1, 900, 140), lambda k=k: fresh(k)) for k in range(8)]
+    analyze_matrices(items, Options())
+    assert counts == [0]
+
+
+def test_an_autocast_region_around_the_analysis_changes_nothing(monkeypatch):
+    use_stand_in(monkeypatch)
     plain = analyze_matrices(some_matrices(), Options())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = analyze_matrices(some_matrices(), Options())
     assert [comparable(layer) for layer in inside.layers] == [comparable(layer) for layer in plain.layers]
+
+
+@pytest.mark.parametrize("device", [None, "meta"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stand_in", [False, True])
+def test_the_default_device_and_dtype_change_nothing(monkeypatch, device, dtype, stand_in):
+    items = some_matrices()
+    loaded = [replace(item, load=lambda weights=item.load(): weights) for item in items]
+    if stand_in:
+        use_stand_in(monkeypatch)
+    options = Options(keep_eigenvalues=True)
+    expected = analyze_matrices(loaded, options)
+    before = torch.get_default_dtype()
+    torch.set_default_device(device)
+    torch.set_default_dtype(dtype)
+    try:
+        found = analyze_matrices(loaded, options)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+    assert [comparable(layer) for layer in found.layers] == [comparable(layer) for layer in expected.layers]
+    for layer, other in zip(found.layers, expected.layers, strict=True):
+        np.testing.assert_array_equal(layer.eigenvalues, other.eigenvalues)
 
 
 @pytest.mark.gpu

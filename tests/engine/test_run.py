@@ -2,17 +2,20 @@
 
 import gc
 import math
+import threading
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from ww_monitor.engine import Options, analyze_matrices, measure, rows, run, threads
-from ww_monitor.engine.measure import LEAST_TRAP_SIDE
+from ww_monitor.engine import Options, analyze_matrices, load, rows, run, threads
 from ww_monitor.errors import LayerError
 from ww_monitor.matrices import Matrix, Skipped
-from ww_monitor.metric import TABLE
+from ww_monitor.metric import MEASUREMENTS, TABLE, measurement
+from ww_monitor.metric.measurements import LEAST_TRAP_SIDE
+from ww_monitor.metric.table import metric
 from ww_monitor.record import SkippedLayer
 from ww_monitor.spectra import host
 from ww_monitor.spectra.traps import shuffled
@@ -91,28 +94,28 @@ def loads():
 
 def test_one_matrix_is_in_memory_at_a_time(loads, monkeypatch, one_thread):
     lazily, others = loads
-    monkeypatch.setattr(run, "TOGETHER", 40 * 30)
+    monkeypatch.setattr(load, "TOGETHER", 40 * 30)
     analyze_matrices([lazily(str(k)) for k in range(4)], Options(metrics="all"))
     assert others == [0, 0, 0, 0]
 
 
 def test_small_matrices_are_in_memory_together_up_to_a_limit(loads, monkeypatch, one_thread):
     lazily, others = loads
-    monkeypatch.setattr(run, "TOGETHER", 2 * 40 * 30)
+    monkeypatch.setattr(load, "TOGETHER", 2 * 40 * 30)
     analyze_matrices([lazily(str(k)) for k in range(5)], Options())
     assert others == [0, 1, 0, 1, 0]
 
 
 def test_threads_hold_one_matrix_each_and_the_next(loads, monkeypatch, two_threads):
     lazily, others = loads
-    monkeypatch.setattr(run, "TOGETHER", 1)
+    monkeypatch.setattr(load, "TOGETHER", 1)
     analyze_matrices([lazily(str(k), shape=(120, 100)) for k in range(12)], Options())
     assert max(others) <= 2
 
 
 def test_what_does_not_fit_beside_another_waits(loads, monkeypatch, two_threads):
     lazily, others = loads
-    monkeypatch.setattr(run, "TOGETHER", 1)
+    monkeypatch.setattr(load, "TOGETHER", 1)
     monkeypatch.setattr(run, "HOST_MEMORY", 1)
     analyze_matrices([lazily(str(k), shape=(120, 100)) for k in range(12)], Options())
     assert max(others) <= 1
@@ -129,22 +132,24 @@ def test_any_number_of_threads_gives_the_same_snapshot(monkeypatch):
     assert [layer.status for layer in found[1].layers][-1] == "error: OSError: gone"
 
 
-@pytest.mark.parametrize(("count", "together"), [(7, [7]), (8, [8]), (20, [8, 8, 4])])
 @pytest.mark.parametrize("budget", [1, 2])
-def test_rows_are_made_of_several_layers_and_are_those_made_alone(count, together, budget, monkeypatch):
-    made, make = [], rows.layers_of
+def test_rows_of_one_short_side_are_made_once_and_are_those_made_alone(budget, monkeypatch):
+    """Over all shapes and kinds that share it, on the calling thread."""
+    made, make = [], rows._numbers
 
-    def counted(matrices, *args, **options):
-        made.append(len(matrices))
-        return make(matrices, *args, **options)
+    def counted(batch, options):
+        made.append((threading.current_thread().name, batch.short_side, len(batch)))
+        return make(batch, options)
 
-    monkeypatch.setattr(rows, "layers_of", counted)
-    monkeypatch.setattr(run, "TOGETHER", 1)
+    monkeypatch.setattr(rows, "_numbers", counted)
+    monkeypatch.setattr(load, "TOGETHER", 1)
     monkeypatch.setattr(threads, "thread_budget", lambda: budget)
-    items = [matrix(str(k), normal(60, 40, seed=k)) for k in range(count)]
+    items = [matrix(str(k), normal(60 + 7 * (k % 3), 40, seed=k)) for k in range(9)]
+    items += [matrix("wide", normal(40, 90, seed=10)), matrix("half", normal(50, 40, seed=11).half())]
     found = analyze_matrices([*items, matrix("other", normal(30, 20))], KEEP)
-    assert sorted(made) == sorted([*together, 1])
-    assert [layer.name for layer in found.layers] == [*map(str, range(count)), "other"]
+    here = threading.current_thread().name
+    assert sorted(made) == [(here, 20, 1), (here, 40, 11)]
+    assert [layer.name for layer in found.layers] == [*map(str, range(9)), "wide", "half", "other"]
     for item in items:
         assert comparable(found[item.name]) == comparable(analyze_matrices([item], KEEP)[item.name])
 
@@ -152,15 +157,15 @@ def test_rows_are_made_of_several_layers_and_are_those_made_alone(count, togethe
 @pytest.mark.parametrize("bad", [{0}, {7}, {8}, {3, 9}, set(range(10))], ids=str)
 @pytest.mark.parametrize("budget", [1, 2])
 def test_the_rows_beside_layers_that_cannot_be_measured_are_made(bad, budget, monkeypatch):
-    whole = measure.measure
+    whole = MEASUREMENTS["elements"].function
 
     def picky(loaded, *args):
         if any(int(one.name) in bad for one in loaded.matrices):
             raise ArithmeticError("no")
         return whole(loaded, *args)
 
-    monkeypatch.setattr(measure, "measure", picky)
-    monkeypatch.setattr(run, "TOGETHER", 1)
+    monkeypatch.setitem(MEASUREMENTS, "elements", replace(MEASUREMENTS["elements"], function=picky))
+    monkeypatch.setattr(load, "TOGETHER", 1)
     monkeypatch.setattr(threads, "thread_budget", lambda: budget)
     found = analyze_matrices([matrix(str(k), normal(60, 40, seed=k)) for k in range(10)], KEEP)
     wrong = [int(layer.name) for layer in found.layers if layer.status == "error: ArithmeticError: no"]
@@ -322,7 +327,7 @@ def test_the_slices_of_a_kernel_share_the_level_of_the_layer(monkeypatch):
         received.append(options["significance"])
         return shuffled(matrices, stats, **options)
 
-    monkeypatch.setattr("ww_monitor.engine.measure.shuffled", recording)
+    monkeypatch.setattr("ww_monitor.metric.measurements.shuffled_spectra", recording)
     kernel = normal(9, 32, 24)
     kernel[6, 5, 4] = 15.0
     analyze_matrices([matrix("k", kernel)], Options(significance=0.01))
@@ -330,19 +335,40 @@ def test_the_slices_of_a_kernel_share_the_level_of_the_layer(monkeypatch):
 
 
 def test_measurements_that_no_metric_needs_are_not_made(monkeypatch):
-    def unwanted(*args, **kwargs):
-        raise AssertionError("not needed")
-
-    for name in ("elements", "shuffled"):
-        monkeypatch.setattr(f"ww_monitor.engine.measure.{name}", unwanted)
-    monkeypatch.setattr("ww_monitor.engine.measure.weightwatcher.randomize", unwanted)
+    made = []
+    for name, one in list(MEASUREMENTS.items()):
+        function = one.function
+        noting = lambda *args, name=name, function=function: (made.append(name), function(*args))[1]  # noqa: E731
+        monkeypatch.setitem(MEASUREMENTS, name, replace(one, function=noting))
     weights = normal(40, 30)
     weights[3, 4] = 50.0
     assert analyze_matrices([matrix("fc", weights)], Options(metrics=["alpha"], strict=True))["fc"].status == "ok"
-    monkeypatch.undo()
-    monkeypatch.setattr("ww_monitor.engine.measure.shuffled", unwanted)
+    assert made == ["live_sides"]
+    made.clear()
     layer = analyze_matrices([matrix("fc", weights)], Options(metrics=["trap_headroom"], strict=True))["fc"]
     assert layer.value("trap_headroom") > 1
+    assert made == ["live_sides", "elements"]
+
+
+def test_a_measurement_is_written_in_one_place_and_its_values_reach_the_batch_by_name(monkeypatch):
+    monkeypatch.setattr("ww_monitor.metric.registry.MEASUREMENTS", entries := dict(MEASUREMENTS))
+    monkeypatch.setitem(TABLE["default"], "corner", None)
+
+    @measurement()
+    def corners(loaded, known, definitions):
+        return {"corner": torch.stack([layer[0, 0, 0].double() for layer in loaded.layers])}
+
+    assert list(entries)[-1] == "corners"
+    metric(source="this test", needs="corners")(corner)
+    weights = [normal(40, 30), normal(50, 30, seed=1), torch.full((40, 30), NAN)]
+    found = analyze_matrices([matrix(str(k), w) for k, w in enumerate(weights)], Options(metrics=["corner"]))
+    assert [layer.value("corner") for layer in found.layers[:2]] == [float(w[0, 0]) for w in weights[:2]]
+    assert math.isnan(found.layers[2].value("corner"))
+
+
+def corner(batch):
+    """The first weight."""
+    return batch.column("corner")
 
 
 def test_the_summary_reduces_the_known_values_by_each_metrics_own_rule():

@@ -9,11 +9,11 @@ import torch
 
 from ww_monitor.distributed.inventory import SUMS, Held, Job
 from ww_monitor.engine import Options
-from ww_monitor.engine.sums import Sums, needs_weights
+from ww_monitor.engine.sums import needs_weights
 from ww_monitor.spectra.elements import Moments
 
 
-def sums_of(job: Job, owner: int) -> Sums | None:
+def sums_of(job: Job, owner: int) -> Moments | None:
     """The sums over the parts of the owner's replica; `None` where they are not known."""
     replica = [job.held[rank] for rank in job.team(owner) if job.held[rank].replica == job.held[owner].replica]
     if any(not held.sums or held.index is None for held in replica):
@@ -30,7 +30,7 @@ def sums_of(job: Job, owner: int) -> Sums | None:
         low[at] = torch.minimum(low[at], part[2])
         high[at] = torch.maximum(high[at], part[3])
         zeros[at] += part[4]
-    return Sums(Moments(total, squares, low, high, zeros == 0), zeros)
+    return Moments(total, squares, low, high, zeros)
 
 
 def summed_side(job: Job, owner: int, options: Options) -> int | None:

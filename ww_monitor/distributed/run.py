@@ -18,7 +18,7 @@ from ww_monitor.distributed.reach import can_gather, summed_side, sums_of
 from ww_monitor.distributed.shards import Reading
 from ww_monitor.engine import Options, analyze_matrices, snapshot_of
 from ww_monitor.engine.rows import failed_layer
-from ww_monitor.engine.sums import layer_of_sums
+from ww_monitor.engine.sums import layer_of_gram
 from ww_monitor.errors import LayerError, RankFailed, WWMonitorError
 from ww_monitor.matrices import Matrix, Skipped
 from ww_monitor.record import Layer, Snapshot
@@ -164,7 +164,7 @@ class _Analysis:
             self.unread[job.name] = f"{reading.error} on rank {self.ranks.rank}"
             return None
         if gram is not None and piece is not None and sums is not None:
-            return lambda: [layer_of_sums(matrix, gram, sums, piece.dtype, self.options, step=self.step)]
+            return lambda: [layer_of_gram(matrix, gram, sums, piece.dtype, self.options, step=self.step)]
         if weights is not None:
             return partial(self._rows_of, [replace(matrix, load=lambda: weights, shards=None)])
         return None

@@ -60,7 +60,16 @@ class Options:
     @property
     def definitions(self) -> Definitions:
         """What a batch needs to know."""
-        return Definitions(self.preset, self.fit, self.fit_k, self.fix_fingers, self.significance, self.seed)
+        return Definitions(
+            self.preset,
+            self.fit,
+            self.fit_k,
+            self.fix_fingers,
+            self.significance,
+            self.seed,
+            self.replicas,
+            self.aspect_ratio,
+        )
 
     @property
     def needs(self) -> set[str]:

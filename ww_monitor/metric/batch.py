@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+
+from ww_monitor.matrices import Matrix
 
 from ww_monitor.spectra import weightwatcher
 from ww_monitor.spectra.alternatives import Comparison, TruncatedFit, compare, fit_truncated, goodness_of_fit
@@ -18,6 +21,9 @@ from ww_monitor.spectra.null import NullBand, null_band
 from ww_monitor.spectra.powerlaw import SMALL_SAMPLE, TailFit, fit_tail
 from ww_monitor.spectra.status import Status
 from ww_monitor.spectra.subspaces import numerical_floor
+from ww_monitor.spectra.traps import REPLICAS
+
+NAN = float("nan")
 
 FITS = ("csn", "hill", "truncated")
 FIX_FINGERS = (None, "clip_xmax")
@@ -43,41 +49,74 @@ class Definitions:
     fix_fingers: str | None = None
     significance: float = SIGNIFICANCE
     seed: int = 0
+    replicas: int = REPLICAS
+    aspect_ratio: float | None = None
+
+
+Values = torch.Tensor | list[Any]
+"""What is known of B matrices, by row: a tensor `[B, …]`, or a list with `None` where nothing is known."""
 
 
 @dataclass
 class Batch:
-    """What was measured of B matrices of one shape.
+    """What was solved and measured of B matrices with as many slices and one short side, on the device of the spectra.
 
     Attributes:
         slice_eigenvalues: `[B, R, M]` float64, ascending in the last dimension, in the scale of the layer.
         status: `[B]` `Status` of the eigensolve.
-        long_side: N of a slice.
-        dtype: Storage precision of the weights.
+        long_side: `[B]` float64, N of a slice.
+        eps: `[B]` float64, rounding unit of the storage precision.
+        matrices: Their names and shapes, without weights.
+        solved_on: Where each was solved; see `ww_monitor.record.Layer`.
+        measured: What the registry of measurements has read from the weights, by name.
         definitions: Whose definitions to use.
-        live_sides: `[B, 2]` long and short side of a slice, rows and columns of zeros not counted; mean over slices.
-        window_eigenvalues: `[B, n']` ascending, of windows of one aspect ratio; `None` fits the whole matrices.
-        trap_headroom, mean_shift, num_traps, trap_severity, trap_p_value: `[B]`, NaN where not measured.
-        randomized: weightwatcher's shuffled spectra by row, under that preset.
-        vectors: `[3, R, M]` metrics of the singular vectors by row, where they are asked for.
-        fitted: The power-law fits, where a device has made them already.
     """
 
     slice_eigenvalues: torch.Tensor
     status: torch.Tensor
-    long_side: int
-    dtype: torch.dtype
-    trap_headroom: torch.Tensor
-    mean_shift: torch.Tensor
-    num_traps: torch.Tensor
-    trap_severity: torch.Tensor
-    trap_p_value: torch.Tensor
+    long_side: torch.Tensor
+    eps: torch.Tensor
+    matrices: Sequence[Matrix] = ()
+    solved_on: Sequence[str] = ()
+    measured: Mapping[str, Values] = field(default_factory=dict)
     definitions: Definitions = field(default_factory=Definitions)
-    live_sides: torch.Tensor | None = None
-    window_eigenvalues: torch.Tensor | None = None
-    randomized: Sequence[weightwatcher.Randomized | None] = ()
-    vectors: Sequence[np.ndarray | None] = ()
-    fitted: TailFit | None = None
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.slice_eigenvalues)
+
+    def column(self, name: str) -> torch.Tensor:
+        """`[B, …]` what was measured under this name, NaN `[B]` where it was not."""
+        found = self.measured.get(name)
+        if found is None:
+            return torch.full_like(self.long_side, NAN)
+        assert isinstance(found, torch.Tensor), f"measurement {name!r}: expected a tensor, got a list"
+        return found.to(self.long_side.device)
+
+    def entries(self, name: str) -> list[Any]:
+        """What was measured under this name, one object a row, `None` where there is none."""
+        return list(self.measured.get(name, [None] * len(self)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Batch]) -> Batch:
+        """Batches of one number of slices, short side and device, measured alike, as one."""
+        if len(parts) == 1:
+            return parts[0]
+        tensors = ("slice_eigenvalues", "status", "long_side", "eps")
+        return cls(
+            *(torch.cat([getattr(part, name) for part in parts]) for name in tensors),
+            matrices=[matrix for part in parts for matrix in part.matrices],
+            solved_on=[where for part in parts for where in part.solved_on],
+            measured={name: _together(name, parts) for part in parts for name in part.measured},
+            definitions=parts[0].definitions,
+        )
+
+    def row(self, b: int) -> Batch:
+        """Row b alone."""
+        part = slice(b, b + 1)
+        own = {item.name: getattr(self, item.name) for item in fields(self)}
+        measured = {name: values[part] for name, values in self.measured.items()}
+        return Batch(**{k: v if k == "definitions" else v[part] for k, v in own.items() if k != "measured"}, measured=measured)
 
     @property
     def slices(self) -> int:
@@ -97,7 +136,7 @@ class Batch:
     @cached_property
     def fitted_eigenvalues(self) -> torch.Tensor:
         """`[B, n]` what the tail is fitted to: of the matrices, or of their windows; ties where `flat`."""
-        values = self.eigenvalues if self.window_eigenvalues is None else self.window_eigenvalues
+        values = self.column("window_eigenvalues") if "window_eigenvalues" in self.measured else self.eigenvalues
         return values if self.follows_weightwatcher else torch.where(self.flat[:, None], values[:, -1:], values)
 
     @cached_property
@@ -106,7 +145,7 @@ class Batch:
         n = self.eigenvalues.shape[1]
         known = self.eigenvalues > self.rounding_floor[:, None]
         smallest = torch.where(known, self.eigenvalues, float("inf")).amin(1)
-        closeness = min(0.5, 64 * torch.finfo(self.dtype).eps)
+        closeness = (64 * self.eps).clamp(max=0.5)
         return (self.eigenvalues[:, -1] / smallest - 1 < closeness) & (self.rank > n / 2)
 
     @property
@@ -126,7 +165,7 @@ class Batch:
         """`[B]` eigenvalues at or below it are numerically zero."""
         n, m = self.long_side, self.short_side
         mean_square = self.eigenvalues.sum(1) / (self.slices * n * m)
-        return numerical_floor(self.eigenvalues[:, -1], mean_square, n, m, dtype=self.dtype)
+        return numerical_floor(self.eigenvalues[:, -1], mean_square, n, m, eps=self.eps)
 
     @cached_property
     def rank(self) -> torch.Tensor:
@@ -136,8 +175,6 @@ class Batch:
     @cached_property
     def power_law(self) -> TailFit:
         """The power-law fit, also where a truncated law is asked for: it chooses the xmin."""
-        if self.fitted is not None:
-            return self.fitted
         if self.definitions.fit == "hill":
             return fit_hill(self.fitted_eigenvalues, k=self.definitions.fit_k, floor=self.floor)
         if self.fingers is not None:
@@ -149,9 +186,9 @@ class Batch:
         """The fit that was asked for."""
         if self.definitions.fit != "truncated":
             return self.power_law
-        alpha = self.per_row([fit.alpha if fit else float("nan") for fit in self.truncated])
-        ks = self.per_row([fit.ks if fit else float("nan") for fit in self.truncated])
-        return replace(self.power_law, alpha=alpha, ks=ks, sigma=torch.full_like(alpha, float("nan")))
+        alpha = self.per_row([fit.alpha if fit else NAN for fit in self.truncated])
+        ks = self.per_row([fit.ks if fit else NAN for fit in self.truncated])
+        return replace(self.power_law, alpha=alpha, ks=ks, sigma=torch.full_like(alpha, NAN))
 
     @cached_property
     def fingers(self) -> FingerFit | None:
@@ -185,7 +222,7 @@ class Batch:
             values.append(
                 goodness_of_fit(known, self.power_law.row(b), seed=self.definitions.seed)
                 if len(tail) > 2
-                else float("nan")
+                else NAN
             )
         return self.per_row(values)
 
@@ -203,11 +240,12 @@ class Batch:
         Not known where half of the eigenvalues are only rounding, nor for slices narrower than `LEAST_BULK_SIDE`.
         """
         known = ((self.rank >= self.eigenvalues.shape[1] / 2) & (self.short_side >= LEAST_BULK_SIDE))[:, None]
-        sides = torch.tensor([[self.long_side, self.short_side]], dtype=torch.float64)
-        if self.live_sides is not None:
-            sides = torch.where(torch.isnan(self.live_sides), sides, self.live_sides)
+        sides = torch.stack([self.long_side, torch.full_like(self.long_side, self.short_side)], 1)
+        if "live_sides" in self.measured:
+            live = self.column("live_sides")
+            sides = torch.where(torch.isnan(live), sides, live)
         return bulk(
-            torch.where(known, self.eigenvalues, float("nan")),
+            torch.where(known, self.eigenvalues, NAN),
             long_side=sides[:, 0],
             short_side=sides[:, 1],
             slices=self.slices,
@@ -215,9 +253,10 @@ class Batch:
         )
 
     @cached_property
-    def null(self) -> NullBand:
-        """What a random matrix of this shape shows; one for the whole batch."""
-        return null_band(self.long_side, self.short_side, self.slices, seed=self.definitions.seed)
+    def null(self) -> list[NullBand]:
+        """What a random matrix of each row's shape shows."""
+        seed = self.definitions.seed
+        return [null_band(int(n), self.short_side, self.slices, seed=seed) for n in self.long_side.tolist()]
 
     @cached_property
     def space(self) -> CorrelationSpace:
@@ -227,29 +266,51 @@ class Batch:
     @cached_property
     def density_fits(self) -> list[weightwatcher.DensityFit | None]:
         """The Marchenko–Pastur fits of the eigenvalues, as weightwatcher makes them."""
-        return [self._density_fit(row) for row in self.eigenvalues.cpu().numpy()]
+        return self._density_fits(list(self.eigenvalues.cpu().numpy()))
 
     @cached_property
     def randomized_fits(self) -> list[weightwatcher.DensityFit | None]:
         """The same of the pooled shuffled eigenvalues."""
-        return [self._density_fit(draw.pooled) if draw else None for draw in self.randomized]
+        return self._density_fits([draw and draw.pooled for draw in self.entries("randomized")])
 
-    def _density_fit(self, row: np.ndarray) -> weightwatcher.DensityFit | None:
-        return weightwatcher.fit_density(row, long_side=self.long_side, short_side=self.short_side)
+    def _density_fits(self, rows: Sequence[np.ndarray | None]) -> list[weightwatcher.DensityFit | None]:
+        sides = self.long_side.tolist()
+        return [
+            None if row is None else weightwatcher.fit_density(row, long_side=int(n), short_side=self.short_side)
+            for row, n in zip(rows, sides, strict=True)
+        ]
 
     def per_row(self, values: Sequence[float]) -> torch.Tensor:
         """`[B]` from one number a row."""
         return torch.tensor(values, dtype=torch.float64, device=self.eigenvalues.device)
 
 
-def statuses(batch: Batch) -> list[str]:
-    """`"ok"`, or why each row has no spectrum or no tail."""
-    combined = torch.where(batch.status == Status.OK, batch.tail.status, batch.status)
-    return [Status(status).label for status in combined.tolist()]
+def _together(name: str, parts: Sequence[Batch]) -> Values:
+    """What was measured under a name; NaN or `None` for a part of which nothing was, having no spectrum."""
+    first = next(part.measured[name] for part in parts if name in part.measured)
+    if not isinstance(first, torch.Tensor):
+        return [one for part in parts for one in part.entries(name)]
+    columns = [
+        part.column(name) if name in part.measured else first.new_full((len(part), *first.shape[1:]), NAN)
+        for part in parts
+    ]
+    return torch.cat([column.to(first.device) for column in columns])
 
 
-def verdicts(batch: Batch) -> list[str]:
-    """What each row's numbers can be trusted for, the first that applies.
+def statuses(batch: Batch) -> torch.Tensor:
+    """`[B]` the `Status` of the row: OK, or why it has no spectrum or no tail."""
+    return torch.where(batch.status == Status.OK, batch.tail.status, batch.status)
+
+
+VERDICTS = (
+    "ok", "not_finite", "zero", "solver_failed", "degenerate", "rank_deficient", "few_eigenvalues", "random_like",
+    "poor_fit",
+)  # fmt: skip
+"""What `verdicts` counts through. The first four are the `Status` of a spectrum, by number."""
+
+
+def verdicts(batch: Batch) -> torch.Tensor:
+    """`[B]` index into `VERDICTS`: what each row's numbers can be trusted for, the first that applies.
 
     - `not_finite`, `zero`, `solver_failed`: there is no spectrum.
     - `degenerate`: all eigenvalues are equal to within 64 storage roundings (an orthogonal matrix).
@@ -268,23 +329,20 @@ def verdicts(batch: Batch) -> list[str]:
         ("random_like", (batch.bulk.num_spikes == 0) & torch.isfinite(batch.bulk.variance)),
         ("poor_fit", tail.ks * tail.n_tail.sqrt() > POOR_FIT),
     ]
-    rows = []
-    for b, status in enumerate(batch.status.tolist()):
-        known = [Status(status).label] if status != Status.OK else [name for name, hit in tests if bool(hit[b])]
-        rows.append(known[0] if known else "ok")
-    return rows
+    return torch.where(batch.status == Status.OK, _first(tests, VERDICTS, batch), batch.status)
 
 
 PHASES = (
-    "rank-collapse", "random-like", "very heavy-tailed", "heavy-tailed", "bulk-decay", "bleeding-out", "bulk+spikes",
+    "", "rank-collapse", "random-like", "very heavy-tailed", "heavy-tailed", "bulk-decay", "bleeding-out",
+    "bulk+spikes",
 )  # fmt: skip
 
 BLEEDING = 1.2
 """λmax over the bulk edge up to which spikes bleed out of the bulk rather than stand apart from it (our choice)."""
 
 
-def phases(batch: Batch) -> list[str]:
-    """Which of the phases of training each row is in, the first that applies; `""` where it cannot be told.
+def phases(batch: Batch) -> torch.Tensor:
+    """`[B]` index into `PHASES`: which phase of training each row is in, the first that applies; 0 if unknown.
 
     - rank-collapse: verdict `rank_deficient`;
     - random-like: no spike above the random bulk;
@@ -294,15 +352,25 @@ def phases(batch: Batch) -> list[str]:
     Source: Martin & Mahoney 2021 (JMLR 22), who name the 5+1 phases and their exponents; as they and their tool say,
     alpha means nothing in the random-like phase and is unstable in the last two.
     """
-    edge_ratio = (batch.eigenvalues[:, -1] / batch.bulk.edge_max).tolist()
-    rows = []
-    for verdict, alpha, ratio in zip(verdicts(batch), batch.tail.alpha.tolist(), edge_ratio, strict=True):
-        if verdict in ("rank_deficient", "random_like"):
-            rows.append({"rank_deficient": "rank-collapse", "random_like": "random-like"}[verdict])
-        elif verdict == "ok" and alpha <= 6:
-            rows.append("very heavy-tailed" if alpha < 2 else "heavy-tailed" if alpha < 4 else "bulk-decay")
-        elif verdict in ("ok", "poor_fit"):
-            rows.append("bleeding-out" if ratio < BLEEDING else "bulk+spikes")
-        else:
-            rows.append("")
-    return rows
+    verdict, alpha = verdicts(batch), batch.tail.alpha
+    ratio = batch.eigenvalues[:, -1] / batch.bulk.edge_max
+    fits = verdict == VERDICTS.index("ok")
+    learnt = fits | (verdict == VERDICTS.index("poor_fit"))
+    tests = [
+        ("rank-collapse", verdict == VERDICTS.index("rank_deficient")),
+        ("random-like", verdict == VERDICTS.index("random_like")),
+        ("very heavy-tailed", fits & (alpha < 2)),
+        ("heavy-tailed", fits & (alpha < 4)),
+        ("bulk-decay", fits & (alpha <= 6)),
+        ("bleeding-out", learnt & (ratio < BLEEDING)),
+        ("bulk+spikes", learnt),
+    ]
+    return _first(tests, PHASES, batch)
+
+
+def _first(tests: Sequence[tuple[str, torch.Tensor]], names: Sequence[str], batch: Batch) -> torch.Tensor:
+    """`[B]` index of the name of the first test that holds, 0 where none does."""
+    found = torch.zeros_like(batch.status)
+    for name, holds in reversed(tests):
+        found = torch.where(holds, names.index(name), found)
+    return found

@@ -6,11 +6,9 @@ import math
 
 import torch
 
-from ww_monitor.metric.batch import Batch
+from ww_monitor.metric.batch import NAN, Batch
 from ww_monitor.metric.table import metric
 from ww_monitor.spectra.status import Status
-
-NAN = float("nan")
 
 CSN = "Clauset, Shalizi & Newman 2009, SIAM Review 51"
 HTSR = "Martin & Mahoney 2021, JMLR 22 (165)"
@@ -127,7 +125,7 @@ def mp_softrank(batch: Batch) -> torch.Tensor:
 )
 def trap_headroom(batch: Batch) -> torch.Tensor:
     """Largest de-meaned entry over the size that makes an outlier by itself, max|w − mean| / (σ (NM)^¼)."""
-    return batch.trap_headroom
+    return batch.column("trap_headroom")
 
 
 @metric(
@@ -138,7 +136,7 @@ def trap_headroom(batch: Batch) -> torch.Tensor:
 )
 def num_traps(batch: Batch) -> torch.Tensor:
     """Outliers of the shuffled de-meaned matrix, mean over replicas: correlation traps."""
-    return batch.num_traps
+    return batch.column("num_traps")
 
 
 @metric(
@@ -149,7 +147,7 @@ def num_traps(batch: Batch) -> torch.Tensor:
 )
 def trap_severity(batch: Batch) -> torch.Tensor:
     """λmax of the shuffled de-meaned matrix over its Marchenko–Pastur edge."""
-    return batch.trap_severity
+    return batch.column("trap_severity")
 
 
 @metric(
@@ -160,7 +158,7 @@ def trap_severity(batch: Batch) -> torch.Tensor:
 )
 def trap_p_value(batch: Batch) -> torch.Tensor:
     """Probability that a random matrix has an eigenvalue as large as the shuffled one's, median over replicas."""
-    return batch.trap_p_value
+    return batch.column("trap_p_value")
 
 
 @metric(
@@ -172,7 +170,7 @@ def trap_p_value(batch: Batch) -> torch.Tensor:
 )
 def mean_shift(batch: Batch) -> torch.Tensor:
     """Mean of the entries over the size that makes an outlier by itself, |mean| (NM)^¼ / σ."""
-    return batch.mean_shift
+    return batch.column("mean_shift")
 
 
 @metric(source=SETOL, read="number of modes whose joint volume is conserved")
@@ -320,7 +318,7 @@ def _enter_null_band() -> None:
         for index, (end, share) in enumerate((("low", "5"), ("median", "50"), ("high", "95"))):
 
             def point(batch: Batch, quantity: str = quantity, index: int = index) -> torch.Tensor:
-                return torch.full_like(batch.tail.alpha, getattr(batch.null, quantity)[index])
+                return batch.per_row([getattr(band, quantity)[index] for band in batch.null])
 
             point.__name__ = f"null_{quantity}_{end}"
             point.__doc__ = f"{share} % point of {quantity} over Gaussian matrices of the same shape."
@@ -342,4 +340,4 @@ _enter_null_band()
 )
 def null_lambda_max_high(batch: Batch) -> torch.Tensor:
     """95 % point of λmax over Gaussian matrices of the same shape and the bulk's variance."""
-    return batch.null.lambda_max[2] * batch.bulk.variance
+    return batch.per_row([band.lambda_max[2] for band in batch.null]) * batch.bulk.variance

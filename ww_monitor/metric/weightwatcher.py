@@ -70,7 +70,7 @@ def sv_min(batch: Batch) -> torch.Tensor:
 def rank_loss(batch: Batch) -> torch.Tensor:
     """Σ over slices of #{s ≤ s_max · N · 2⁻⁵²}."""
     singular = batch.slice_eigenvalues.sqrt()
-    return _where_known(batch, (singular <= _rank_tolerance(batch) * singular[:, :, -1:]).sum((1, 2)))
+    return _where_known(batch, (singular <= _rank_tolerance(batch)[:, None, None] * singular[:, :, -1:]).sum((1, 2)))
 
 
 @metric(default=False, weightwatcher="weak_rank_loss", source=WW)
@@ -83,15 +83,15 @@ def weak_rank_loss(batch: Batch) -> torch.Tensor:
 def matrix_rank(batch: Batch) -> torch.Tensor:
     """#{√λ > max √λ · N · 2⁻⁵²} over the pooled spectrum."""
     singular = batch.eigenvalues.sqrt()
-    return _where_known(batch, (singular > _rank_tolerance(batch) * singular[:, -1:]).sum(1))
+    return _where_known(batch, (singular > _rank_tolerance(batch)[:, None] * singular[:, -1:]).sum(1))
 
 
 def _where_known(batch: Batch, count: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isfinite(batch.eigenvalues[:, -1]), count.double(), float("nan"))
 
 
-def _rank_tolerance(batch: Batch) -> float:
-    return float(batch.long_side * torch.finfo(torch.float64).eps)
+def _rank_tolerance(batch: Batch) -> torch.Tensor:
+    return batch.long_side * torch.finfo(torch.float64).eps
 
 
 @metric(default=False, weightwatcher="entropy", source=WW)
@@ -143,7 +143,7 @@ def rand_num_traps(batch: Batch) -> torch.Tensor:
 def _per_draw(batch: Batch, value: Callable[[np.ndarray, weightwatcher.Randomized], float]) -> torch.Tensor:
     rows = batch.eigenvalues.cpu().numpy()
     return batch.per_row(
-        [float("nan") if d is None else value(r, d) for r, d in zip(rows, batch.randomized, strict=True)]
+        [float("nan") if d is None else value(r, d) for r, d in zip(rows, batch.entries("randomized"), strict=True)]
     )
 
 
@@ -228,7 +228,7 @@ def _enter_vector_metrics() -> None:
 
 def _vector_moment(batch: Batch, index: int, part: str, moment: Callable[[np.ndarray], np.floating]) -> torch.Tensor:
     values = []
-    rows = zip(batch.slice_eigenvalues.cpu().numpy(), batch.tail.xmin.tolist(), batch.vectors, strict=True)
+    rows = zip(batch.slice_eigenvalues.cpu().numpy(), batch.tail.xmin.tolist(), batch.entries("vectors"), strict=True)
     for eigenvalues, xmin, vectors in rows:
         inside = eigenvalues >= xmin if part == "tail" else eigenvalues < xmin
         values.append(float(moment(vectors[index][inside])) if vectors is not None and inside.any() else float("nan"))

@@ -187,12 +187,12 @@ def goodness_of_fit(eigenvalues: torch.Tensor, fit: TailFit, *, seed: int, repli
     alpha, xmin, n_tail = float(fit.alpha[0]), float(fit.xmin[0]), int(fit.n_tail[0])
     n = len(eigenvalues)
     generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(replicas, n, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(replicas, n, generator=generator, dtype=torch.float64, device="cpu")
     body = eigenvalues[: n - n_tail]
     drawn = xmin * (1 - uniform).clamp(min=1e-300) ** (-1 / (alpha - 1))
     if len(body):
         from_body = body[torch.randint(len(body), (replicas, n), generator=generator)]
-        in_tail = torch.rand(replicas, n, generator=generator) < n_tail / n
+        in_tail = torch.rand(replicas, n, generator=generator, dtype=torch.float32, device="cpu") < n_tail / n
         drawn = torch.where(in_tail, drawn, from_body)
     synthetic = fit_tail(drawn.sort(1).values)
     return float((synthetic.ks >= fit.ks[0]).double().mean())

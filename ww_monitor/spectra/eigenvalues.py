@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from ww_monitor.spectra import host
+from ww_monitor.spectra.device import MATRIX_COPIES, Accelerator, accelerator_of
 from ww_monitor.spectra.elements import Moments
 from ww_monitor.spectra.status import Status
 
 _RESOLVED = 1e-5
 """Relative size from which on an eigenvalue of the float64 Gram matrix is good to better than 1e-9."""
 
-_FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
-"""CUDA capabilities with float64 at half the rate of float32 (data-centre cards); the others have 1/32 or 1/64."""
+_DEVICE_ROWS = 1 << 23
+"""Elements of W that a device holds in float64 at a time (64 MiB)."""
 
-_LARGEST_BATCH = 65535
-"""What cuSOLVER's batched eigensolver takes."""
+DEVICE_MEMORY = 1 << 30
+"""Bytes that a chunk of Gram matrices with its workspace may take on a device, beside the weights that it releases."""
+
+FREE_SHARE = 0.5
+"""Share of a device's free memory that it may take: training beside it needs the rest (our choice)."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,21 @@ class Eigenvalues:
     status: torch.Tensor
     moments: Moments | None = None
 
+    @classmethod
+    def joined(cls, parts: Sequence[Eigenvalues]) -> Eigenvalues:
+        """Spectra of one length, one after the other; without the moments."""
+        names = ("values", "frobenius_sq", "status")
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+    def to(self, device: torch.device) -> Eigenvalues:
+        """The same on another device; without the moments."""
+        return Eigenvalues(self.values.to(device), self.frobenius_sq.to(device), self.status.to(device))
+
+    def split(self, counts: Sequence[int]) -> list[Eigenvalues]:
+        """The inverse: so many spectra each; without the moments."""
+        parts = (field.split(list(counts)) for field in (self.values, self.frobenius_sq, self.status))
+        return [Eigenvalues(*fields) for fields in zip(*parts, strict=True)]
+
 
 def eigenvalues(matrices: torch.Tensor, *, resolve_small: bool = False, library: host.Library = "numpy") -> Eigenvalues:
     """λ = eigenvalues of WᵀW (squared singular values of W), ascending, float64, no division by N.
@@ -46,9 +64,6 @@ def eigenvalues(matrices: torch.Tensor, *, resolve_small: bool = False, library:
     alpha within 1e-11 of a float64 singular value decomposition; a float32 Gram matrix does not. Inputs are
     checked for finite values first; afterwards Σλ = ‖W‖²_F and Σλ² = ‖WᵀW‖²_F are verified, the second because
     a solver that returns the diagonal keeps the trace.
-
-    Where a GPU is slow in float64 the Gram matrix is formed in float32 there, unless the user allows TF32; a device
-    without float64 is left for the host.
 
     Args:
         matrices: `[B, N, M]` of any floating dtype; N < M is transposed.
@@ -68,11 +83,24 @@ def eigenvalues(matrices: torch.Tensor, *, resolve_small: bool = False, library:
     """
     if matrices.ndim != 3 or 0 in matrices.shape[1:]:
         raise ValueError(f"eigenvalues: expected non-empty matrices [B, N, M], got shape {tuple(matrices.shape)}")
-    tall = matrices if matrices.shape[1] >= matrices.shape[2] else matrices.mT
-    solved = solve_batched([tall])[0] if tall.device.type == "cuda" else _solve_on_host(tall.cpu(), library)
-    if resolve_small:
-        blurred = (solved.values[:, 0] < _RESOLVED * solved.values[:, -1]).nonzero().flatten()
-        solved.values[blurred] = torch.linalg.svdvals(tall[blurred].double()).flip(1).square().to(solved.values.device)
+    accelerator = accelerator_of(matrices.device)
+    if len(matrices) and accelerator is not None and not accelerator.refusal():
+        solved, _ = solve_on_device([matrices], accelerator)
+    else:
+        solved = solve_on_host(tall_of(matrices).cpu(), library)
+    return resolved(solved, matrices) if resolve_small else solved
+
+
+def tall_of(matrices: torch.Tensor) -> torch.Tensor:
+    """The same `[B, N, M]` with N ≥ M."""
+    return matrices if matrices.shape[1] >= matrices.shape[2] else matrices.mT
+
+
+def resolved(solved: Eigenvalues, matrices: torch.Tensor) -> Eigenvalues:
+    """The same with the spectra whose smallest eigenvalues are blurred solved once more, as `resolve_small` says."""
+    blurred = (solved.values[:, 0] < _RESOLVED * solved.values[:, -1]).nonzero().flatten()
+    again = tall_of(matrices)[blurred.to(matrices.device)].double()
+    solved.values[blurred] = torch.linalg.svdvals(again).flip(1).square().to(solved.values.device)
     return solved
 
 
@@ -84,97 +112,120 @@ def eigenvalues_of_gram(gram: torch.Tensor, frobenius_sq: torch.Tensor, *, long_
         frobenius_sq: `[B]` float64 ‖W‖²_F, summed over the elements.
         long_side: N, for the rounding to allow.
     """
+    accelerator = accelerator_of(gram.device)
+    sides = torch.full((len(gram),), float(long_side), dtype=torch.float64, device=gram.device)
+    if accelerator is None or accelerator.refusal():
+        return _verified_on_host(host.solve_grams(gram.cpu(), frobenius_sq.cpu()), sides.cpu())
     frobenius_sq = frobenius_sq.to(gram.device)
-    if gram.device.type != "cuda":
-        return _verified_on_host(host.solve_grams(gram, frobenius_sq), long_side)
-    values, gram_sq, status = _solve_gram_on_device(gram, frobenius_sq)
-    return _verified(values, frobenius_sq, gram_sq, status, long_side, torch.finfo(torch.float64).eps)
+    values, gram_sq, status = _solve_grams_on_device(gram, frobenius_sq, accelerator)
+    return _verified(values, frobenius_sq, gram_sq, status, sides)
 
 
-def _solve_gram_on_device(
-    gram: torch.Tensor, frobenius_sq: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Eigenvalues, ‖WᵀW‖²_F and status; nothing is read by the host."""
-    status = _input_status(frobenius_sq)
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    gram = torch.where((status == Status.OK)[:, None, None], gram, identity)
-    gram_sq = torch.linalg.vector_norm(gram, dim=(1, 2)).square()
-    return torch.cat([_eigvalsh_on_device(part) for part in _in_parts(gram)]).clamp(min=0.0), gram_sq, status
+def solve_on_device(stacks: list[torch.Tensor], accelerator: Accelerator) -> tuple[Eigenvalues, list[str]]:
+    """The solve on a device, whatever the long sides; the host reads nothing but what the device's solver reads itself.
 
-
-def solve_batched(stacks: Sequence[torch.Tensor]) -> list[Eigenvalues]:
-    """The solve as one batched operation of the device, whatever the long sides; the same results as on the host.
+    The list is emptied, so that matrices that nobody else holds are given up as their Gram matrices are made. What the
+    device has no memory for, or fails at, is solved on the host.
 
     Args:
-        stacks: Each `[B, N, M]` or `[B, M, N]` with N ≥ M, of one M, on one device with float64.
+        stacks: Each `[b, N, M]` or `[b, M, N]` with N ≥ M, of one M.
+        accelerator: Their device.
+
+    Returns:
+        Spectra on the device, in the order of the matrices, and for each `""` or why the host has solved it.
     """
-    precision = gram_precision(stacks[0].device)
-    with torch.autocast(stacks[0].device.type, enabled=False):
-        grams, norms = zip(*(_gram_on_device(stack, precision) for stack in stacks), strict=True)
-        gram, frobenius_sq = torch.cat(grams), torch.cat(norms)
-        del grams
-        values, gram_sq, status = _solve_gram_on_device(gram, frobenius_sq)
-    eps, start, solved = torch.finfo(precision).eps, 0, []
-    for stack in stacks:
-        part = slice(start, start + len(stack))
-        n = max(stack.shape[1:])
-        solved.append(_verified(values[part], frobenius_sq[part], gram_sq[part], status[part], n, eps))
-        start += len(stack)
-    return solved
+    side, left = min(stacks[0].shape[1:]), sum(map(len, stacks))
+    released = sum(stack.nbytes for stack in stacks) / left
+    own = MATRIX_COPIES * 8 * side**2
+    fitting = min(DEVICE_MEMORY / max(own - released, 1), FREE_SHARE * accelerator.free_memory() / own)
+    size, solved, reasons = accelerator.chunk(side, left, fitting), [], list[str]()
+    with torch.autocast(accelerator.device.type, enabled=False):
+        while left:
+            parts, count = [], 0
+            while count < min(size, left):
+                part, rest = stacks[0].tensor_split([min(size, left) - count])
+                stacks[:1] = [rest] if len(rest) else []
+                parts.append(part)
+                count += len(part)
+                del part, rest
+            left -= count
+            found, reason = _solve_chunk(parts, size, accelerator)
+            solved.append(found)
+            reasons += [reason] * count
+    return Eigenvalues.joined(solved), reasons
 
 
-def _gram_on_device(stack: torch.Tensor, precision: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """WᵀW `[B, M, M]` and ‖W‖²_F `[B]`, float64."""
-    w = (stack if stack.shape[1] >= stack.shape[2] else stack.mT).to(precision)
-    return (w.mT @ w).double(), torch.linalg.vector_norm(w, dim=(1, 2), dtype=torch.float64).square()
-
-
-def gram_precision(device: torch.device) -> torch.dtype:
-    """Float64, but float32 on a GPU that is slow in float64 while no TF32 is allowed; no flag is changed."""
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) in _FAST_FLOAT64:
-        return torch.float64
-    return torch.float64 if _tf32_allowed() else torch.float32
-
-
-def _tf32_allowed() -> bool:
+def _solve_chunk(parts: list[torch.Tensor], size: int, accelerator: Accelerator) -> tuple[Eigenvalues, str]:
+    """One chunk; a last one that is short is filled with identities, so that the batched solver keeps its size."""
+    counts, sides = [len(part) for part in parts], [max(part.shape[1:]) for part in parts]
     try:
-        return bool(torch.backends.cuda.matmul.allow_tf32)
-    except RuntimeError:  # set by torch's old and its new setting at odds
-        return True
+        gram, squares = _grams(parts, size)
+    except RuntimeError as error:
+        found = [solve_on_host(tall_of(part.cpu())) for part in parts]
+        return Eigenvalues.joined(found).to(accelerator.device), type(error).__name__
+    parts.clear()
+    device, count = gram.device, sum(counts)
+    long_side = torch.cat(
+        [torch.full((n,), float(s), dtype=torch.float64, device=device) for n, s in zip(counts, sides, strict=True)]
+    )
+    try:
+        values, gram_sq, status = _solve_grams_on_device(gram, squares, accelerator)
+    except RuntimeError as error:
+        on_host = _verified_on_host(host.solve_grams(gram[:count].cpu(), squares[:count].cpu()), long_side.cpu())
+        return on_host.to(device), type(error).__name__
+    return _verified(values[:count], squares[:count], gram_sq[:count], status[:count], long_side), ""
 
 
-def _in_parts(gram: torch.Tensor) -> Iterator[torch.Tensor]:
-    return (gram[start : start + _LARGEST_BATCH] for start in range(0, len(gram), _LARGEST_BATCH))
+def _grams(parts: Sequence[torch.Tensor], size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """WᵀW `[size, M, M]` of the short side and ‖W‖²_F `[size]`, float64; identities behind the last matrix."""
+    device, side, start = parts[0].device, min(parts[0].shape[1:]), 0
+    gram = torch.zeros(size, side, side, dtype=torch.float64, device=device)
+    squares = torch.full((size,), float(side), dtype=torch.float64, device=device)
+    for part in parts:
+        where = slice(start, start + len(part))
+        squares[where] = _add_gram(tall_of(part), gram[where])
+        start += len(part)
+    gram[start:].diagonal(dim1=1, dim2=2).fill_(1.0)
+    return gram, squares
 
 
-def _eigvalsh_on_device(gram: torch.Tensor) -> torch.Tensor:
-    """Ascending eigenvalues `[B, M]`; torch loops over a batch before 2.12, so CuPy solves it there, if installed."""
-    batched = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
-    if batched or len(gram) == 1 or gram.device.type != "cuda" or importlib.util.find_spec("cupy") is None:
-        values: torch.Tensor = torch.linalg.eigvalsh(gram)
-        return values
-    import cupy
-
-    with cupy.cuda.ExternalStream(torch.cuda.current_stream(gram.device).cuda_stream):
-        solved = cupy.linalg.eigvalsh(cupy.from_dlpack(gram))
-    return torch.utils.dlpack.from_dlpack(solved)
+def _add_gram(tall: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """Add WᵀW to `gram`; ‖W‖²_F `[b]`. Some rows are in float64 at a time."""
+    squares = torch.zeros(len(tall), dtype=torch.float64, device=tall.device)
+    for rows in tall.split(max(1, _DEVICE_ROWS // (len(tall) * tall.shape[2])), dim=1):
+        some = rows.double()
+        gram.baddbmm_(some.mT, some)
+        squares += torch.linalg.vector_norm(some, dim=(1, 2)).square()
+    return squares
 
 
-def _solve_on_host(tall: torch.Tensor, library: host.Library) -> Eigenvalues:
+def _solve_grams_on_device(
+    gram: torch.Tensor, frobenius_sq: torch.Tensor, accelerator: Accelerator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Eigenvalues, ‖WᵀW‖²_F and status; what cannot be solved becomes an identity, in place to save a copy."""
+    status = input_status(frobenius_sq)
+    unsolvable = (status != Status.OK)[:, None]
+    gram.masked_fill_(unsolvable[:, :, None], 0.0).diagonal(dim1=1, dim2=2).masked_fill_(unsolvable, 1.0)
+    gram_sq = torch.linalg.vector_norm(gram, dim=(1, 2)).square()
+    return accelerator.eigvalsh(gram).clamp(min=0.0), gram_sq, status
+
+
+def solve_on_host(tall: torch.Tensor, library: host.Library = "numpy") -> Eigenvalues:
+    """The solve of `[B, N, M]` on the host, N ≥ M, with the moments of the elements taken in passing."""
     found = host.solve(tall, library)
-    return replace(_verified_on_host(found, tall.shape[1]), moments=found.moments)
+    return _verified_on_host(found, torch.full_like(found.frobenius_sq, float(tall.shape[1])))
 
 
-def _verified_on_host(found: host.Solved, long_side: int) -> Eigenvalues:
-    status = _input_status(found.frobenius_sq)
+def _verified_on_host(found: host.Solved, long_side: torch.Tensor) -> Eigenvalues:
+    status = input_status(found.frobenius_sq)
     status[found.failed & (status == Status.OK)] = Status.SOLVER_FAILED
-    eps = torch.finfo(torch.float64).eps
-    return _verified(found.values.clamp(min=0.0), found.frobenius_sq, found.gram_sq, status, long_side, eps)
+    verified = _verified(found.values.clamp(min=0.0), found.frobenius_sq, found.gram_sq, status, long_side)
+    return replace(verified, moments=found.moments)
 
 
-def _input_status(frobenius_sq: torch.Tensor) -> torch.Tensor:
+def input_status(frobenius_sq: torch.Tensor) -> torch.Tensor:
     """Status known before the solve: a sum of squares is finite exactly when every element is (and none overflows)."""
-    status = torch.full(frobenius_sq.shape, int(Status.OK), device=frobenius_sq.device)
+    status = torch.full(frobenius_sq.shape, int(Status.OK), dtype=torch.int64, device=frobenius_sq.device)
     status[frobenius_sq <= host.FLOOR_NORM] = Status.ZERO
     status[~torch.isfinite(frobenius_sq)] = Status.NOT_FINITE
     return status
@@ -185,11 +236,10 @@ def _verified(
     frobenius_sq: torch.Tensor,
     gram_sq: torch.Tensor,
     status: torch.Tensor,
-    long_side: int,
-    eps: float,
+    long_side: torch.Tensor,
 ) -> Eigenvalues:
     """Check both moments of the spectrum to 64·N roundings of the Gram matrix and blank what is not known."""
-    tolerance = 64 * long_side * eps
+    tolerance = 64 * torch.finfo(torch.float64).eps * long_side
     first = (values.sum(1) - frobenius_sq).abs() <= tolerance * frobenius_sq
     second = (values.square().sum(1) - gram_sq).abs() <= tolerance * gram_sq
     status = torch.where((status == Status.OK) & ~(first & second), int(Status.SOLVER_FAILED), status)

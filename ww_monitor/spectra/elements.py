@@ -31,24 +31,32 @@ class Elements:
     headroom: torch.Tensor
     mean_shift: torch.Tensor
 
+    def take(self, which: torch.Tensor | slice) -> Elements:
+        """Those of some of the matrices."""
+        return Elements(self.mean[which], self.std[which], self.headroom[which], self.mean_shift[which])
+
 
 @dataclass(frozen=True)
 class Moments:
-    """What one pass over the entries of B matrices leaves, each field `[B]` on their device, float64 but for `dense`.
+    """What one pass over the entries of B matrices leaves, each field `[B]` float64 on their device.
 
     Attributes:
         total: Σ w.
         squares: Σ w².
         low: Smallest entry.
         high: Largest entry.
-        dense: Whether no entry is zero.
+        zeros: How many entries are zero.
     """
 
     total: torch.Tensor
     squares: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
-    dense: torch.Tensor
+    zeros: torch.Tensor
+
+    def take(self, which: Sequence[int]) -> Moments:
+        """Those of some of the matrices."""
+        return Moments(*(getattr(self, field.name)[which] for field in fields(self)))
 
     @classmethod
     def joined(cls, parts: Sequence[Moments]) -> Moments:
@@ -72,7 +80,7 @@ class LargeEntries:
 
 
 def moments(matrices: torch.Tensor, *, squares: torch.Tensor | None = None) -> Moments:
-    """Σ w, Σ w², min w, max w of each matrix, and whether a w is zero; sums in float64, no device is waited for.
+    """Σ w, Σ w², min w, max w and #{w = 0} of each matrix; sums in float64, no device is waited for.
 
     Args:
         matrices: `[B, N, M]` of any floating dtype.
@@ -91,10 +99,11 @@ def moments(matrices: torch.Tensor, *, squares: torch.Tensor | None = None) -> M
         total = torch.from_numpy(flat.numpy().sum(1, dtype=np.float64))
     else:
         total = flat.sum(1, dtype=torch.float64)
-    return Moments(total, squares, flat.amin(1).double(), flat.amax(1).double(), flat.all(1))
+    zeros = flat.shape[1] - torch.count_nonzero(flat, dim=1)
+    return Moments(total, squares, flat.amin(1).double(), flat.amax(1).double(), zeros.double())
 
 
-def elements(matrices: torch.Tensor, *, known: Moments | None = None) -> Elements:
+def elements(matrices: Sequence[torch.Tensor] | torch.Tensor, *, known: Moments | None = None) -> Elements:
     """Headroom = max|w − mean| / (σ (NM)^¼), mean_shift = |mean| (NM)^¼ / σ, with σ trimmed of entries above σ(NM)^¼.
 
     Mean and σ are those of the entries that are not trimmed; this repeats until as many are kept as before. Without it
@@ -102,7 +111,7 @@ def elements(matrices: torch.Tensor, *, known: Moments | None = None) -> Element
     matrices with something to trim are read a second time.
 
     Args:
-        matrices: `[B, N, M]`, finite, any floating dtype.
+        matrices: `[B, N, M]` or B of `[N, M]`, finite, any floating dtype.
         known: Their moments on the host, where they have been taken.
 
     Returns:
@@ -113,19 +122,49 @@ def elements(matrices: torch.Tensor, *, known: Moments | None = None) -> Element
     >>> round(elements(w[None]).headroom.item(), 2)       # 12 / 5000^¼ = 1.43
     1.42
     """
-    matrices = matrices.detach()
-    found = known or moments(matrices)
     count = matrices[0].numel()
+    found = known or Moments.joined([moments(one.detach()[None]) for one in matrices])
+    mean, std = _mean_and_std(found, count)
+    for b in needs_trimming(found, count).nonzero().flatten().tolist():
+        mean[b], std[b] = _trimmed(matrices[b].detach().flatten(), count**0.25)
+    return _elements(found, mean, std, count)
+
+
+def elements_of(found: Moments, count: int) -> Elements:
+    """The same of matrices with nothing to trim, from their moments alone.
+
+    Args:
+        found: Their moments.
+        count: N·M.
+    """
+    return _elements(found, *_mean_and_std(found, count), count)
+
+
+def needs_trimming(found: Moments, count: int) -> torch.Tensor:
+    """`[B]` on the host: whether an entry lies above σ(NM)^¼, or the spread drowns in the mean.
+
+    Args:
+        found: Moments of B matrices.
+        count: N·M.
+    """
+    mean, std = _mean_and_std(found, count)
+    largest = _largest(found, mean)
+    return ((largest > std * count**0.25) | (std < 1e-3 * mean.abs())) & torch.isfinite(largest)
+
+
+def _mean_and_std(found: Moments, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     mean = found.total.cpu() / count
-    low, high = found.low.cpu(), found.high.cpu()
-    largest = torch.maximum(high - mean, mean - low)
-    std = (found.squares.cpu() / count - mean.square()).clamp(min=0).sqrt()
+    return mean, (found.squares.cpu() / count - mean.square()).clamp(min=0).sqrt()
+
+
+def _largest(found: Moments, mean: torch.Tensor) -> torch.Tensor:
+    return torch.maximum(found.high.cpu() - mean, mean - found.low.cpu())
+
+
+def _elements(found: Moments, mean: torch.Tensor, std: torch.Tensor, count: int) -> Elements:
     reach = count**0.25
-    needs_care = ((largest > std * reach) | (std < 1e-3 * mean.abs())) & torch.isfinite(largest)
-    for b in torch.nonzero(needs_care).flatten().tolist():
-        mean[b], std[b] = _trimmed(matrices[b].flatten(), reach)
-        largest[b] = torch.maximum(high[b] - mean[b], mean[b] - low[b])
     std = torch.where(std > 1e-12 * mean.abs(), std, float("nan"))
+    largest = _largest(found, mean)
     return Elements(mean=mean, std=std, headroom=largest / (std * reach), mean_shift=mean.abs() * reach / std)
 
 

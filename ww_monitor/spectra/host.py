@@ -80,14 +80,14 @@ def _solve_one(w: torch.Tensor, library: Library) -> Solved:
     gram, found = np.zeros((m, m)), []
     with np.errstate(all="ignore"):
         for rows in _row_chunks(w):
-            found.append((rows.sum(), _squares(rows, library), rows.min(), rows.max(), rows.all()))
+            found.append((rows.sum(), _squares(rows, library), rows.min(), rows.max(), np.count_nonzero(rows == 0)))
             if library == "torch":
                 torch.from_numpy(gram).addmm_(torch.from_numpy(rows.T), torch.from_numpy(rows))
             else:
                 lapack.add_gram(rows, gram)
-        total, squares, low, high, dense = np.array(found).T
-        over_all = total.sum(), squares.sum(), low.min(), high.max(), dense.all()
-        moments = Moments(*(torch.tensor([x]) for x in over_all))
+        total, squares, low, high, zeros = np.array(found).T
+        over_all = np.array([total.sum(), squares.sum(), low.min(), high.max(), zeros.sum()])
+        moments = Moments(*torch.from_numpy(over_all).split(1))
         gram_sq = _squares(gram, library)
         if library == "numpy":  # one triangle
             gram_sq = 2 * gram_sq - _squares(gram.diagonal(), library)
@@ -119,11 +119,11 @@ def _squares(array: np.ndarray, library: Library) -> float:
 
 def _solve_together(tall: torch.Tensor, library: Library) -> Solved:
     """Small matrices `[B, N, M]` in one call each of product and solver."""
-    a = torch.empty(tall.shape, dtype=torch.float64).copy_(tall)  # slices of a kernel lie scattered
+    a = torch.empty(tall.shape, dtype=torch.float64, device="cpu").copy_(tall)  # slices of a kernel lie scattered
     with np.errstate(all="ignore"):
         squares = np.array([_squares(one, library) for one in a.numpy()])
         each = a.flatten(1).numpy()
-        found = each.sum(1), squares, each.min(1), each.max(1), each.all(1)
+        found = each.sum(1), squares, each.min(1), each.max(1), np.count_nonzero(each == 0, axis=1).astype(float)
         moments = Moments(*map(torch.from_numpy, found))
         gram = torch.matmul(a.mT, a).numpy() if library == "torch" else np.matmul(a.mT.numpy(), a.numpy())
     return _solve_grams(gram, squares, np.array([_squares(one, library) for one in gram]), library, moments)

@@ -69,7 +69,10 @@ def bulk(
     """
     n = eigenvalues.shape[1]
     removed = torch.arange(n // 2 + 1, dtype=torch.float64, device=eigenvalues.device)
-    n_side, m_side = (torch.as_tensor(side, dtype=torch.float64).reshape(-1, 1) for side in (long_side, short_side))
+    n_side, m_side = (
+        torch.as_tensor(side, dtype=torch.float64, device=eigenvalues.device).reshape(-1, 1)
+        for side in (long_side, short_side)
+    )
     rows, columns = ((side - removed / slices).clamp(min=0.5) for side in (n_side, m_side))
     remaining_sum = eigenvalues.cumsum(1).flip(1)[:, : len(removed)]
     variance = remaining_sum / (slices * rows * columns)
@@ -127,7 +130,7 @@ def tracy_widom_sf(s: torch.Tensor) -> torch.Tensor:
     >>> [round(p, 4) for p in tracy_widom_sf(torch.tensor([0.9793, 2.0234, 3.2724])).tolist()]
     [0.05, 0.01, 0.001]
     """
-    log_sf = _log_sf_grid().to(s.device)
+    log_sf = _log_sf_on(s.device)
     position = ((s.double() - _GRID_LOW) / _GRID_STEP).clamp(0, len(log_sf) - 1.001)
     left = torch.nan_to_num(position).long()
     fraction = position - left
@@ -149,9 +152,17 @@ def _quantile(p: float) -> float:
     target = np.log(p) if p > 0 else -np.inf
     if not float(log_sf[-1]) < target < float(log_sf[0]):
         raise ValueError(f"tracy_widom_quantile: p must be between 1e-136 and 1; got {p!r}")
-    return float(
-        brentq(lambda s: float(tracy_widom_sf(torch.tensor(s, dtype=torch.float64)).log()) - target, -8.0, 60.0)
-    )
+
+    def excess(s: float) -> float:
+        return float(tracy_widom_sf(torch.tensor(s, dtype=torch.float64, device="cpu")).log()) - target
+
+    return float(brentq(excess, -8.0, 60.0))
+
+
+@lru_cache
+def _log_sf_on(device: torch.device) -> torch.Tensor:
+    """The grid where it is needed: a device would wait for a copy at every call."""
+    return _log_sf_grid().to(device)
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,10 @@ import numpy as np
 import torch
 
 _CHUNK = 1 << 20
-"""Elements of the candidate × eigenvalue array held at a time (8 MiB in float64: it stays in cache)."""
+"""Elements of the candidate × eigenvalue array that the host holds at a time (8 MiB in float64: it stays in cache)."""
+
+_DEVICE_CHUNK = 1 << 23
+"""The same on a device (64 MiB), where few large operations cost less than many."""
 
 _ANCHORS = 64
 """Ranks at which every candidate is bounded from below before any is evaluated in full."""
@@ -42,7 +45,8 @@ def best_candidates(
         smallest, index = distances.min(1)
         return index, smallest
     rows = [_branch_and_bound(*row) for row in zip(log_x.numpy(), exponent.numpy(), candidate.numpy(), strict=True)]
-    return torch.tensor([i for i, _ in rows]), torch.tensor([d for _, d in rows], dtype=torch.float64)
+    index = torch.tensor([i for i, _ in rows], dtype=torch.int64, device="cpu")
+    return index, torch.tensor([d for _, d in rows], dtype=torch.float64, device="cpu")
 
 
 def ks_distances(log_x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
@@ -58,7 +62,7 @@ def ks_distances(log_x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
     batch, n = log_x.shape
     tail_size = torch.arange(n, 0, -1, dtype=log_x.dtype, device=log_x.device)
     distances = torch.empty_like(log_x)
-    for start, stop in _candidate_chunks(batch, n):
+    for start, stop in _candidate_chunks(batch, n, _CHUNK if log_x.device.type == "cpu" else _DEVICE_CHUNK):
         model = (log_x[:, start:stop, None] - log_x[:, None, start:]).mul_(exponent[:, start:stop, None]).exp_()
         deviation = model.sub_(tail_size[start:] / tail_size[start:stop, None]).abs_()
         below = torch.ones(stop - start, n - start, dtype=torch.bool, device=log_x.device).tril(-1)
@@ -66,11 +70,11 @@ def ks_distances(log_x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
     return distances
 
 
-def _candidate_chunks(batch: int, n: int) -> Iterator[tuple[int, int]]:
+def _candidate_chunks(batch: int, n: int, chunk: int) -> Iterator[tuple[int, int]]:
     """Ranges of candidates whose `[B, candidates, n − start]` array fits the chunk size."""
     start = 0
     while start < n:
-        stop = min(n, start + max(1, _CHUNK // (batch * (n - start))))
+        stop = min(n, start + max(1, chunk // (batch * (n - start))))
         yield start, stop
         start = stop
 

@@ -61,7 +61,7 @@ def subspace(weights: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tenso
     tall = torch.where(finite[:, None, None], tall, 0.0)
     values, short = _leading(tall.mT @ tall, min(top, tall.shape[2]))
     mean_square = tall.square().mean((1, 2))
-    floor = numerical_floor(values[:, 0], mean_square, *tall.shape[1:], dtype=weights.dtype)
+    floor = numerical_floor(values[:, 0], mean_square, *tall.shape[1:], eps=torch.finfo(weights.dtype).eps)
     exists = (values > floor[:, None])[:, None, :]
     long = torch.linalg.qr(tall @ short).Q
     short, long = torch.where(exists, short, 0.0), torch.where(exists, long, 0.0)
@@ -88,7 +88,12 @@ def _leading_on_host(gram: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
 
 
 def numerical_floor(
-    largest: torch.Tensor, mean_square: torch.Tensor, long_side: int, short_side: int, *, dtype: torch.dtype
+    largest: torch.Tensor,
+    mean_square: torch.Tensor,
+    long_side: torch.Tensor | int,
+    short_side: int,
+    *,
+    eps: torch.Tensor | float,
 ) -> torch.Tensor:
     """max(N·2⁻⁵²·λmax, (eps²/12)·mean(w²)·(√N + √M)²): eigenvalues at or below it are numerically zero.
 
@@ -98,11 +103,11 @@ def numerical_floor(
     Args:
         largest: `[B]` λmax.
         mean_square: `[B]` mean of the squared entries.
-        long_side: N.
+        long_side: N, a number or `[B]`.
         short_side: M.
-        dtype: Storage precision.
+        eps: Rounding unit of the storage precision, a number or `[B]`.
     """
-    rounding = torch.finfo(dtype).eps ** 2 / 12 * mean_square * (long_side**0.5 + short_side**0.5) ** 2
+    rounding = eps**2 / 12 * mean_square * (long_side**0.5 + short_side**0.5) ** 2
     return torch.maximum(rounding, long_side * torch.finfo(torch.float64).eps * largest)
 
 

@@ -114,7 +114,7 @@ def _piece(tensor: Any, take: Take, shape: Sequence[int]) -> Piece | None:
 
 def _places(shape: Sequence[int], dim: int) -> Tensor:
     """A tensor with the place along `dim` as each entry, that takes memory for that dimension only."""
-    places = torch.arange(shape[dim], dtype=torch.int32)
+    places = torch.arange(shape[dim], dtype=torch.int32, device="cpu")
     return places.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(tuple(shape))
 
 

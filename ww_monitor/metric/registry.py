@@ -1,0 +1,207 @@
+"""The registry of measurements: name → what is read from the weights themselves.
+
+A new measurement is one decorated function; a metric names it in `needs`, and finds its values in the batch under the
+names it gives them. It runs wherever the weights are: on the host, on a device, on the owner of a sharded matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+
+from ww_monitor.errors import InvalidArgument
+from ww_monitor.matrices import Matrix
+from ww_monitor.metric.batch import NAN, Definitions, Values
+from ww_monitor.spectra.elements import Moments
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """B matrices of one shape, scale, precision and device, with their weights.
+
+    Attributes:
+        matrices: Their names and shapes.
+        weights: Stacks `[b, S, N, M]` that hold the B matrices one after the other, in storage precision; none where
+            only the sums over the shards of a matrix are known.
+        dtype: Storage precision.
+        moments: Of their elements, fields `[B·S]` on the host, once they have been taken.
+        solved_on: Why the host solves what was on a device, `""` else.
+    """
+
+    matrices: Sequence[Matrix]
+    weights: Sequence[torch.Tensor]
+    dtype: torch.dtype
+    moments: Moments | None = None
+    solved_on: str = ""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.weights[0].device
+
+    @property
+    def stacks(self) -> list[torch.Tensor]:
+        """The slices, `[b·S, N, M]` each, in a dtype that has reductions (float8 has none)."""
+        flat = [stack.flatten(0, 1) for stack in self.weights]
+        return [stack.float() if stack.element_size() < 2 else stack for stack in flat]
+
+    @cached_property
+    def layers(self) -> list[torch.Tensor]:
+        """`[S, N, M]` of each matrix, likewise."""
+        slices = self.matrices[0].shape[0]
+        return [layer for stack in self.stacks for layer in stack.split(slices)]
+
+    @property
+    def slices(self) -> list[torch.Tensor]:
+        """`[N, M]` of each slice of each matrix, B·S of them."""
+        return [one for layer in self.layers for one in layer]
+
+    @property
+    def known_moments(self) -> Moments:
+        """The moments, which have been taken by the time that anything is measured."""
+        if self.moments is None:
+            raise ValueError("the moments of these matrices have not been taken")
+        return self.moments
+
+    def on_host(self) -> Loaded:
+        """The same with the weights on the host."""
+        return replace(self, weights=[stack.cpu() for stack in self.weights])
+
+    def apart(self) -> list[Loaded]:
+        """One for each stack."""
+        ends = list(accumulate(map(len, self.weights)))
+        return [
+            replace(self, matrices=self.matrices[end - len(stack) : end], weights=[stack], moments=None)
+            for stack, end in zip(self.weights, ends, strict=True)
+        ]
+
+    def take(self, rows: Sequence[int]) -> Loaded:
+        """Some of the matrices."""
+        slices = self.matrices[0].shape[0]
+        places = [b * slices + s for b in rows for s in range(slices)]
+        each = [layer[None] for stack in self.weights for layer in stack]
+        return replace(
+            self,
+            matrices=[self.matrices[b] for b in rows],
+            weights=[each[b] for b in rows if each],
+            moments=None if self.moments is None else self.moments.take(places),
+        )
+
+
+Function = Callable[[Loaded, Mapping[str, Values], Definitions], Mapping[str, Values]]
+Predicate = Callable[[Loaded, Definitions], bool]
+
+
+def _never(loaded: Loaded, definitions: Definitions) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One line of the registry.
+
+    Attributes:
+        name: What a metric names in `needs`.
+        function: The matrices, what earlier measurements found, the definitions → values by name.
+        gram_suffices: Whether the Gram matrix and the moments of one matrix are enough for it; without them it reads
+            weights, so that a sharded matrix is gathered for it.
+        after: The measurements whose values it works on.
+        asked: Whether the definitions ask for it, whatever metrics are chosen.
+    """
+
+    name: str
+    function: Function
+    gram_suffices: Predicate
+    after: tuple[str, ...]
+    asked: Callable[[Definitions], bool]
+
+
+MEASUREMENTS: dict[str, Measurement] = {}
+"""The registry."""
+
+
+def measurement(
+    *,
+    gram_suffices: Predicate = _never,
+    after: tuple[str, ...] = (),
+    asked: Callable[[Definitions], bool] = lambda definitions: False,
+) -> Callable[[Function], Function]:
+    """Enter a function into the registry, under its own name.
+
+    It gets matrices of one shape that have a spectrum, and returns values by row.
+
+    Args:
+        gram_suffices: See `Measurement.gram_suffices`.
+        after: See `Measurement.after`.
+        asked: See `Measurement.asked`.
+    """
+
+    def enter(function: Function) -> Function:
+        MEASUREMENTS[function.__name__] = Measurement(function.__name__, function, gram_suffices, after, asked)
+        return function
+
+    return enter
+
+
+def wanted(needs: Collection[str], definitions: Definitions) -> list[Measurement]:
+    """The measurements of these names and those the definitions ask for, each after those that it works on.
+
+    Raises:
+        InvalidArgument: if one is not in the registry.
+    """
+    names = [name for name, one in MEASUREMENTS.items() if name in needs or one.asked(definitions)]
+    unknown = sorted(set(needs) - set(MEASUREMENTS) - {""})
+    if unknown:
+        raise InvalidArgument(f"a metric needs one of the measurements {sorted(MEASUREMENTS)}; got {unknown[0]!r}")
+    found: dict[str, Measurement] = {}
+
+    def add(name: str) -> None:
+        for earlier in MEASUREMENTS[name].after:
+            add(earlier)
+        found.setdefault(name, MEASUREMENTS[name])
+
+    for name in names:
+        add(name)
+    return list(found.values())
+
+
+def reads_weights(loaded: Loaded, needs: Collection[str], definitions: Definitions) -> bool:
+    """Whether a measurement takes more of a matrix than its Gram matrix and its moments."""
+    return not all(one.gram_suffices(loaded, definitions) for one in wanted(needs, definitions))
+
+
+def measure(
+    loaded: Loaded, known: Sequence[bool], needs: Collection[str], definitions: Definitions
+) -> dict[str, Values]:
+    """The values of all measurements, by name; NaN or `None` for a matrix without a spectrum.
+
+    Args:
+        loaded: The matrices, with their moments.
+        known: Which of them have a spectrum.
+        needs: Names of measurements.
+        definitions: Theirs.
+    """
+    rows = [b for b, has_spectrum in enumerate(known) if has_spectrum]
+    values: dict[str, Values] = {}
+    if not rows:
+        return values
+    readable = loaded if len(rows) == len(known) else loaded.take(rows)
+    for one in wanted(needs, definitions):
+        values.update(one.function(readable, values, definitions))
+    return values if len(rows) == len(known) else {k: _spread(v, rows, len(known)) for k, v in values.items()}
+
+
+def _spread(values: Values, rows: Sequence[int], count: int) -> Values:
+    if isinstance(values, torch.Tensor):
+        shape = (count, *values.shape[1:])
+        return torch.full(shape, NAN, dtype=values.dtype, device=values.device).index_copy_(
+            0, torch.tensor(rows, dtype=torch.long, device=values.device), values
+        )
+    spread: list[object] = [None] * count
+    for row, value in zip(rows, values, strict=True):
+        spread[row] = value
+    return spread
