@@ -145,7 +145,8 @@ def snapshot_of(
 def summary_of(layers: Sequence[Layer], chosen: Sequence[Metric]) -> dict[str, float]:
     """The model's value of each metric, over the layers where it is known."""
     summary = {}
+    rows = [layer.metrics for layer in layers]
     for metric in chosen:
-        known = [value for layer in layers if (value := layer.value(metric.name)) == value]
+        known = [value for row in rows if (value := row.get(metric.name, NAN)) == value]
         summary[metric.name] = float(metric.reduce(known)) if known else NAN
     return summary

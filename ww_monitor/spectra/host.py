@@ -121,12 +121,13 @@ def _solve_together(tall: torch.Tensor, library: Library) -> Solved:
     """Small matrices `[B, N, M]` in one call each of product and solver."""
     a = torch.empty(tall.shape, dtype=torch.float64, device="cpu").copy_(tall)  # slices of a kernel lie scattered
     with np.errstate(all="ignore"):
-        squares = np.array([_squares(one, library) for one in a.numpy()])
         each = a.flatten(1).numpy()
+        squares = np.einsum("bi,bi->b", each, each)  # one call: a library's own would cost more than a small matrix
         found = each.sum(1), squares, each.min(1), each.max(1), np.count_nonzero(each == 0, axis=1).astype(float)
         moments = Moments(*map(torch.from_numpy, found))
         gram = torch.matmul(a.mT, a).numpy() if library == "torch" else np.matmul(a.mT.numpy(), a.numpy())
-    return _solve_grams(gram, squares, np.array([_squares(one, library) for one in gram]), library, moments)
+        flat = gram.reshape(len(gram), gram.shape[-1] ** 2)
+    return _solve_grams(gram, squares, np.einsum("bi,bi->b", flat, flat), library, moments)
 
 
 def solve_grams(gram: torch.Tensor, frobenius_sq: torch.Tensor) -> Solved:
