@@ -35,7 +35,7 @@ EXCLUDED = {
     ),
     "rank30_120x80": (
         ["sv_min", "detX_val", "detX_val_unrescaled"],
-        "1e-8 of sv_max: each solver's own rounding, equal to 1e-8; the last eigenvalue of the correlation space lies there",
+        "1e-8 of sv_max: each solver's own rounding, equal to 1e-8; the correlation space ends there",
     ),
     "conv2x2_64_32": (
         ["sigma_mp", "num_spikes", "mp_softrank", "bulk_min", "bulk_max"],

@@ -4,6 +4,7 @@ import gc
 import math
 import weakref
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -111,7 +112,9 @@ def test_all_slices_of_a_side_count_together(monkeypatch):
     assert (asked.batches, asked.singles) == ([(132, 12)], [])
 
 
-@pytest.mark.parametrize(("torch_version", "nvmath"), [("2.11.0+cu130", False), ("2.11.0", True), ("2.13.0+cpu", False)])
+@pytest.mark.parametrize(
+    ("torch_version", "nvmath"), [("2.11.0+cu130", False), ("2.11.0", True), ("2.13.0+cpu", False)]
+)
 def test_before_2_12_a_batch_needs_nvidias_bindings(monkeypatch, torch_version, nvmath):
     monkeypatch.setattr(torch, "__version__", torch_version)
     monkeypatch.setattr("ww_monitor.spectra.device._has_nvmath", lambda: nvmath)
@@ -131,7 +134,9 @@ def test_chunks_are_of_one_size_and_the_last_is_filled_up(monkeypatch):
     assert asked.batches == [(130, 7)] * 3
     for layer, item in zip(found.layers, items, strict=True):
         expected = torch.linalg.svdvals(item.load().double()).square().flip(1)[0]
-        torch.testing.assert_close(torch.tensor(layer.eigenvalues, dtype=torch.float64), expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            torch.tensor(layer.eigenvalues, dtype=torch.float64), expected, rtol=1e-9, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize(
@@ -289,7 +294,7 @@ def test_an_autocast_region_around_the_analysis_changes_nothing(monkeypatch):
 @pytest.mark.parametrize("stand_in", [False, True])
 def test_the_default_device_and_dtype_change_nothing(monkeypatch, device, dtype, stand_in):
     items = some_matrices()
-    loaded = [replace(item, load=lambda weights=item.load(): weights) for item in items]
+    loaded = [replace(item, load=partial(torch.Tensor.detach, item.load())) for item in items]
     if stand_in:
         use_stand_in(monkeypatch)
     options = Options(keep_eigenvalues=True)

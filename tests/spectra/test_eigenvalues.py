@@ -6,10 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ww_monitor.spectra import host
 from tests.stand_in import use_stand_in
-from ww_monitor.spectra.device import Accelerator
-from ww_monitor.spectra.eigenvalues import eigenvalues, solve_on_device
+from ww_monitor.spectra import host
+from ww_monitor.spectra.eigenvalues import eigenvalues
 from ww_monitor.spectra.status import Status
 
 SHAPES = [(1, 1, 1), (1, 8, 8), (3, 50, 20), (2, 20, 50), (1, 1, 7), (2, 7, 1), (1, 200, 150), (5, 9, 64)]

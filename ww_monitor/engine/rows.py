@@ -46,7 +46,7 @@ def layers_of(batches: Sequence[Batch], options: Options, *, step: int | None) -
 
 def _rows(batch: Batch, options: Options, step: int | None) -> list[Layer]:
     try:
-        return _layers(batch, *_numbers(batch, options), options, step)
+        return _layers(batch, _numbers(batch, options), options, step)
     except Exception as error:  # noqa: BLE001 - whatever a metric throws costs one layer
         if len(batch) == 1:
             return [failed_layer(batch.matrices[0], error, options, step=step)]
@@ -65,7 +65,7 @@ def failed_layer(matrix: Matrix, error: Exception, options: Options, *, step: in
 
 
 def _numbers(batch: Batch, options: Options) -> list[np.ndarray]:
-    """On the host: metrics `[B, K]`, codes of status, verdict and phase `[B, 3]`, floors `[B]`, eigenvalues `[B, n]`."""
+    """On the host: metrics `[B, K]`, codes of status, verdict and phase `[B, 3]`, floors `[B]`, spectra `[B, n]`."""
     columns = [metric.function(batch) for metric in options.chosen]
     codes = torch.stack([statuses(batch), verdicts(batch), phases(batch)], 1)
     wanted = [torch.stack(columns, 1) if columns else codes[:, :0], codes, batch.floor, batch.eigenvalues]
@@ -74,15 +74,8 @@ def _numbers(batch: Batch, options: Options) -> list[np.ndarray]:
     return [tensor.numpy() for tensor in read]
 
 
-def _layers(
-    batch: Batch,
-    columns: np.ndarray,
-    codes: np.ndarray,
-    floors: np.ndarray,
-    spectra: np.ndarray,
-    options: Options,
-    step: int | None,
-) -> list[Layer]:
+def _layers(batch: Batch, numbers: Sequence[np.ndarray], options: Options, step: int | None) -> list[Layer]:
+    columns, codes, floors, spectra = numbers
     names, values = [metric.name for metric in options.chosen], columns.tolist()
     entries = batch.entries("trap_entries")
     esd = _histograms(spectra, floors, batch.status.tolist())

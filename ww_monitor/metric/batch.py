@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from ww_monitor.matrices import Matrix
-
 from ww_monitor.spectra import weightwatcher
 from ww_monitor.spectra.alternatives import Comparison, TruncatedFit, compare, fit_truncated, goodness_of_fit
 from ww_monitor.spectra.erg import CorrelationSpace, correlation_space
@@ -102,21 +101,30 @@ class Batch:
         """Batches of one number of slices, short side and device, measured alike, as one."""
         if len(parts) == 1:
             return parts[0]
-        tensors = ("slice_eigenvalues", "status", "long_side", "eps")
         return cls(
-            *(torch.cat([getattr(part, name) for part in parts]) for name in tensors),
-            matrices=[matrix for part in parts for matrix in part.matrices],
-            solved_on=[where for part in parts for where in part.solved_on],
-            measured={name: _together(name, parts) for part in parts for name in part.measured},
-            definitions=parts[0].definitions,
+            torch.cat([part.slice_eigenvalues for part in parts]),
+            torch.cat([part.status for part in parts]),
+            torch.cat([part.long_side for part in parts]),
+            torch.cat([part.eps for part in parts]),
+            [matrix for part in parts for matrix in part.matrices],
+            [where for part in parts for where in part.solved_on],
+            {name: _together(name, parts) for part in parts for name in part.measured},
+            parts[0].definitions,
         )
 
     def row(self, b: int) -> Batch:
         """Row b alone."""
         part = slice(b, b + 1)
-        own = {item.name: getattr(self, item.name) for item in fields(self)}
-        measured = {name: values[part] for name, values in self.measured.items()}
-        return Batch(**{k: v if k == "definitions" else v[part] for k, v in own.items() if k != "measured"}, measured=measured)
+        return Batch(
+            self.slice_eigenvalues[part],
+            self.status[part],
+            self.long_side[part],
+            self.eps[part],
+            self.matrices[part],
+            self.solved_on[part],
+            {name: values[part] for name, values in self.measured.items()},
+            self.definitions,
+        )
 
     @property
     def slices(self) -> int:
@@ -220,9 +228,7 @@ class Batch:
             row = self.fitted_eigenvalues[b]
             known = row[row > self.floor[b]].cpu()
             values.append(
-                goodness_of_fit(known, self.power_law.row(b), seed=self.definitions.seed)
-                if len(tail) > 2
-                else NAN
+                goodness_of_fit(known, self.power_law.row(b), seed=self.definitions.seed) if len(tail) > 2 else NAN
             )
         return self.per_row(values)
 

@@ -53,7 +53,7 @@ class Loaded:
     def layers(self) -> list[torch.Tensor]:
         """`[S, N, M]` of each matrix, likewise."""
         slices = self.matrices[0].shape[0]
-        return [layer for stack in self.stacks for layer in stack.split(slices)]
+        return [layer for stack in self.stacks for layer in torch.split(stack, slices)]
 
     @property
     def slices(self) -> list[torch.Tensor]:

@@ -44,8 +44,11 @@ class Eigenvalues:
     @classmethod
     def joined(cls, parts: Sequence[Eigenvalues]) -> Eigenvalues:
         """Spectra of one length, one after the other; without the moments."""
-        names = ("values", "frobenius_sq", "status")
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        return cls(
+            torch.cat([part.values for part in parts]),
+            torch.cat([part.frobenius_sq for part in parts]),
+            torch.cat([part.status for part in parts]),
+        )
 
     def to(self, device: torch.device) -> Eigenvalues:
         """The same on another device; without the moments."""
@@ -53,8 +56,9 @@ class Eigenvalues:
 
     def split(self, counts: Sequence[int]) -> list[Eigenvalues]:
         """The inverse: so many spectra each; without the moments."""
-        parts = (field.split(list(counts)) for field in (self.values, self.frobenius_sq, self.status))
-        return [Eigenvalues(*fields) for fields in zip(*parts, strict=True)]
+        fields = (self.values, self.frobenius_sq, self.status)
+        parts = zip(*(torch.split(field, list(counts)) for field in fields), strict=True)
+        return [Eigenvalues(values, frobenius_sq, status) for values, frobenius_sq, status in parts]
 
 
 def eigenvalues(matrices: torch.Tensor, *, resolve_small: bool = False, library: host.Library = "numpy") -> Eigenvalues:
@@ -192,7 +196,7 @@ def _grams(parts: Sequence[torch.Tensor], size: int) -> tuple[torch.Tensor, torc
 def _add_gram(tall: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """Add WᵀW to `gram`; ‖W‖²_F `[b]`. Some rows are in float64 at a time."""
     squares = torch.zeros(len(tall), dtype=torch.float64, device=tall.device)
-    for rows in tall.split(max(1, _DEVICE_ROWS // (len(tall) * tall.shape[2])), dim=1):
+    for rows in torch.split(tall, max(1, _DEVICE_ROWS // (len(tall) * tall.shape[2])), dim=1):
         some = rows.double()
         gram.baddbmm_(some.mT, some)
         squares += torch.linalg.vector_norm(some, dim=(1, 2)).square()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
-_TRIM_ROUNDS = 50
+TRIM_ROUNDS = 50
+"""Passes after which trimming ends; it settles in a few."""
 
 _CHUNK = 1 << 16
 """Entries that the host holds in float64 at a time: half a MiB stays in a core's cache."""
@@ -103,7 +104,12 @@ def moments(matrices: torch.Tensor, *, squares: torch.Tensor | None = None) -> M
     return Moments(total, squares, flat.amin(1).double(), flat.amax(1).double(), zeros.double())
 
 
-def elements(matrices: Sequence[torch.Tensor] | torch.Tensor, *, known: Moments | None = None) -> Elements:
+def elements(
+    matrices: Sequence[torch.Tensor] | torch.Tensor,
+    *,
+    known: Moments | None = None,
+    trimmed: Mapping[int, tuple[float, float]] | None = None,
+) -> Elements:
     """Headroom = max|w − mean| / (σ (NM)^¼), mean_shift = |mean| (NM)^¼ / σ, with σ trimmed of entries above σ(NM)^¼.
 
     Mean and σ are those of the entries that are not trimmed; this repeats until as many are kept as before. Without it
@@ -113,6 +119,7 @@ def elements(matrices: Sequence[torch.Tensor] | torch.Tensor, *, known: Moments 
     Args:
         matrices: `[B, N, M]` or B of `[N, M]`, finite, any floating dtype.
         known: Their moments on the host, where they have been taken.
+        trimmed: Mean and σ of the matrices that have been trimmed already, by number.
 
     Returns:
         Fields on the host.
@@ -126,7 +133,8 @@ def elements(matrices: Sequence[torch.Tensor] | torch.Tensor, *, known: Moments 
     found = known or Moments.joined([moments(one.detach()[None]) for one in matrices])
     mean, std = _mean_and_std(found, count)
     for b in needs_trimming(found, count).nonzero().flatten().tolist():
-        mean[b], std[b] = _trimmed(matrices[b].detach().flatten(), count**0.25)
+        done = None if trimmed is None else trimmed.get(b)
+        mean[b], std[b] = done or _trimmed(matrices[b].detach().flatten(), count**0.25)
     return _elements(found, mean, std, count)
 
 
@@ -154,7 +162,8 @@ def needs_trimming(found: Moments, count: int) -> torch.Tensor:
 
 def _mean_and_std(found: Moments, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     mean = found.total.cpu() / count
-    return mean, (found.squares.cpu() / count - mean.square()).clamp(min=0).sqrt()
+    variance: torch.Tensor = found.squares.cpu() / count - mean.square()
+    return mean, variance.clamp(min=0).sqrt()
 
 
 def _largest(found: Moments, mean: torch.Tensor) -> torch.Tensor:
@@ -176,7 +185,7 @@ def _trimmed(entries: torch.Tensor, reach: float) -> tuple[float, float]:
         reach: In standard deviations.
     """
     mean, std, kept = _spread(entries, 0.0, math.inf)
-    for _ in range(_TRIM_ROUNDS):
+    for _ in range(TRIM_ROUNDS):
         inside = _spread(entries, mean, std * reach)
         if inside[2] in (0, kept):  # none where the spread underflows
             break

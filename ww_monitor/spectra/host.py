@@ -87,7 +87,7 @@ def _solve_one(w: torch.Tensor, library: Library) -> Solved:
                 lapack.add_gram(rows, gram)
         total, squares, low, high, zeros = np.array(found).T
         over_all = np.array([total.sum(), squares.sum(), low.min(), high.max(), zeros.sum()])
-        moments = Moments(*torch.from_numpy(over_all).split(1))
+        moments = Moments(*torch.split(torch.from_numpy(over_all), 1))
         gram_sq = _squares(gram, library)
         if library == "numpy":  # one triangle
             gram_sq = 2 * gram_sq - _squares(gram.diagonal(), library)
