@@ -157,7 +157,8 @@ def needs_trimming(found: Moments, count: int) -> torch.Tensor:
     """
     mean, std = _mean_and_std(found, count)
     largest = _largest(found, mean)
-    return ((largest > std * count**0.25) | (std < 1e-3 * mean.abs())) & torch.isfinite(largest)
+    far: torch.Tensor = (largest > std * count**0.25) | (std < 1e-3 * mean.abs())
+    return far & torch.isfinite(largest)
 
 
 def _mean_and_std(found: Moments, count: int) -> tuple[torch.Tensor, torch.Tensor]:
