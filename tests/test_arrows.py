@@ -17,7 +17,7 @@ LEVELS = (
     {"errors"},
     {"matrices", "spectra"},
     {"walk", "metric", "record", "schedule"},
-    {"engine", "rules", "sinks", "baseline"},
+    {"engine", "rules", "checkpoint", "sinks", "baseline"},
     {"distributed"},
     {"survey"},
     {"monitor", "analysis"},
