@@ -722,3 +722,42 @@ def test_a_warm_up_that_fails_is_said_and_ends_nothing(monkeypatch):
     with pytest.warns(errors.SpectralWarning, match="warming up failed: ZeroDivisionError"):
         monitor.begin(0)
     assert monitor.observe([matrix("fc", healthy())], step=0) is not None
+
+
+# --- whose time it is
+
+
+@pytest.mark.parametrize(
+    ("arguments", "whole", "waited", "lost"),
+    [
+        ({}, False, 1, 1.0),
+        ({"layers_per_step": 1}, False, 1, 1.0),
+        ({"mode": "async"}, False, 0, 1.0),
+        ({"mode": "async"}, True, 1, 1.0),
+    ],
+)
+def test_what_training_had_queued_is_waited_for_by_a_look_that_reads_now_and_is_no_loss(
+    monkeypatch, arguments, whole, waited, lost
+):
+    now, waits = [0.0], []
+
+    def wait() -> float:
+        waits.append(now[0])
+        now[0] += 5.0
+        return 5.0
+
+    def look(items, **where):
+        now[0] += 1.0
+        return record.Snapshot((), step=where["step"])
+
+    monkeypatch.setattr("ww_monitor.monitor.perf_counter", lambda: now[0])
+    monkeypatch.setattr("ww_monitor.monitor.wait_for_queued", wait)
+    watcher = Monitor(every_n_steps=1, **arguments)
+    watcher.budget = schedule.Budget(clock=lambda: now[0])
+    monkeypatch.setattr(watcher.survey, "look", look)
+    with watcher.timed():
+        watcher.observe([], step=0, whole=whole)
+    assert len(waits) == waited
+    assert watcher.budget.lost == lost
+    watcher.observe([], step=1, whole=whole)
+    assert watcher.budget.lost == 2 * lost

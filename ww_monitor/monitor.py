@@ -19,7 +19,7 @@ from ww_monitor.rules import LOOKBACK, STOP_ON, TRAINING_RULES, Holding, Rule, m
 from ww_monitor.schedule import MAX_OVERHEAD, Budget, Schedule, never
 from ww_monitor.schedule import every_n_steps as schedule_every_n_steps
 from ww_monitor.sinks import Sink
-from ww_monitor.survey import Survey
+from ww_monitor.survey import Survey, wait_for_queued
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +143,7 @@ class Monitor:
         self.quiet = False
         self._next_step: int | None = None
         self._timing = False
+        self._waited = 0.0
         self._published = 0
         self._said: set[str] = set()
 
@@ -211,16 +212,19 @@ class Monitor:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Time that training stands still, whatever is done in it; the outermost counts."""
+        """Time that training stands still, whatever is done in it; the outermost counts.
+
+        What training had queued on its accelerator before a look is training's time, though the look waits for it.
+        """
         if self._timing:
             yield
             return
-        self._timing, start, looks = True, perf_counter(), self._published
+        self._timing, self._waited, start, looks = True, 0.0, perf_counter(), self._published
         try:
             yield
         finally:
             self._timing = False
-            self.budget.spent(perf_counter() - start, complete=self._published > looks)
+            self.budget.spent(perf_counter() - start - self._waited, complete=self._published > looks)
             self._warn_of_overhead()
 
     def _warn_of_overhead(self) -> None:
@@ -257,6 +261,8 @@ class Monitor:
         published: list[Snapshot] = []
         with self.timed(), self.guard("analysis"):
             items = list(self.select.apply(matrices))
+            if self.survey.reads_now(whole=whole):
+                self._waited += wait_for_queued()
             looked = self.survey.look(items, step=step, epoch=epoch, whole=whole)
             if looked is not None:
                 published.append(self._publish(looked))
