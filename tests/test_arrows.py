@@ -16,7 +16,7 @@ PACKAGE = "ww_monitor"
 LEVELS = (
     {"errors"},
     {"matrices", "spectra"},
-    {"walk", "metric", "record", "schedule"},
+    {"walk", "metric", "record", "schedule", "guarded"},
     {"engine", "rules", "checkpoint", "sinks", "baseline"},
     {"distributed"},
     {"survey"},

@@ -463,6 +463,34 @@ def test_after_a_restart_it_knows_nothing_of_the_run_before():
     assert watcher.stop_reason == ""
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_loop_that_is_run_twice_is_two_runs(mode, first):
+    """A cell of a notebook, with its monitor made in a cell before it."""
+    sink = Memory()
+    watcher = Monitor(every_n_steps=2, rules=TRAP_ONLY, sinks=[sink], stop_on="traps", patience=3, mode=mode)
+
+    def train(make):
+        for step in range(first, 7):
+            if watcher.due(step):
+                watcher.observe([matrix("fc", make())], step=step, whole=True)
+        watcher.observe([matrix("fc", make())], step=7)
+        watcher.close()
+
+    expected = [first, *range(2, 7, 2), *([7] if mode == "sync" else [])]
+    train(trapped)
+    assert watcher.stop_reason
+    with pytest.warns(errors.SpectralWarning, match=f"the steps begin again at {first}, after 7: a new run") as caught:
+        train(healthy)
+    assert len(caught) == 1
+    assert watcher.stop_reason == ""
+    train(trapped)
+    watched = [snapshot.step for snapshot in watcher.history]
+    assert watched[: len(expected)] == expected
+    assert transitions_of(sink) == [(first, "trap", "begin")] * 2
+    assert watcher.budget.elapsed > 0
+
+
 # --- what goes wrong
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
@@ -12,7 +9,8 @@ from typing import Any
 
 from ww_monitor import checkpoint
 from ww_monitor.engine import Options, warm_up
-from ww_monitor.errors import InvalidArgument, SpectralWarning, check_choice, check_positive_int
+from ww_monitor.errors import InvalidArgument, check_choice, check_positive_int
+from ww_monitor.guarded import Guarded
 from ww_monitor.matrices import Matrix, Select, Skipped
 from ww_monitor.record import History, Snapshot
 from ww_monitor.rules import LOOKBACK, STOP_ON, TRAINING_RULES, Holding, Rule, metrics_of_the_past
@@ -20,8 +18,6 @@ from ww_monitor.schedule import MAX_OVERHEAD, Budget, Schedule, never
 from ww_monitor.schedule import every_n_steps as schedule_every_n_steps
 from ww_monitor.sinks import Sink
 from ww_monitor.survey import Survey, wait_for_queued
-
-logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 60.0
 """How long the end of a run waits for an analysis in the background; an interrupted run waits a tenth of it."""
@@ -34,7 +30,7 @@ KEEP_ROWS = 20_000
 choice), 416 snapshots of GPT-2 small. One of 64 eigenvalues more counts as one more row."""
 
 
-class Monitor:
+class Monitor(Guarded):
     """Looks at the matrices it is given, when it is time, and tells its sinks.
 
     In a loop of your own:
@@ -124,6 +120,7 @@ class Monitor:
         self.keep = keep
         self.select = select or Select()
         self.options = options or Options()
+        super().__init__(strict=self.options.strict)
         if stop_on == "traps" and "num_traps" not in {metric.name for metric in self.options.chosen}:
             raise InvalidArgument(
                 "Monitor: stop_on='traps' needs the metric 'num_traps', which these options leave out; got"
@@ -140,12 +137,10 @@ class Monitor:
         )
         self.history = History()
         self.last_step: int | None = None
-        self.quiet = False
         self._next_step: int | None = None
         self._timing = False
         self._waited = 0.0
         self._published = 0
-        self._said: set[str] = set()
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -193,6 +188,7 @@ class Monitor:
         """Whether it is time to look at optimizer step `step`; ask once a step."""
         if step == self.last_step:
             return False
+        self._begin_anew_before(step)
         self.budget.tick(step, busy=self.survey.busy)
         if self.survey.under_way:
             return True
@@ -255,6 +251,7 @@ class Monitor:
         Raises:
             LayerError: with `Options(strict=True)`, if a layer fails.
         """
+        self._begin_anew_before(step)
         if self.last_step is None and not self.budget.looks and not self.budget.elapsed:
             self.begin(step)
         self.last_step, self._next_step = step, None
@@ -300,6 +297,16 @@ class Monitor:
             with self.guard(f"closing sink {type(sink).__name__}", key=f"sink {id(sink)}", always=True):
                 sink.close()
 
+    def _begin_anew_before(self, step: int) -> None:
+        """Steps that begin again are a new run: a cell of a notebook that is run twice."""
+        if self.last_step is not None and step < self.last_step:
+            message = (
+                f"the steps begin again at {step}, after {self.last_step}: a new run, of which history knows alone"
+            )
+            self.say_once("begins anew", message)
+            self.restart()
+            self.begin(step)
+
     def restart(self) -> None:
         """Forget what was seen: a new run begins with this monitor."""
         self.history, self.last_step, self._next_step = History(), None, None
@@ -318,52 +325,20 @@ class Monitor:
     def _say_failed_rule(self, rule: str, error: Exception) -> None:
         self.say_once(f"rule {rule}", f"rule {rule} failed: {type(error).__name__}: {error}")
 
-    @contextmanager
-    def guard(self, what: str, *, key: str = "", always: bool = False) -> Iterator[None]:
-        """Turn an exception into one `SpectralWarning` a cause; with `strict` let it pass unless `always`."""
-        try:
-            yield
-        except Exception as error:
-            if self.options.strict and not always:
-                raise
-            self.say_once(key or f"{what} {type(error).__name__}", f"{what} failed: {type(error).__name__}: {error}")
-            logger.debug("%s failed", what, exc_info=True)
-
-    def say_once(self, key: str, message: str) -> None:
-        """Issue a `SpectralWarning`, once a key; a filter that turns warnings into errors cannot end the run."""
-        if key in self._said or self.quiet:
-            return
-        self._said.add(key)
-        try:
-            warnings.warn(f"ww_monitor: {message}", SpectralWarning, stacklevel=3)
-        except SpectralWarning:
-            logger.warning("%s", message)
-
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` continues from, plain Python values: findings, and what rules read of the past."""
-        history = self.history.snapshots
-        kept = history if len(history) <= LOOKBACK else [history[0], *history[-LOOKBACK:]]
+        past = checkpoint.pack(self.history, latest=LOOKBACK, metrics=metrics_of_the_past(self.rules))
         return {
             "last_step": self.last_step,
             "stop_reason": self.stop_reason,
-            "packed": checkpoint.compress(
-                {
-                    **self.findings.state(),
-                    **checkpoint.pack(kept, metrics=metrics_of_the_past(self.rules)),
-                    "left_out": self.history.left_out + len(history) - len(kept),
-                }
-            ),
+            "packed": checkpoint.compress({**self.findings.state(), **past}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the state was taken."""
+        """Continue where the state was taken, also by an earlier version."""
         last_step, stop_reason = state["last_step"], state["stop_reason"]
-        if "recent" in state:  # as earlier versions wrote it
-            past, history = state, History(Snapshot.from_dict(json.loads(line)) for line in state["recent"])
-        else:
-            past = checkpoint.expand(state["packed"])
-            history = History(checkpoint.unpack(past))
-            history.left_out = past["left_out"]
+        past = state if "recent" in state else checkpoint.expand(state["packed"])
+        history = checkpoint.unpack(past)
         self.findings.load(past, stop_reason=stop_reason)
         self.last_step, self.history = last_step, history
 

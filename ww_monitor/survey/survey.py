@@ -216,5 +216,7 @@ class Survey:
             self._background.close(timeout)
 
     def restart(self) -> None:
-        """Forget what was seen: another run begins."""
+        """Forget what was seen and what is under way: another run begins."""
+        self.close(0.0)
+        self._background = None
         self._unchanged, self._baseline, self._read = Unchanged(), None, {}
