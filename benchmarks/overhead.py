@@ -249,7 +249,7 @@ def counted(monitor: Monitor | None) -> tuple[int, int, float]:
     if monitor is None or not len(monitor.history):
         return 0, 0, 0.0
     dropped = int(monitor.history.last.summary.get("snapshots_dropped", 0))
-    return len(monitor.history), dropped, monitor.budget.lost
+    return len(monitor.history) + monitor.history.left_out, dropped, monitor.budget.lost
 
 
 def synchronize(tensor: torch.Tensor) -> None:

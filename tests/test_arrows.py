@@ -16,8 +16,8 @@ PACKAGE = "ww_monitor"
 LEVELS = (
     {"errors"},
     {"matrices", "spectra"},
-    {"walk", "metric", "record", "schedule"},
-    {"engine", "rules", "sinks", "baseline"},
+    {"walk", "metric", "record", "schedule", "guarded"},
+    {"engine", "rules", "checkpoint", "sinks", "baseline"},
     {"distributed"},
     {"survey"},
     {"monitor", "analysis"},

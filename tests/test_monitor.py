@@ -7,15 +7,20 @@ import itertools
 import json
 import logging
 import math
+import random
+import tracemalloc
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 
-from ww_monitor import errors, record, rules, schedule
+from ww_monitor import checkpoint, errors, record, rules, schedule
 from ww_monitor.engine import Options
 from ww_monitor.matrices import Matrix, Select, Skipped
 from ww_monitor.monitor import Monitor
+from ww_monitor.sinks.console import table
 from ww_monitor.sinks.memory import Memory
 from ww_monitor.survey import survey
 
@@ -166,7 +171,7 @@ def test_rules_see_a_bounded_history_that_ends_with_the_snapshot():
     for step in range(40):
         watcher.observe([], step=step)
     assert lengths[:3] == [(1, 0), (2, 1), (3, 2)]
-    assert lengths[-1] == (Monitor._lookback + 1, 39)
+    assert lengths[-1] == (rules.LOOKBACK + 1, 39)
     assert len(watcher.history) == 40
 
 
@@ -271,7 +276,7 @@ def test_a_resumed_monitor_tells_what_an_uninterrupted_one_tells(cut):
     observe_series(second, series[cut:], start=10 * cut)
     assert transitions_of(before) + transitions_of(after) == transitions_of(whole)
     assert second.stop_reason == uninterrupted.stop_reason != ""
-    assert second.state_dict()["held"] == uninterrupted.state_dict()["held"]
+    assert second.findings.state() == uninterrupted.findings.state()
 
 
 def test_a_resumed_monitor_is_due_when_the_first_would_have_been():
@@ -289,11 +294,161 @@ def test_a_monitor_that_shall_not_stop_forgets_an_old_reason():
     assert second.stop_reason == ""
 
 
-def test_the_state_of_a_long_run_stays_small():
-    watcher = Monitor()
-    for step in range(50):
-        watcher.observe([], step=step)
-    assert len(watcher.state_dict()["recent"]) == Monitor._lookback
+METRICS = [metric.name for metric in Options().chosen]
+
+
+def made_up(layers: int, step: int, *, metrics: Sequence[str] = METRICS) -> record.Snapshot:
+    """A snapshot with every metric, a histogram and a trap entry a layer, its numbers as incompressible as can be."""
+    number = random.Random(step).random
+    rows = tuple(
+        record.Layer(
+            f"transformer.h.{i // 4}.attn.c_attn.{i % 4}",
+            "dense",
+            (1, 768, 768),
+            role="q",
+            verdict="random_like" if i % 3 else "ok",
+            phase="random",
+            metrics={metric: number() for metric in metrics},
+            esd=record.Histogram(-3.0, 1.0, tuple(range(100))),
+            trap_entries=(record.TrapEntry(0, i, i, 1.0, 1.2),),
+            step=step,
+        )
+        for i in range(layers)
+    )
+    return record.Snapshot(rows, summary={metric: number() for metric in metrics}, step=step, seconds=0.5)
+
+
+@pytest.mark.parametrize(("layers", "bound"), [(48, 64 << 10), (300, 300 << 10)])
+def test_the_state_of_a_long_run_is_a_few_numbers_a_layer(layers, bound):
+    """48 layers: GPT-2 small. Text as JSON writes it, so bytes of a checkpoint."""
+    watcher = Monitor(stop_on="traps")
+    sizes = []
+    for step in range(40):
+        watcher._record(made_up(layers, step))
+        sizes.append(len(json.dumps(watcher.state_dict())) if step in (20, 39) else 0)
+    assert 0 < sizes[20] < bound
+    assert sizes[39] < 1.02 * sizes[20]
+
+
+def test_the_state_holds_what_the_rules_read_and_all_where_a_rule_does_not_say():
+    @rules.looks_back("alpha")
+    def says(history):
+        return ()
+
+    def says_nothing(history):
+        return ()
+
+    def kept(*which):
+        watcher, other = Monitor(rules=which), Monitor()
+        for step in range(40):
+            watcher._record(made_up(2, step))
+        other.load_state_dict(watcher.state_dict())
+        assert [snapshot.step for snapshot in other.history] == [0, *range(24, 40)]
+        assert [snapshot.summary for snapshot in other.history] == [
+            snapshot.summary for snapshot in (watcher.history[0], *watcher.history[-16:])
+        ]
+        assert other.history.left_out == 23
+        for old, new in zip(watcher.history[-16:], other.history[1:], strict=True):
+            for before, after in zip(old.layers, new.layers, strict=True):
+                bare = dataclasses.replace(before, esd=None, trap_entries=(), metrics={})
+                assert dataclasses.replace(after, metrics={}) == bare
+                assert {**before.metrics, **after.metrics} == before.metrics
+        return [set(snapshot.layers[0].metrics) for snapshot in other.history]
+
+    ends, approach = set(checkpoint.SHOWN), functools.partial(rules.trap_approaching, rise=1.2)
+    assert kept(says) == [ends, *[{"alpha"}] * 15, ends]
+    assert kept(says, approach) == [ends, *[{"alpha", "trap_headroom"}] * 15, ends]
+    assert kept(says, says_nothing) == [set(METRICS)] * 17
+
+
+def test_a_rule_that_looks_back_finds_the_same_after_a_resume():
+    """To the last bit: the entry grows so slowly that only the oldest snapshot at hand makes it an approach."""
+
+    def grown(step: int) -> torch.Tensor:
+        weights = healthy()
+        weights[3, 4] = 0.2 + 0.004 * step
+        return weights
+
+    def findings(cut: int | None) -> list[record.Finding]:
+        watcher, told = Monitor(), []
+        for step in range(30):
+            if step == cut:
+                state = json.loads(json.dumps(watcher.state_dict()))
+                watcher = Monitor()
+                watcher.load_state_dict(state)
+            told += watcher.observe([matrix("fc", grown(step))], step=step).findings
+        return told
+
+    uninterrupted = findings(None)
+    assert "trap_approaching" in {finding.rule for finding in uninterrupted}
+    for cut in (1, 3, 17, 20, 25):
+        assert findings(cut) == uninterrupted
+
+
+def test_a_state_in_its_first_form_is_read():
+    """Made by the version before the state was packed: a trap that has held twice, patience 3."""
+    state = json.loads((Path(__file__).parent / "states" / "first_form.json").read_text())
+    watcher = Monitor(stop_on="traps", patience=3)
+    watcher.load_state_dict(state)
+    assert [snapshot.step for snapshot in watcher.history] == [0, 10, 20]
+    assert (watcher.last_step, watcher.stop_reason) == (20, "")
+    assert watcher.findings.held == {("trap", "a"): 2}
+    snapshot = watcher.observe([matrix("a", trapped()), matrix("b", healthy())], step=30)
+    assert [finding.rule for finding in snapshot.findings if finding.layer == "a"] == []
+    assert watcher.stop_reason.startswith("traps in 3 snapshots in a row: a: ")
+    again = Monitor(stop_on="traps", patience=3)
+    again.load_state_dict(watcher.state_dict())
+    assert [snapshot.step for snapshot in again.history] == [0, 10, 20, 30]
+
+
+# --- what it remembers
+
+
+def test_a_run_that_never_ends_takes_no_more_memory():
+    watcher = Monitor(keep=20)
+    for step in range(3000):
+        watcher._record(made_up(1, step, metrics=()))
+        if step == 999:
+            tracemalloc.start()
+            size = tracemalloc.get_traced_memory()[0]
+    grown = tracemalloc.get_traced_memory()[0] - size
+    tracemalloc.stop()
+    assert [snapshot.step for snapshot in watcher.history] == [0, *range(2980, 3000)]
+    assert watcher.history.left_out == 2979
+    assert grown < 40 * 2000  # bytes: what some 40 rows take, where 2,000 snapshots have passed
+
+
+@pytest.mark.parametrize(
+    ("layers", "keep", "kept"),
+    [(1, 256, 256), (100, 256, 200), (1250, 256, 16), (5000, 256, 16), (1, 20, 20), (1, 1, 16)],
+)
+def test_memory_holds_the_first_snapshot_and_as_many_of_the_last_as_their_rows_allow(layers, keep, kept):
+    watcher = Monitor(rules=(), keep=keep)
+    rows = tuple(record.Layer(f"{i}", "dense", (1, 8, 8)) for i in range(layers))
+    for step in range(kept + 5):
+        watcher._record(record.Snapshot(rows, step=step))
+    assert [snapshot.step for snapshot in watcher.history] == [0, *range(5, kept + 5)]
+
+
+def test_rows_with_their_eigenvalues_count_for_what_they_weigh():
+    watcher = Monitor(rules=())
+    for step in range(120):
+        row = record.Layer("fc", "dense", (1, 8, 8), eigenvalues=(1.0,) * 64 * 199)
+        watcher._record(record.Snapshot((row,), step=step))
+    assert len(watcher.history) == 101
+
+
+def test_the_table_of_a_long_run_begins_at_its_first_snapshot():
+    watcher = Monitor(rules=(), keep=16)
+    for step in range(40):
+        row = record.Layer("fc", "dense", (1, 8, 8), metrics={"alpha": 9.0 - 0.1 * step})
+        watcher._record(record.Snapshot((row,), step=step))
+    text = table(watcher.history)
+    assert "40 snapshots, steps 0 to 39" in text
+    assert "9 → 5.1" in text
+    resumed = Monitor()
+    resumed.load_state_dict(watcher.state_dict())
+    assert table(resumed.history) == text
 
 
 def test_after_a_restart_it_knows_nothing_of_the_run_before():
@@ -306,6 +461,34 @@ def test_after_a_restart_it_knows_nothing_of_the_run_before():
     observe_series(watcher, [trapped])
     assert transitions_of(sink) == [(0, "trap", "begin"), (0, "trap", "begin")]
     assert watcher.stop_reason == ""
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_loop_that_is_run_twice_is_two_runs(mode, first):
+    """A cell of a notebook, with its monitor made in a cell before it."""
+    sink = Memory()
+    watcher = Monitor(every_n_steps=2, rules=TRAP_ONLY, sinks=[sink], stop_on="traps", patience=3, mode=mode)
+
+    def train(make):
+        for step in range(first, 7):
+            if watcher.due(step):
+                watcher.observe([matrix("fc", make())], step=step, whole=True)
+        watcher.observe([matrix("fc", make())], step=7)
+        watcher.close()
+
+    expected = [first, *range(2, 7, 2), *([7] if mode == "sync" else [])]
+    train(trapped)
+    assert watcher.stop_reason
+    with pytest.warns(errors.SpectralWarning, match=f"the steps begin again at {first}, after 7: a new run") as caught:
+        train(healthy)
+    assert len(caught) == 1
+    assert watcher.stop_reason == ""
+    train(trapped)
+    watched = [snapshot.step for snapshot in watcher.history]
+    assert watched[: len(expected)] == expected
+    assert transitions_of(sink) == [(first, "trap", "begin")] * 2
+    assert watcher.budget.elapsed > 0
 
 
 # --- what goes wrong
@@ -422,13 +605,29 @@ def test_a_walker_that_raises_costs_the_snapshot_only():
     assert watcher.observe([matrix("fc", healthy())], step=1) is not None
 
 
-def test_a_rule_that_raises_is_one_warning():
-    def divides(history):
-        yield 1 / 0
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("rubbish", "message"),
+    [
+        (lambda: 1 / 0, "rule fails failed: ZeroDivisionError: division by zero"),
+        (lambda: "a trap", "rule fails failed: TypeError: expected Findings .* got 'a trap'"),
+        (lambda: record.Finding("fails", "fc", "info", torch.ones(2)), "rule fails failed: TypeError: expected Find"),
+    ],
+)
+def test_a_rule_that_fails_costs_its_own_findings_and_is_one_warning(strict, rubbish, message):
+    def fails(history):
+        yield record.Finding("fails", "fc", "info", "found")
+        if history.last.step in (10, 20):
+            yield rubbish()
 
-    with pytest.warns(errors.SpectralWarning, match="ZeroDivisionError") as caught:
-        observe_series(Monitor(rules=[divides]), [healthy] * 3)
+    sink = Memory()
+    watcher = Monitor(rules=[fails, rules.trap], sinks=[sink], options=Options(strict=strict))
+    with pytest.warns(errors.SpectralWarning, match=message) as caught:
+        snapshots = observe_series(watcher, [healthy, trapped, healthy, healthy])
     assert len(caught) == 1
+    assert sink.history.snapshots == snapshots == watcher.history.snapshots
+    assert transitions_of(sink) == [(None, "fails", "begin"), (10, "trap", "begin"), (20, "trap", "end")]
+    assert all(snapshot.to_json() for snapshot in snapshots)
 
 
 def test_a_layer_that_raises_costs_its_own_row_only():
@@ -551,3 +750,42 @@ def test_a_warm_up_that_fails_is_said_and_ends_nothing(monkeypatch):
     with pytest.warns(errors.SpectralWarning, match="warming up failed: ZeroDivisionError"):
         monitor.begin(0)
     assert monitor.observe([matrix("fc", healthy())], step=0) is not None
+
+
+# --- whose time it is
+
+
+@pytest.mark.parametrize(
+    ("arguments", "whole", "waited", "lost"),
+    [
+        ({}, False, 1, 1.0),
+        ({"layers_per_step": 1}, False, 1, 1.0),
+        ({"mode": "async"}, False, 0, 1.0),
+        ({"mode": "async"}, True, 1, 1.0),
+    ],
+)
+def test_what_training_had_queued_is_waited_for_by_a_look_that_reads_now_and_is_no_loss(
+    monkeypatch, arguments, whole, waited, lost
+):
+    now, waits = [0.0], []
+
+    def wait() -> float:
+        waits.append(now[0])
+        now[0] += 5.0
+        return 5.0
+
+    def look(items, **where):
+        now[0] += 1.0
+        return record.Snapshot((), step=where["step"])
+
+    monkeypatch.setattr("ww_monitor.monitor.perf_counter", lambda: now[0])
+    monkeypatch.setattr("ww_monitor.monitor.wait_for_queued", wait)
+    watcher = Monitor(every_n_steps=1, **arguments)
+    watcher.budget = schedule.Budget(clock=lambda: now[0])
+    monkeypatch.setattr(watcher.survey, "look", look)
+    with watcher.timed():
+        watcher.observe([], step=0, whole=whole)
+    assert len(waits) == waited
+    assert watcher.budget.lost == lost
+    watcher.observe([], step=1, whole=whole)
+    assert watcher.budget.lost == 2 * lost

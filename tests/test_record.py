@@ -1,8 +1,10 @@
 """Records: plain frozen data, key names, JSON Lines, tables."""
 
+import copy
 import dataclasses
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -377,3 +379,33 @@ def test_the_weightwatcher_table_has_that_tools_labels_and_calls_no_failure_over
         "a.fc",
         2.0,
     )
+
+
+# --- the index of layers by name
+
+
+def test_a_snapshot_that_was_asked_for_a_layer_is_the_same_snapshot():
+    """Equality, text, pickle and copies know nothing of the index."""
+    asked, fresh = full_snapshot(), full_snapshot()
+    before = pickle.dumps(asked)
+    assert asked["encoder.1"] is asked.layers[1]
+    assert asked == fresh
+    assert (repr(asked), asked.to_dict()) == (repr(fresh), fresh.to_dict())
+    assert pickle.dumps(asked) == before
+    assert repr(pickle.loads(before)) == repr(copy.deepcopy(asked)) == repr(asked)
+    assert vars(copy.deepcopy(asked)).keys() == vars(fresh).keys() < vars(asked).keys()
+    other = dataclasses.replace(asked, layers=asked.layers[:1])
+    with pytest.raises(KeyError, match=r"no layer 'encoder\.1'"):
+        other["encoder.1"]
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["b"], [], ["a", "b", "a"]])
+def test_a_layer_is_found_by_name_as_by_looking_at_every_row(names):
+    history = History(
+        Snapshot(tuple(layer(name, alpha=10.0 * step + at) for at, name in enumerate(names[:count])), step=step)
+        for step, count in enumerate((3, 1, 2, 0))
+    )
+    for name in ("a", "b", "c"):
+        rows = [(one.step, row) for one in history for row in one.layers if row.name == name]
+        assert history.of_layer(name) == [row for _, row in rows]
+        assert history.series("alpha", layer=name) == ([step for step, _ in rows], [r.value("alpha") for _, r in rows])

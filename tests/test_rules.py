@@ -193,6 +193,51 @@ def test_every_layer_is_judged_by_itself():
     assert [f.layer for f in trap(History(history.snapshots[:2]))] == ["b"]
 
 
+class CountedReads(dict):
+    """Metrics that count how often they are read."""
+
+    reads = 0
+
+    def get(self, *arguments):
+        CountedReads.reads += 1
+        return super().get(*arguments)
+
+
+@pytest.mark.parametrize(("snapshots", "looked_at"), [(1, 1), (5, 5), (17, 17), (100, 17)])
+def test_the_cost_of_all_rules_is_linear_in_layers_and_bounded_in_snapshots(monkeypatch, snapshots, looked_at):
+    """Every row wakes every look back; a row is found without looking at others."""
+
+    def cost(layers: int) -> tuple[int, int]:
+        history = History(
+            Snapshot(
+                tuple(
+                    Layer(
+                        f"{i}",
+                        "dense",
+                        (1, 32, 16),
+                        verdict="random_like",
+                        metrics=CountedReads(trap_headroom=0.85 + step, num_traps=0.0),
+                    )
+                    for i in range(layers)
+                ),
+                step=step,
+            )
+            for step in range(snapshots)
+        )
+        CountedReads.reads, names = 0, []
+        monkeypatch.setattr(
+            Layer, "__getattribute__", lambda row, key: names.append(key) or object.__getattribute__(row, key)
+        )
+        apply_rules(TRAINING_RULES, history)
+        monkeypatch.undo()
+        return CountedReads.reads, names.count("name")
+
+    (few_reads, few_names), (many_reads, many_names) = cost(10), cost(100)
+    assert (many_reads, many_names) == (10 * few_reads, 10 * few_names)
+    assert many_reads <= 100 * (looked_at + 8)
+    assert many_names <= 100 * (2 * looked_at + 16)
+
+
 # --- what they say
 
 

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
+from ww_monitor import checkpoint
 from ww_monitor.engine import Options, warm_up
-from ww_monitor.errors import InvalidArgument, SpectralWarning, check_choice, check_positive_int
+from ww_monitor.errors import InvalidArgument, check_choice, check_positive_int
+from ww_monitor.guarded import Guarded
 from ww_monitor.matrices import Matrix, Select, Skipped
-from ww_monitor.record import Finding, History, Snapshot
-from ww_monitor.rules import STOP_ON, TRAINING_RULES, Rule, apply_rules, transitions, with_stop_rule
+from ww_monitor.record import History, Snapshot
+from ww_monitor.rules import LOOKBACK, STOP_ON, TRAINING_RULES, Holding, Rule, metrics_of_the_past
 from ww_monitor.schedule import MAX_OVERHEAD, Budget, Schedule, never
 from ww_monitor.schedule import every_n_steps as schedule_every_n_steps
 from ww_monitor.sinks import Sink
-from ww_monitor.survey import Survey
-
-logger = logging.getLogger(__name__)
+from ww_monitor.survey import Survey, wait_for_queued
 
 JOIN_SECONDS = 60.0
 """How long the end of a run waits for an analysis in the background; an interrupted run waits a tenth of it."""
@@ -30,8 +25,12 @@ JOIN_SECONDS = 60.0
 WARN_AFTER_SECONDS = 60.0
 """Time of a run before it is told that an explicit cadence costs more than its budget."""
 
+KEEP_ROWS = 20_000
+"""Rows of layers up to which snapshots are kept in memory: a row takes some 3 KB, hence at most some 64 MB (our
+choice), 416 snapshots of GPT-2 small. One of 64 eigenvalues more counts as one more row."""
 
-class Monitor:
+
+class Monitor(Guarded):
     """Looks at the matrices it is given, when it is time, and tells its sinks.
 
     In a loop of your own:
@@ -72,6 +71,8 @@ class Monitor:
             ‖W − W₀‖_F/‖W₀‖_F, and `left_rotation`, `right_rotation` = how far its 8 leading singular directions have
             turned, 0 to 1. Fine-tuning turns them while spectra stay put. Holds a copy of the weights on the host;
             after a resume the first snapshot is that of the resumed run.
+        keep: Snapshots that `history` keeps at most, the latest ones, beside the first; fewer, but never less than the
+            16 that rules see, where they would have more than 20,000 layers between them. The sinks get all.
 
     Raises:
         InvalidArgument: naming the argument, its value and the choices.
@@ -94,11 +95,13 @@ class Monitor:
         select: Select | None = None,
         options: Options | None = None,
         track_delta: bool = False,
+        keep: int = 256,
     ) -> None:
         for argument, value in (
             ("every_n_steps", every_n_steps),
             ("every_n_epochs", every_n_epochs),
             ("patience", patience),
+            ("keep", keep),
         ):
             if value is not None:
                 check_positive_int("Monitor", argument, value)
@@ -112,12 +115,12 @@ class Monitor:
         self.budget = Budget(max_overhead)
         self.within_budget = every_n_steps is None and every_n_epochs is None
         self.schedule: Schedule = never if every_n_steps is None else schedule_every_n_steps(every_n_steps)
-        self.rules = with_stop_rule(rules, stop_on)
+        self.findings = Holding(rules, stop_on=stop_on, patience=patience)
         self.sinks: list[Sink] = sinks
-        self.stop_on = stop_on
-        self.patience = patience
+        self.keep = keep
         self.select = select or Select()
         self.options = options or Options()
+        super().__init__(strict=self.options.strict)
         if stop_on == "traps" and "num_traps" not in {metric.name for metric in self.options.chosen}:
             raise InvalidArgument(
                 "Monitor: stop_on='traps' needs the metric 'num_traps', which these options leave out; got"
@@ -134,13 +137,20 @@ class Monitor:
         )
         self.history = History()
         self.last_step: int | None = None
-        self.stop_reason = ""
-        self.quiet = False
         self._next_step: int | None = None
         self._timing = False
-        self._active: list[Finding] = []
-        self._held: Counter[tuple[str, str]] = Counter()
-        self._said: set[str] = set()
+        self._waited = 0.0
+        self._published = 0
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """What is looked for."""
+        return self.findings.rules
+
+    @property
+    def stop_reason(self) -> str:
+        """Why the run should end, `""` while it should not."""
+        return self.findings.stop_reason
 
     @property
     def cadence(self) -> str:
@@ -178,6 +188,7 @@ class Monitor:
         """Whether it is time to look at optimizer step `step`; ask once a step."""
         if step == self.last_step:
             return False
+        self._begin_anew_before(step)
         self.budget.tick(step, busy=self.survey.busy)
         if self.survey.under_way:
             return True
@@ -197,16 +208,19 @@ class Monitor:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Time that training stands still, whatever is done in it; the outermost counts."""
+        """Time that training stands still, whatever is done in it; the outermost counts.
+
+        What training had queued on its accelerator before a look is training's time, though the look waits for it.
+        """
         if self._timing:
             yield
             return
-        self._timing, start, looks = True, perf_counter(), len(self.history)
+        self._timing, self._waited, start, looks = True, 0.0, perf_counter(), self._published
         try:
             yield
         finally:
             self._timing = False
-            self.budget.spent(perf_counter() - start, complete=len(self.history) > looks)
+            self.budget.spent(perf_counter() - start - self._waited, complete=self._published > looks)
             self._warn_of_overhead()
 
     def _warn_of_overhead(self) -> None:
@@ -237,12 +251,15 @@ class Monitor:
         Raises:
             LayerError: with `Options(strict=True)`, if a layer fails.
         """
+        self._begin_anew_before(step)
         if self.last_step is None and not self.budget.looks and not self.budget.elapsed:
             self.begin(step)
         self.last_step, self._next_step = step, None
         published: list[Snapshot] = []
         with self.timed(), self.guard("analysis"):
             items = list(self.select.apply(matrices))
+            if self.survey.reads_now(whole=whole):
+                self._waited += wait_for_queued()
             looked = self.survey.look(items, step=step, epoch=epoch, whole=whole)
             if looked is not None:
                 published.append(self._publish(looked))
@@ -280,69 +297,51 @@ class Monitor:
             with self.guard(f"closing sink {type(sink).__name__}", key=f"sink {id(sink)}", always=True):
                 sink.close()
 
+    def _begin_anew_before(self, step: int) -> None:
+        """Steps that begin again are a new run: a cell of a notebook that is run twice."""
+        if self.last_step is not None and step < self.last_step:
+            message = (
+                f"the steps begin again at {step}, after {self.last_step}: a new run, of which history knows alone"
+            )
+            self.say_once("begins anew", message)
+            self.restart()
+            self.begin(step)
+
     def restart(self) -> None:
         """Forget what was seen: a new run begins with this monitor."""
-        self.history, self.last_step, self.stop_reason = History(), None, ""
-        self._active, self._held, self._next_step = [], Counter(), None
+        self.history, self.last_step, self._next_step = History(), None, None
+        self.findings.clear()
         self.survey.restart()
 
     def _record(self, snapshot: Snapshot) -> Snapshot:
-        holding = apply_rules(self.rules, History([*self.history.snapshots[-self._lookback :], snapshot]))
-        snapshot = snapshot.with_findings(transitions(self._active, holding, step=snapshot.step))
-        self._active = holding
+        """The snapshot with its findings, which memory now holds."""
+        seen = History([*self.history.snapshots[-LOOKBACK:], snapshot])
+        snapshot = snapshot.with_findings(self.findings.judge(seen, failed=self._say_failed_rule))
         self.history.append(snapshot)
-        self._count(holding)
+        self.history.forget(latest=max(LOOKBACK, min(self.keep, KEEP_ROWS // max(1, _rows(snapshot)))))
+        self._published += 1
         return snapshot
 
-    _lookback = 16
-    """Snapshots before the last that rules see: bounds their cost, and what a checkpoint must hold."""
-
-    def _count(self, holding: Sequence[Finding]) -> None:
-        keys = {(finding.rule, finding.layer) for finding in holding}
-        self._held = Counter({key: self._held[key] + 1 for key in keys})
-        if self.stop_on is None:
-            return
-        for finding in holding:
-            count = self._held[finding.rule, finding.layer]
-            if finding.rule == STOP_ON[self.stop_on] and count >= self.patience:
-                self.stop_reason = f"{self.stop_on} in {count} snapshots in a row: {finding.message}"
-                return
-
-    @contextmanager
-    def guard(self, what: str, *, key: str = "", always: bool = False) -> Iterator[None]:
-        """Turn an exception into one `SpectralWarning` a cause; with `strict` let it pass unless `always`."""
-        try:
-            yield
-        except Exception as error:
-            if self.options.strict and not always:
-                raise
-            self.say_once(key or f"{what} {type(error).__name__}", f"{what} failed: {type(error).__name__}: {error}")
-            logger.debug("%s failed", what, exc_info=True)
-
-    def say_once(self, key: str, message: str) -> None:
-        """Issue a `SpectralWarning`, once a key; a filter that turns warnings into errors cannot end the run."""
-        if key in self._said or self.quiet:
-            return
-        self._said.add(key)
-        try:
-            warnings.warn(f"ww_monitor: {message}", SpectralWarning, stacklevel=3)
-        except SpectralWarning:
-            logger.warning("%s", message)
+    def _say_failed_rule(self, rule: str, error: Exception) -> None:
+        self.say_once(f"rule {rule}", f"rule {rule} failed: {type(error).__name__}: {error}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain Python values that `load_state_dict` continues from: findings, counts, and the latest snapshots."""
+        """What `load_state_dict` continues from, plain Python values: findings, and what rules read of the past."""
+        past = checkpoint.pack(self.history, latest=LOOKBACK, metrics=metrics_of_the_past(self.rules))
         return {
             "last_step": self.last_step,
             "stop_reason": self.stop_reason,
-            "active": [asdict(finding) for finding in self._active],
-            "held": [[rule, layer, count] for (rule, layer), count in self._held.items()],
-            "recent": [snapshot.to_json() for snapshot in self.history.snapshots[-self._lookback :]],
+            "packed": checkpoint.compress({**self.findings.state(), **past}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the state was taken."""
-        self.last_step = state["last_step"]
-        self.stop_reason = state["stop_reason"] if self.stop_on else ""
-        self._active = [Finding(**finding) for finding in state["active"]]
-        self._held = Counter({(rule, layer): count for rule, layer, count in state["held"]})
-        self.history = History(Snapshot.from_dict(json.loads(line)) for line in state["recent"])
+        """Continue where the state was taken, also by an earlier version."""
+        last_step, stop_reason = state["last_step"], state["stop_reason"]
+        past = state if "recent" in state else checkpoint.expand(state["packed"])
+        history = checkpoint.unpack(past)
+        self.findings.load(past, stop_reason=stop_reason)
+        self.last_step, self.history = last_step, history
+
+
+def _rows(snapshot: Snapshot) -> int:
+    return sum(1 + len(layer.eigenvalues or ()) // 64 for layer in snapshot.layers)

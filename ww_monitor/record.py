@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -169,10 +170,24 @@ class Snapshot:
         Raises:
             KeyError: naming the layers there are.
         """
+        found = self.named(name)
+        if not found:
+            raise KeyError(f"no layer {name!r}; there are {[layer.name for layer in self.layers]}")
+        return found[0]
+
+    def named(self, name: str) -> tuple[Layer, ...]:
+        """The rows of that name: one, or none where the layer is not there."""
+        return self._by_name.get(name, ())
+
+    @cached_property
+    def _by_name(self) -> dict[str, tuple[Layer, ...]]:
+        rows: dict[str, tuple[Layer, ...]] = {}
         for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise KeyError(f"no layer {name!r}; there are {[layer.name for layer in self.layers]}")
+            rows[layer.name] = (*rows.get(layer.name, ()), layer)
+        return rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {one.name: getattr(self, one.name) for one in fields(self)}  # without the index
 
     def scalars(self, *, layers: bool = True) -> dict[str, float]:
         """Every known value under its flat key, as plain floats; what is not known is absent."""
@@ -248,6 +263,10 @@ class Snapshot:
 class History:
     """Snapshots in the order of their steps.
 
+    Attributes:
+        snapshots: Those at hand.
+        left_out: How many more there were, between the first and the second at hand (see `forget`).
+
     >>> history = History([Snapshot((Layer("fc", "dense", (1, 8, 8), metrics={"alpha": 3.0}),), step=10)])
     >>> history.series("alpha", layer="fc")
     ([10], [3.0])
@@ -255,6 +274,7 @@ class History:
 
     def __init__(self, snapshots: Iterable[Snapshot] = ()) -> None:
         self.snapshots: list[Snapshot] = list(snapshots)
+        self.left_out = 0
 
     def __len__(self) -> int:
         return len(self.snapshots)
@@ -284,13 +304,25 @@ class History:
         """Add a snapshot."""
         self.snapshots.append(snapshot)
 
+    def forget(self, *, latest: int) -> None:
+        """Leave out what lies between the first snapshot and the `latest` last ones.
+
+        >>> history = History(Snapshot((), step=step) for step in range(10))
+        >>> history.forget(latest=3)
+        >>> [snapshot.step for snapshot in history], history.left_out
+        ([0, 7, 8, 9], 6)
+        """
+        surplus = max(0, len(self.snapshots) - 1 - latest)
+        del self.snapshots[1 : 1 + surplus]
+        self.left_out += surplus
+
     def _rewind(self, step: int | None) -> None:
         while step is not None and self.snapshots and self.last.step is not None and self.last.step >= step:
             self.snapshots.pop()
 
     def of_layer(self, name: str) -> list[Layer]:
         """The records of one layer, where it occurs, in order."""
-        return [layer for snapshot in self.snapshots for layer in snapshot.layers if layer.name == name]
+        return [layer for snapshot in self.snapshots for layer in snapshot.named(name)]
 
     def series(self, metric: str, *, layer: str | None = None) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, of one layer or (with `None`) of the model; unknown values are NaN."""
@@ -299,7 +331,7 @@ class History:
             if layer is None:
                 found = [snapshot.summary.get(metric, NAN)]
             else:
-                found = [row.value(metric) for row in snapshot.layers if row.name == layer]
+                found = [row.value(metric) for row in snapshot.named(layer)]
             steps += [index if snapshot.step is None else snapshot.step] * len(found)
             values += found
         return steps, values

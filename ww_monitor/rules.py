@@ -1,22 +1,59 @@
 """Rules: a History in, the findings that hold at its last snapshot out.
 
 A rule is a generator function of a `History`; thresholds are keywords, so `functools.partial` makes a variant. It
-sees plain records only, hence works on a saved file too. NaN compares false and wakes no rule.
+sees plain records only, hence works on a saved file too. NaN compares false and wakes no rule. A rule that reads
+metrics of earlier snapshots may say which (`looks_back`): a checkpoint then holds those and not all.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from typing import Any, TypeVar
 
 from ww_monitor.record import Finding, History, Layer, Severity
 
 Rule = Callable[[History], Iterable[Finding]]
 
+LOOKBACK = 16
+"""Snapshots before the last that rules see: it bounds their cost, and what a checkpoint must hold."""
+
 BROKEN = ("not_finite", "solver_failed")
 
+_Function = TypeVar("_Function", bound=Callable[..., object])
 
+
+def looks_back(*metrics: str) -> Callable[[_Function], _Function]:
+    """Says of a rule which metrics of layers it reads in earlier snapshots; a rule without it may read all.
+
+    A run that a checkpoint resumes knows those, and of every earlier layer its name, kind, role, shape, status,
+    verdict and phase, and the model's values; no histogram, no trap entries.
+
+    >>> @looks_back("alpha")
+    ... def alpha_falls(history):
+    ...     for layer in history.last.layers:
+    ...         if layer.value("alpha") < history.of_layer(layer.name)[0].value("alpha") - 1:
+    ...             yield Finding("alpha_falls", layer.name, "info", f"{layer.name}: alpha fell by more than 1")
+    >>> sorted(metrics_of_the_past([alpha_falls, trap]))
+    ['alpha']
+    """
+
+    def declare(rule: _Function) -> _Function:
+        rule.__dict__["looks_back"] = metrics
+        return rule
+
+    return declare
+
+
+def metrics_of_the_past(rules: Iterable[Rule]) -> frozenset[str] | None:
+    """The metrics that rules read in earlier snapshots, `None` if one of them may read all."""
+    declared = [getattr(getattr(rule, "func", rule), "looks_back", None) for rule in rules]
+    return None if None in declared else frozenset(name for names in declared if names for name in names)
+
+
+@looks_back()
 def broken_layer(history: History) -> Iterator[Finding]:
     """A layer has NaN or infinite weights, or its analysis failed."""
     for layer in history.last.layers:
@@ -24,6 +61,7 @@ def broken_layer(history: History) -> Iterator[Finding]:
             yield _finding(history, broken_layer, layer, "critical", f"no spectrum: {layer.status}")
 
 
+@looks_back()
 def trap(history: History, *, at_least: float = 0.5) -> Iterator[Finding]:
     """A correlation trap is present: shuffled copies have outliers, at least `at_least` of them on average.
 
@@ -35,6 +73,7 @@ def trap(history: History, *, at_least: float = 0.5) -> Iterator[Finding]:
             yield _finding(history, trap, layer, "critical", _trap_message(layer))
 
 
+@looks_back("trap_headroom")
 def trap_approaching(history: History, *, headroom: float = 0.8, rise: float = 1.1) -> Iterator[Finding]:
     """The largest entry grows, and has reached `headroom` of the size that makes a trap; over 5 % below.
 
@@ -42,16 +81,17 @@ def trap_approaching(history: History, *, headroom: float = 0.8, rise: float = 1
     is chance, so that a level alone says nothing (16 × 16 Gaussian slices of a 3 × 3 kernel are at 0.9).
     """
     for layer in history.last.layers:
+        now = layer.value("trap_headroom")
+        if not now >= 0.95 * headroom or layer.value("num_traps") >= 0.5:
+            continue
         series = [past.value("trap_headroom") for past in history.of_layer(layer.name)]
         known = [value for value in series if value == value]
-        if len(known) < 2 or series[-1] != series[-1] or layer.value("num_traps") >= 0.5:
-            continue
-        now, held = known[-1], known[-2] >= headroom
-        if now >= (0.95 * headroom if held else headroom) and now >= rise * known[0]:
+        if len(known) > 1 and (now >= headroom or known[-2] >= headroom) and now >= rise * known[0]:
             message = f"the largest entry grew from {known[0]:.2f} to {now:.2f} of the size that makes a trap"
             yield _finding(history, trap_approaching, layer, "info", message)
 
 
+@looks_back()
 def mean_shift(history: History, *, ratio: float = 1.0) -> Iterator[Finding]:
     """The mean of the entries makes an outlier of its own; weightwatcher counts it as a trap, it is none."""
     for layer in history.last.layers:
@@ -61,6 +101,7 @@ def mean_shift(history: History, *, ratio: float = 1.0) -> Iterator[Finding]:
             yield _finding(history, mean_shift, layer, "info", message)
 
 
+@looks_back()
 def over_trained(history: History, *, alpha: float = 2.0, sigmas: float = 2.0) -> Iterator[Finding]:
     """Alpha is below 2 by more than `sigmas` of its own standard error, and the power law fits (verdict `ok`).
 
@@ -73,13 +114,15 @@ def over_trained(history: History, *, alpha: float = 2.0, sigmas: float = 2.0) -
             yield _finding(history, over_trained, layer, "warning", message)
 
 
+@looks_back()
 def under_trained(history: History, *, snapshots: int = 3) -> Iterator[Finding]:
     """The spectrum could not be told from a random matrix's in any of the last `snapshots` snapshots."""
     if len(history) < snapshots:
         return
-    recent = [{row.name: row for row in snapshot.layers} for snapshot in history.snapshots[-snapshots:]]
+    recent = history.snapshots[-snapshots:]
     for layer in history.last.layers:
-        if all(rows.get(layer.name, layer).verdict == "random_like" for rows in recent):
+        rows = (row for snapshot in recent for row in snapshot.named(layer.name))
+        if all(row.verdict == "random_like" for row in rows):
             message = "no eigenvalue rises above the random bulk: under-trained"
             yield _finding(history, under_trained, layer, "warning", message)
 
@@ -96,14 +139,15 @@ STOP_ON: Mapping[str, str] = {"traps": "trap", "broken_layers": "broken_layer"}
 
 def with_stop_rule(rules: Sequence[Rule], stop_on: str | None) -> tuple[Rule, ...]:
     """The rules, and the one whose persistence stops the run if it is not among them (as itself or as a variant)."""
-    names = {getattr(getattr(rule, "func", rule), "__name__", "") for rule in rules}
+    names = {_name(rule) for rule in rules}
     missing = [rule for rule in (trap, broken_layer) if stop_on and rule.__name__ == STOP_ON[stop_on]]
     return (*rules, *(rule for rule in missing if rule.__name__ not in names))
 
 
 def apply_rules(rules: Sequence[Rule], history: History) -> list[Finding]:
-    """Every finding that holds at the last snapshot."""
-    return [finding for rule in rules for finding in rule(history)]
+    """Every finding that holds at the last snapshot, seen with no more than `LOOKBACK` before it."""
+    seen = History(history.snapshots[-LOOKBACK - 1 :])
+    return [finding for rule in rules for finding in rule(seen)]
 
 
 def transitions(active: Sequence[Finding], holding: Sequence[Finding], *, step: int | None) -> list[Finding]:
@@ -118,6 +162,82 @@ def transitions(active: Sequence[Finding], holding: Sequence[Finding], *, step: 
     begun = [finding for key, finding in now.items() if key not in before]
     ended = [replace(finding, state="end", step=step) for key, finding in before.items() if key not in now]
     return begun + ended
+
+
+class Holding:
+    """The findings that hold while a run lasts: which begin and end, for how long, and whether that ends the run.
+
+    Args:
+        rules: What to look for.
+        stop_on: A key of `STOP_ON` or `None`; its rule is applied also where `rules` leaves it out.
+        patience: For how many consecutive snapshots it must hold in the same layer.
+    """
+
+    def __init__(self, rules: Sequence[Rule], *, stop_on: str | None, patience: int) -> None:
+        self.rules = with_stop_rule(rules, stop_on)
+        self.stop_on = stop_on
+        self.patience = patience
+        self.clear()
+
+    def clear(self) -> None:
+        """A new run begins."""
+        self.active: list[Finding] = []
+        self.held: Counter[tuple[str, str]] = Counter()
+        self.stop_reason = ""
+
+    def judge(self, history: History, *, failed: Callable[[str, Exception], None]) -> list[Finding]:
+        """What begins and what ends with the last snapshot.
+
+        Args:
+            history: What rules see.
+            failed: Told of a rule that raises or gives what is no finding; what it had found stays as it was.
+        """
+        holding: list[Finding] = []
+        for rule in self.rules:
+            try:
+                holding += [_checked(finding) for finding in apply_rules([rule], history)]
+            except Exception as error:  # noqa: BLE001 - a rule of the user's costs its own findings only
+                failed(_name(rule), error)
+                holding += [finding for finding in self.active if finding.rule == _name(rule)]
+        told = transitions(self.active, holding, step=history.last.step)
+        self.active = holding
+        self._count(holding)
+        return told
+
+    def _count(self, holding: Sequence[Finding]) -> None:
+        keys = {(finding.rule, finding.layer) for finding in holding}
+        self.held = Counter({key: self.held[key] + 1 for key in keys})
+        if self.stop_on is None:
+            return
+        for finding in holding:
+            count = self.held[finding.rule, finding.layer]
+            if finding.rule == STOP_ON[self.stop_on] and count >= self.patience:
+                self.stop_reason = f"{self.stop_on} in {count} snapshots in a row: {finding.message}"
+                return
+
+    def state(self) -> dict[str, Any]:
+        """Plain Python values that `load` continues from."""
+        return {
+            "active": [asdict(finding) for finding in self.active],
+            "held": [[rule, layer, count] for (rule, layer), count in sorted(self.held.items())],
+        }
+
+    def load(self, state: Mapping[str, Any], *, stop_reason: str) -> None:
+        """Continue where the state was taken; one that shall not stop forgets the reason."""
+        active = [Finding(**finding) for finding in state["active"]]
+        self.held = Counter({(rule, layer): count for rule, layer, count in state["held"]})
+        self.active, self.stop_reason = active, stop_reason if self.stop_on else ""
+
+
+def _checked(finding: object) -> Finding:
+    texts = (finding.rule, finding.layer, finding.message) if isinstance(finding, Finding) else (None,)
+    if not isinstance(finding, Finding) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"expected Findings whose rule, layer and message are texts, got {finding!r}")
+    return finding
+
+
+def _name(rule: Rule) -> str:
+    return str(getattr(getattr(rule, "func", rule), "__name__", ""))
 
 
 def _finding(history: History, rule: Callable[..., object], layer: Layer, severity: Severity, message: str) -> Finding:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -501,6 +503,33 @@ def test_a_resumed_run_goes_on_where_the_first_ended(tmp_path, restore):
     assert entries_of(trainer)[8] == entries_of(whole)[8]
     read = History.read(folder / "ww_history.jsonl")
     assert [(finding.step, finding.rule) for finding in read.findings if finding.rule == "trap"] == [(0, "trap")]
+
+
+@pytest.mark.parametrize(("saving", "made"), [({}, 0), ({"save_strategy": "steps", "save_steps": 4}, 2)])
+def test_a_state_is_made_where_a_checkpoint_is_written_and_nowhere_else(tmp_path, monkeypatch, saving, made):
+    states = []
+    monitor = spectral_monitor(1)
+    state_dict = monitor.monitor.state_dict
+    monkeypatch.setattr(monitor.monitor, "state_dict", lambda: states.append(state_dict()) or states[-1])
+    trainer = train(tmp_path, monitor, **saving)
+    assert seen_by(monitor) == list(range(9))
+    assert [state["last_step"] for state in states] == [4, 8][:made]
+    for step, state in zip((4, 8), states, strict=False):
+        saved = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        (mine,) = (value for key, value in saved["stateful_callbacks"].items() if key.startswith("ww_monitor"))
+        assert mine == {"args": {}, "attributes": {**state, "history_file": "ww_history.jsonl"}}
+    kept = trainer.state.stateful_callbacks[monitor._key]
+    assert kept == copy.deepcopy(kept) == pickle.loads(pickle.dumps(kept)) == dict(kept)
+    assert list(kept) == ["args", "attributes"]
+
+
+def test_a_state_that_cannot_be_made_costs_itself_only(tmp_path, monkeypatch):
+    monitor = spectral_monitor(2)
+    monkeypatch.setattr(monitor.monitor, "state_dict", lambda: 1 / 0)
+    with pytest.warns(SpectralWarning, match="state for the checkpoint failed: ZeroDivisionError"):
+        trainer = train(tmp_path, monitor, save_strategy="steps", save_steps=4)
+    assert trainer.state.global_step == 8
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
 
 
 def test_the_patience_count_goes_on(tmp_path):

@@ -1,6 +1,8 @@
 """A survey gives the same rows however it reads: at once, spread over steps, or from copies in the background."""
 
+import dataclasses
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.errors import InvalidArgument
 from ww_monitor.schedule import Budget
-from ww_monitor.survey import Survey, survey
+from ww_monitor.survey import Survey, stills, survey
 from ww_monitor.survey.stills import still
 from ww_monitor.survey.unchanged import Checked
 from ww_monitor.walk.torch import walk
@@ -207,6 +209,77 @@ def test_a_still_is_a_copy_of_everything_that_may_change():
     for copied, original in zip(taken.items, items, strict=True):
         assert torch.equal(copied.load(), original.load())
         assert copied.load().untyped_storage().data_ptr() != original.load().untyped_storage().data_ptr()
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """Weak references to the copies that a still makes, in the order of the layers."""
+    made = []
+    original = stills._copy
+
+    def copy(*arguments):
+        weights = original(*arguments)
+        made.append(weakref.ref(weights))
+        return weights
+
+    monkeypatch.setattr(stills, "_copy", copy)
+    return made
+
+
+@pytest.mark.parametrize("track_delta", [False, True])
+def test_a_copy_is_dead_once_its_layer_was_analysed(monkeypatch, copies, track_delta):
+    alive = []
+
+    def one_by_one(items, options, **where):
+        rows = []
+        for item in items:
+            rows.append(analyze_matrices([item], options, **where))
+            alive.append([copy() is not None for copy in copies])
+        return rows_together(rows)
+
+    def rows_together(rows):
+        return dataclasses.replace(rows[0], layers=tuple(layer for one in rows for layer in one.layers))
+
+    net, watcher = make_net(), make_survey(mode="async", track_delta=track_delta)
+    expected = rows(look(make_survey(), net, 0))
+    monkeypatch.setattr(survey, "analyze_matrices", one_by_one)
+    look(watcher, net, 1)
+    watcher.join(60)
+    (snapshot,) = watcher.collect()
+    assert [layer.status for layer in snapshot.layers] == ["ok"] * 4
+    assert rows(snapshot)["1"]["alpha"] == pytest.approx(expected["1"]["alpha"])
+    assert ("delta_norm" in snapshot.summary) == track_delta
+    assert alive == [[False] * (done + 1) + [True] * (3 - done) for done in range(4)]
+    watcher.close(60)
+
+
+def test_no_copy_outlives_its_analysis_though_nobody_has_collected_it_or_it_failed(monkeypatch, copies):
+    watcher = make_survey(mode="async")
+    look(watcher, make_net(), 0)
+    watcher.join(60)
+    assert [copy() for copy in copies] == [None] * 4
+    monkeypatch.setattr(survey, "analyze_matrices", lambda *arguments, **options: 1 / 0)
+    look(watcher, make_net(), 1)
+    watcher.join(60)
+    assert [copy() for copy in copies] == [None] * 8
+    watcher.close(60)
+
+
+def test_a_copy_that_was_given_away_can_be_read_while_it_is_held():
+    item, *_ = still(list(walk(make_net())), Checked({}, {}), step=0, epoch=None, memory=None).to_analyse()
+    weights = item.load()
+    assert item.load() is weights
+    del weights
+    with pytest.raises(RuntimeError, match="expected one load of a copied weight"):
+        item.load()
+
+
+def test_what_torch_has_reserved_and_not_allocated_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 80_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2000)
+    assert stills._allowed(torch.device("cuda", 0), None) == stills.FREE_SHARE * 4000
+    assert stills._allowed(torch.device("cuda", 0), 7) == 7
 
 
 @pytest.mark.gpu

@@ -246,7 +246,10 @@ class Adapter:
 
     def _state(self) -> dict[str, Any]:
         """Plain Python values that `_load_state` continues from, in a run that a checkpoint resumes."""
-        return {**self.monitor.state_dict(), "history_file": self._history_name}
+        state: dict[str, Any] = {}
+        with self.monitor.guard("state for the checkpoint", always=True):
+            state.update(self.monitor.state_dict(), history_file=self._history_name)
+        return state
 
     def _load_state(self, state: dict[str, Any]) -> None:
         with self.monitor.guard("resume", always=True):

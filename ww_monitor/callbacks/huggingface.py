@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from types import FrameType
@@ -185,7 +185,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
                     state.log_history.append({**values, "epoch": state.epoch or 0, "step": snapshot.step})
                 self._log(args, state, control, snapshot, **kwargs)
             if snapshots:
-                state.stateful_callbacks[self._key] = {"args": {}, "attributes": self._state()}
+                state.stateful_callbacks[self._key] = _WhenSaved(self._state)
 
     def _log(self, args: Any, state: Any, control: Any, snapshot: Snapshot, **kwargs: Any) -> None:
         """Hand the values to every tracker, in every process, as the Trainer does with its loss.
@@ -239,6 +239,38 @@ class SpectralMonitor(Adapter, TrainerCallback):
         if watched and any(isinstance(callback, EarlyStoppingCallback) for callback in before):
             message = f"EarlyStoppingCallback stands before SpectralMonitor and cannot see {watched}; put it after"
             self.monitor.say_once("order", message)
+
+
+class _WhenSaved(Mapping[str, Any]):
+    """A callback's state as the Trainer saves it, made at the moment when it is: a checkpoint copies it deeply.
+
+    Not an `ExportableState` of the Trainer's: it fails with a checkpoint from before the callback joined, and puts a
+    new callback, which nobody holds, in the place of ours.
+
+    Args:
+        make: Makes the attributes.
+    """
+
+    def __init__(self, make: Callable[[], dict[str, Any]]) -> None:
+        self._make = make
+
+    def __getitem__(self, key: str) -> Any:
+        return self._made()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("args", "attributes"))
+
+    def __len__(self) -> int:
+        return 2
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return self._made()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (self._made(),)
+
+    def _made(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": self._make()}
 
 
 def _calling_handler() -> CallbackHandler | None:

@@ -79,7 +79,7 @@ def table(history: History, *, limit: int = 40) -> str:
 
 def _span(history: History) -> str:
     steps = [snapshot.step for snapshot in history if snapshot.step is not None]
-    return f"{len(history)} snapshots" + (f", steps {steps[0]} to {steps[-1]}" if steps else "")
+    return f"{len(history) + history.left_out} snapshots" + (f", steps {steps[0]} to {steps[-1]}" if steps else "")
 
 
 def _known(value: float) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,7 @@ class Still:
         epoch: Epoch.
         items: The matrices, each loading its copy.
         checked: Which rows need no copy because their weights have not changed.
+        copies: The copies, by the names of their matrices.
         copied: One event a GPU, which the copies on it wait for.
     """
 
@@ -33,6 +35,7 @@ class Still:
     epoch: int | None
     items: Sequence[Matrix | Skipped]
     checked: Checked
+    copies: Mapping[str, _Copy]
     copied: Sequence[Any] = ()
 
     @contextmanager
@@ -44,7 +47,45 @@ class Still:
                 stream.wait_event(event)
                 event.synchronize()  # what went to pinned memory is read by the host
                 stack.enter_context(torch.cuda.stream(stream))
-            yield
+            try:
+                yield
+            finally:
+                for copy in self.copies.values():
+                    copy.drop()
+
+    def to_analyse(self) -> list[Matrix | Skipped]:
+        """The matrices that have no row yet; each copy is freed when whoever loads it has done with it."""
+        left = (item for item in self.items if item.name not in self.checked.rows)
+        return [
+            replace(item, load=self.copies[item.name].give)
+            if isinstance(item, Matrix) and item.name in self.copies
+            else item
+            for item in left
+        ]
+
+
+class _Copy:
+    """A copy of one matrix' weights, held until it is given away; it can be looked at while anyone holds it."""
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        self._held: torch.Tensor | None = weights
+        self._known = weakref.ref(weights)
+
+    def look(self) -> torch.Tensor:
+        weights = self._known()
+        if weights is None:
+            raise RuntimeError("expected one load of a copied weight; its memory is free after that")
+        return weights
+
+    def give(self) -> torch.Tensor:
+        weights = self.look()
+        self.drop()
+        return weights
+
+    def drop(self) -> None:
+        if self._held is not None and self._held.device.type == "cuda":  # training's stream must not reuse it too early
+            self._held.record_stream(torch.cuda.current_stream(self._held.device))
+        self._held = None
 
 
 @torch.no_grad()
@@ -60,19 +101,22 @@ def still(
         epoch: Epoch.
         memory: Bytes on the device; `None` for a quarter of what is free.
     """
-    copies: list[Matrix | Skipped] = []
+    copies: dict[str, _Copy] = {}
+    taken: list[Matrix | Skipped] = []
     left: dict[torch.device, float] = {}
     for item in items:
         if isinstance(item, Matrix) and item.name not in checked.rows:
             try:
                 weights = _copy(item.load(), left, memory)
             except Exception as error:  # noqa: BLE001 - the analysis reports it as this layer's
-                copies.append(replace(item, load=partial(_raise, error)))
+                taken.append(replace(item, load=partial(_raise, error)))
             else:
-                copies.append(replace(item, load=partial(_give, weights)))
+                copies[item.name] = _Copy(weights)
+                taken.append(replace(item, load=copies[item.name].look))
+                del weights  # or the last one would be held here
         else:
-            copies.append(item)
-    return Still(step, epoch, copies, checked, [_event(device) for device in left if device.type == "cuda"])
+            taken.append(item)
+    return Still(step, epoch, taken, checked, copies, [_event(device) for device in left if device.type == "cuda"])
 
 
 def _copy(weights: torch.Tensor, left: dict[torch.device, float], memory: int | None) -> torch.Tensor:
@@ -89,17 +133,19 @@ def _copy(weights: torch.Tensor, left: dict[torch.device, float], memory: int | 
 def _allowed(device: torch.device, memory: int | None) -> float:
     if memory is not None:
         return memory
-    return FREE_SHARE * float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0.0
+    return FREE_SHARE * _free(device) if device.type == "cuda" else 0.0
+
+
+def _free(device: torch.device) -> float:
+    """Bytes that an allocation can have: what torch has reserved and not allocated counts as free too."""
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + idle)
 
 
 def _event(device: torch.device) -> Any:
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event
-
-
-def _give(weights: torch.Tensor) -> torch.Tensor:
-    return weights
 
 
 def _raise(error: Exception) -> torch.Tensor:

@@ -83,6 +83,10 @@ class Survey:
         """Whether the background has work."""
         return self._background is not None and not self._background.idle
 
+    def reads_now(self, *, whole: bool) -> bool:
+        """Whether a look reads weights before it returns, and so waits for what made them."""
+        return whole or self.across_ranks or self.mode == "sync"
+
     def look(
         self, items: Sequence[Matrix | Skipped], *, step: int, epoch: int | None, whole: bool = False
     ) -> Snapshot | None:
@@ -101,7 +105,7 @@ class Survey:
             self._baseline = Baseline.capture(items)
         if self.across_ranks:
             return self._look_on_ranks(items, step, epoch)
-        if self.mode == "async" and not whole:
+        if not self.reads_now(whole=whole):
             self._send(items, step, epoch)
             return None
         snapshot = self._look(items, step, epoch, whole=whole or self.layers_per_step == "all")
@@ -167,12 +171,14 @@ class Survey:
         """What the background does, on its thread: it changes nothing here."""
         start = perf_counter()
         with taken.reading():
-            left = [item for item in taken.items if item.name not in taken.checked.rows]
-            read = analyze_matrices(left, self.options, step=taken.step, epoch=taken.epoch, background=True)
+            moved = {} if self._baseline is None else self._baseline.drift(taken.items)  # while every copy is there
+            read = analyze_matrices(
+                taken.to_analyse(), self.options, step=taken.step, epoch=taken.epoch, background=True
+            )
             rows = {**taken.checked.rows, **{layer.name: layer for layer in read.layers}}
             snapshot = self._assembled(taken.items, rows, read)
             if self._baseline is not None:
-                snapshot = snapshot.with_metrics(self._baseline.drift(taken.items))
+                snapshot = snapshot.with_metrics(moved)
         return replace(snapshot, seconds=perf_counter() - start)
 
     def _assembled(self, items: Sequence[Matrix | Skipped], rows: Mapping[str, Layer], read: Snapshot) -> Snapshot:
@@ -210,5 +216,7 @@ class Survey:
             self._background.close(timeout)
 
     def restart(self) -> None:
-        """Forget what was seen: another run begins."""
+        """Forget what was seen and what is under way: another run begins."""
+        self.close(0.0)
+        self._background = None
         self._unchanged, self._baseline, self._read = Unchanged(), None, {}

@@ -1,0 +1,73 @@
+"""What training has queued is waited for on the accelerators that it uses, and on no other."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ww_monitor.survey import queued
+
+
+class Device:
+    """An accelerator's module of torch, which records whose stream was waited for."""
+
+    def __init__(self, reserved, *, initialized=True):
+        self.waited = []
+        self.reserved = reserved
+        self.is_initialized = lambda: initialized
+        self.device_count = lambda: len(reserved)
+        self.memory_reserved = lambda number: self.reserved[number]
+        self.current_stream = lambda number: SimpleNamespace(synchronize=lambda: self.waited.append(number))
+
+
+@pytest.mark.parametrize(
+    ("module", "waited"),
+    [
+        (Device([100]), [0]),
+        (Device([100, 0, 300]), [0, 2]),
+        (Device([0, 0]), []),
+        (Device([100], initialized=False), []),
+    ],
+)
+def test_the_current_stream_of_every_device_in_use_is_waited_for(monkeypatch, module, waited):
+    monkeypatch.setattr(queued, "_accelerator", lambda: module)
+    assert queued.wait_for_queued() >= 0
+    assert module.waited == waited
+
+
+@pytest.mark.parametrize(("allocated", "waited"), [(0, []), (8, ["all"])])
+def test_a_device_without_streams_is_waited_for_as_a_whole_where_it_is_in_use(monkeypatch, allocated, waited):
+    """As Apple's."""
+    calls = []
+    module = SimpleNamespace(current_allocated_memory=lambda: allocated, synchronize=lambda: calls.append("all"))
+    monkeypatch.setattr(queued, "_accelerator", lambda: module)
+    queued.wait_for_queued()
+    assert calls == waited
+
+
+def test_without_an_accelerator_nothing_is_waited_for_and_none_is_initialized():
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("there is one here")
+    assert queued._accelerator() is None
+    assert queued.wait_for_queued() < 1
+    assert not torch.cuda.is_initialized()
+
+
+def test_cuda_is_taken_where_it_is_in_use_else_what_torch_calls_the_accelerator(monkeypatch):
+    other = object()
+    known = SimpleNamespace(current_accelerator=lambda: torch.device("xpu"))
+    monkeypatch.setattr(torch, "accelerator", known, raising=False)
+    monkeypatch.setattr(torch, "get_device_module", {torch.device("xpu"): other}.get, raising=False)
+    assert queued._accelerator() is other
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert queued._accelerator() is torch.cuda
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_done_when_the_wait_is_over():
+    matrix = torch.randn(4096, 4096, device="cuda")
+    for _ in range(50):
+        matrix = matrix @ matrix
+    queued.wait_for_queued()
+    assert torch.cuda.current_stream().query()

@@ -1,0 +1,46 @@
+"""What a failure inside the package costs: one warning a cause, never the run."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ww_monitor.errors import SpectralWarning
+
+logger = logging.getLogger(__name__)
+
+
+class Guarded:
+    """Turns exceptions into one `SpectralWarning` a cause.
+
+    Args:
+        strict: Let exceptions pass where a guard does not say `always`.
+    """
+
+    def __init__(self, *, strict: bool) -> None:
+        self.quiet = False
+        self._strict = strict
+        self._said: set[str] = set()
+
+    @contextmanager
+    def guard(self, what: str, *, key: str = "", always: bool = False) -> Iterator[None]:
+        """Turn an exception into one `SpectralWarning` a cause; with `strict` let it pass unless `always`."""
+        try:
+            yield
+        except Exception as error:
+            if self._strict and not always:
+                raise
+            self.say_once(key or f"{what} {type(error).__name__}", f"{what} failed: {type(error).__name__}: {error}")
+            logger.debug("%s failed", what, exc_info=True)
+
+    def say_once(self, key: str, message: str) -> None:
+        """Issue a `SpectralWarning`, once a key; a filter that turns warnings into errors cannot end the run."""
+        if key in self._said or self.quiet:
+            return
+        self._said.add(key)
+        try:
+            warnings.warn(f"ww_monitor: {message}", SpectralWarning, stacklevel=3)
+        except SpectralWarning:
+            logger.warning("%s", message)
