@@ -1,91 +1,169 @@
-"""What an analysis costs on a GPU: milliseconds, against weightwatcher on the same machine, against the looped solver.
+"""What an analysis costs on a GPU: milliseconds, beside the bare solver of the same run, and what it costs a training.
 
-`make bench-gpu` takes some minutes, nearly all of them weightwatcher's, and writes its section of
-benchmarks/RESULTS.md; without a CUDA device it says so and writes nothing. `--device cpu` runs the same code on tiny
-matrices, to try it out.
+`make bench-gpu` is ready within six minutes and writes benchmarks/gpu.json, every row with all its rounds, and the
+section "gpu" of benchmarks/RESULTS.md; without a CUDA device it says so and writes nothing. `--weightwatcher` adds
+weightwatcher on the same machine, which takes minutes more. `--device cpu` runs the same code on tiny matrices, to try
+it out.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
 import torch
 
 import ww_monitor
-from benchmarks import rivals, shapes, table
+from benchmarks import gpu_training, rivals, shapes, solvers, table
 from benchmarks.cases import shuffled_layers
+from benchmarks.solvers import Alone, Solver
 from benchmarks.table import Bound, number, verdict
+from benchmarks.training import peak, started, synchronize
 from ww_monitor.record import Snapshot
-from ww_monitor.spectra.eigenvalues import solve_batched
 
-WARM_UP = 2
+ROUNDS = {"least": 3, "most": 15}
+SECONDS = {"cases": 190.0, "training": 130.0}
+"""Of the six minutes; the rest is for the start, the making of the weights, and rows slower than their share."""
+
+JSON = Path(__file__).parent / "gpu.json"
 
 INTRODUCTION = """\
 ## What it costs on a GPU (`make bench-gpu`)
 
-{device}; host: {machine}.
+{card}; host: {machine}; {date}.
 
-Medians of {rounds} rounds after {warm_up} to warm up. "Ours" is the wall time of `ww_monitor.analyze(model)` with every
-standard metric, the weights on the device, from one synchronisation to the next; the host's share is in it. The solver
-is the float64 Gram matrices and their eigenvalues alone, timed by CUDA events: in batches as the analysis runs it, and
-`torch.linalg.eigvalsh` in a loop. weightwatcher 0.7.7 (one round) gets the model on the host and the device to use; it
-runs with `randomize`, `mp_fit` and `detX` in the rows with traps. Those have Student t elements (4 degrees of freedom),
-so that layers are shuffled, with a new seed each round. The last column compares alpha with the host's."""
+Medians of {least} to {most} rounds after one or two to warm up, a new seed each. "Ours" is the wall time of
+`ww_monitor.analyze(model)` with every standard metric, the weights on the device, from one synchronisation to the next;
+the host's share is in it. Rows with Student t elements (4 degrees of freedom) have their layers shuffled. The solver
+alone is the float64 Gram matrices and their eigenvalues in the same run: a loop of `torch.linalg.eigvalsh`, and batches
+by {batched}. Its better branch is one batch up to a short side of {always}, and above a batch from {several} matrices
+on, else the loop; "≤ 1.45×" of it is what counts on a card of another speed. The bounds in ms are for an H100."""
+
+NOT_ON_A_GPU = "Tiny matrices on the CPU: no figure here counts"
 
 HEAD = (
-    "matrices", "ours, ms (range)", "required", "held?", "weightwatcher ÷ ours", "required", "held?",
-    "solver in batches, ms", "looped ÷ batched", "required", "held?", "layers shuffled", "not ok", "alpha, worst",
+    "matrices", "ours, ms (range)", "required", "held?", "solver, loop, ms", "solver, batches, ms",
+    "ours ÷ better branch", "required", "held?", "peak above the weights, MiB", "layers shuffled", "solved on",
+    "not ok",
 )  # fmt: skip
+PEER_HEAD = ("weightwatcher ÷ ours",)
 
 
 @dataclass(frozen=True)
 class Case:
-    """Matrices, and what must hold for a plain and for a full analysis of them."""
+    """Matrices, and what must hold for them.
+
+    Attributes:
+        title: What the table calls them.
+        build: Makes a model of them on the host.
+        plain: Most ms of an analysis.
+        heavy: The same with Student t elements; without it they are not measured.
+        ratio: Of the plain analysis to the solver alone; the small cases, which cost latency, have none.
+    """
 
     title: str
     build: Callable[[], torch.nn.Module]
-    milliseconds: Bound | None = None
-    looped: Bound | None = None
-    peer_full: bool = True
+    plain: Bound | None = None
+    heavy: Bound | None = None
+    ratio: Bound | None = None
 
 
 def full_size() -> dict[str, Case]:
-    ms = partial(Bound, unit=" ms")
+    ms, ratio = (lambda most: Bound(most=most, unit=" ms")), Bound(most=1.45)
     return {
-        "gpt2": Case("48 × 768 (GPT-2 small)", shapes.gpt2_small, ms(most=60), Bound(least=5)),
-        "1024": Case("12 × 1024²", partial(shapes.square, 1024, count=12), ms(most=60), Bound(least=5)),
-        "4096": Case("one 4096²", partial(shapes.square, 4096), ms(most=200)),
-        "llama": Case("Llama-3-8B, one block", shapes.llama_block, peer_full=False),
+        "gpt2": Case("GPT-2 small, 48 matrices", shapes.gpt2_small, ms(110), ms(250), ratio),
+        "resnet18": Case("ResNet-18, 197 slices", shapes.resnet18, ms(110), None, ratio),
+        "1024": Case("12 × 1024²", partial(shapes.square, 1024, count=12), ms(115), ms(180), ratio),
+        "4096": Case("one 4096²", partial(shapes.square, 4096), ms(125), ms(160), ratio),
+        "llama": Case("Llama-3-8B, one block", shapes.llama_block, ms(650), ms(900), ratio),
+        "small": Case("a small GPT, 16 matrices of 256", partial(shapes.gpt2_small, blocks=4, width=256), ms(30)),
+        "mlp": Case("an MLP, 784-300-100-10", partial(shapes.mlp, 784, 300, 100, 10), ms(8)),
     }
 
 
 def small() -> dict[str, Case]:
-    """The same with tiny matrices."""
-    return {
-        "gpt2": Case("8 × 64", partial(shapes.gpt2_small, blocks=2, width=64)),
-        "1024": Case("3 × 48²", partial(shapes.square, 48, count=3)),
-        "4096": Case("one 96²", partial(shapes.square, 96)),
-        "llama": Case("tiny Llama block", partial(shapes.llama_block, width=64), peer_full=False),
+    """The same with tiny matrices, for which the bounds were not meant."""
+    builds: dict[str, tuple[str, Callable[[], torch.nn.Module]]] = {
+        "gpt2": ("8 matrices of 64", partial(shapes.gpt2_small, blocks=2, width=64)),
+        "resnet18": ("tiny ResNet", partial(shapes.resnet18, width=8, classes=20)),
+        "1024": ("3 × 48²", partial(shapes.square, 48, count=3)),
+        "4096": ("one 96²", partial(shapes.square, 96)),
+        "llama": ("tiny Llama block", partial(shapes.llama_block, width=64)),
+        "small": ("4 matrices of 32", partial(shapes.gpt2_small, blocks=1, width=32)),
+        "mlp": ("an MLP, 40-20-10", partial(shapes.mlp, 40, 20, 10)),
     }
+    return {name: replace(case, title=builds[name][0], build=builds[name][1]) for name, case in full_size().items()}
 
 
-PEER_BOUNDS = {False: Bound(least=20), True: Bound(least=100)}
-"""By whether traps are in."""
+@dataclass(frozen=True)
+class Measured:
+    """A row of the table.
+
+    Attributes:
+        title: The case, and which elements it has.
+        ours: Milliseconds a round.
+        alone: The solver, by short side.
+        most: What `ours` must hold.
+        most_ratio: What `ratio` must hold.
+        peak: Most bytes on the device above the weights, over all rounds; 0 on the host.
+        shuffled: How many layers of how many.
+        solved_on: Layers by what solved them.
+        failed: Layers whose status is not ok.
+        peer: Milliseconds of weightwatcher.
+    """
+
+    title: str
+    ours: list[float]
+    alone: list[Alone]
+    most: Bound | None
+    most_ratio: Bound | None
+    peak: int
+    shuffled: str
+    solved_on: dict[str, int]
+    failed: int
+    peer: float | None
+
+    @property
+    def ms(self) -> float:
+        return statistics.median(self.ours)
+
+    @property
+    def loop(self) -> float:
+        return sum(statistics.median(one.loop) for one in self.alone)
+
+    @property
+    def batch(self) -> float | None:
+        """Nothing where nothing solves batches."""
+        if not all(one.batch for one in self.alone):
+            return None
+        return sum(statistics.median(one.batch) for one in self.alone)
+
+    @property
+    def ratio(self) -> float:
+        return self.ms / sum(one.better for one in self.alone)
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def timed(run: Callable[[], object], device: torch.device, *, seconds: float) -> list[float]:
+    """Milliseconds a round, for about so many seconds: at least three rounds, after one or two to warm up."""
+    first = _wall_ms(run, device)
+    if first < 1000:
+        _wall_ms(run, device)
+    each: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(each) < ROUNDS["least"] or (len(each) < ROUNDS["most"] and time.perf_counter() < end):
+        each.append(_wall_ms(run, device))
+    return each
 
 
-def wall_ms(run: Callable[[], object], device: torch.device) -> float:
+def _wall_ms(run: Callable[[], object], device: torch.device) -> float:
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -93,133 +171,158 @@ def wall_ms(run: Callable[[], object], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def device_ms(run: Callable[[], object], device: torch.device) -> float:
-    """Between two CUDA events on the current stream; elsewhere the wall time."""
-    if device.type != "cuda":
-        return wall_ms(run, device)
-    synchronize(device)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    synchronize(device)
-    return float(start.elapsed_time(end))
-
-
-def median_ms(run: Callable[[], object], device: torch.device, *, rounds: int) -> float:
-    each = [device_ms(run, device) for _ in range(WARM_UP + rounds)]
-    return statistics.median(each[WARM_UP:])
-
-
-def batched(model: torch.nn.Module) -> None:
-    """One batch a short side."""
-    groups: dict[int, list[torch.Tensor]] = defaultdict(list)
-    for matrix in rivals.matrices_of(model):
-        groups[matrix.short_side].append(matrix.load())
-    for stacks in groups.values():
-        solve_batched(stacks)
-
-
-def looped(model: torch.nn.Module) -> None:
-    """One solve a matrix."""
-    with torch.no_grad():
-        for matrix in rivals.matrices_of(model):
-            for w in matrix.load():
-                a = (w if w.shape[0] >= w.shape[1] else w.mT).double()
-                torch.linalg.eigvalsh(a.mT @ a)
-
-
-def rows(case: Case, device: torch.device, *, rounds: int, peer: bool, bounded: bool) -> list[list[str]]:
-    """The case without traps and with them."""
-    plain = row(case, case.build(), device, traps=False, rounds=rounds, peer=peer, bounded=bounded)
-    model = shapes.heavy_tailed(case.build())
-    full = row(case, model, device, traps=True, rounds=rounds, peer=peer and case.peer_full, bounded=bounded)
-    return [plain, full]
-
-
-def row(
-    case: Case, model: torch.nn.Module, device: torch.device, *, traps: bool, rounds: int, peer: bool, bounded: bool
-) -> list[str]:
-    on_host = ww_monitor.analyze(model)
-    their_ms = _peer_ms(model, traps=traps) if peer else None
+def measure(
+    case: Case, device: torch.device, batched: Solver | None, *, heavy: bool, seconds: float, peer: bool
+) -> Measured:
+    model = shapes.heavy_tailed(case.build()) if heavy else case.build()
+    their_ms = _peer_ms(model, heavy=heavy) if peer else None
     model = model.to(device)
     snapshots: list[Snapshot] = []
-    each = [
-        wall_ms(lambda seed=seed: snapshots.append(ww_monitor.analyze(model, seed=seed)), device)  # type: ignore[misc]
-        for seed in range(WARM_UP + rounds)
-    ][WARM_UP:]
-    ours = statistics.median(each)
-    in_batches = median_ms(partial(batched, model), device, rounds=rounds)
-    ratio = median_ms(partial(looped, model), device, rounds=min(rounds, 3)) / in_batches
-    their_ratio = None if their_ms is None else their_ms / ours
-    bound_ms, bound_loop = (case.milliseconds, case.looped) if bounded and not traps else (None, None)
-    return [
-        f"{case.title}, {'with traps and MP spikes' if traps else 'plain'}",
-        f"{number(ours)} ({number(min(each))}–{number(max(each))})",
-        *verdict(bound_ms, ours),
-        "" if their_ratio is None else number(their_ratio),
-        *verdict(PEER_BOUNDS[traps] if bounded and (case.peer_full or not traps) else None, their_ratio),
-        number(in_batches),
-        number(ratio),
-        *verdict(bound_loop, ratio),
-        shuffled_layers(snapshots[0]),
-        str(sum(layer.status != "ok" for layer in snapshots[0].layers)),
-        number(_worst_alpha(snapshots[0], on_host)),
-    ]
+
+    def analyze() -> None:
+        snapshots.append(ww_monitor.analyze(model, seed=len(snapshots)))
+
+    started(device)
+    weights = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    ours = timed(analyze, device, seconds=seconds / 2)
+    most_bytes = peak(device) - weights
+    last = snapshots[-1]
+    return Measured(
+        f"{case.title}, {'Student t' if heavy else 'plain'}",
+        ours,
+        alone(model, device, batched, seconds=seconds / 2),
+        case.heavy if heavy else case.plain,
+        None if heavy else case.ratio,
+        most_bytes,
+        shuffled_layers(last),
+        dict(Counter(str(getattr(layer, "solved_on", "not said")) for layer in last.layers)),
+        sum(layer.status != "ok" for layer in last.layers),
+        their_ms,
+    )
 
 
-def _peer_ms(model: torch.nn.Module, *, traps: bool) -> float | None:
+def alone(model: torch.nn.Module, device: torch.device, batched: Solver | None, *, seconds: float) -> list[Alone]:
+    """The solver, both ways, by short side."""
+    found = []
+    made = solvers.grams(model)
+    for side, gram in made.items():
+        share = seconds / len(made) / (2 if batched else 1)
+        in_a_loop = timed(lambda gram=gram: solvers.loop(gram()), device, seconds=share)  # type: ignore[misc]
+        in_batches: list[float] = []
+        if batched is not None:
+            run = partial(lambda make, solve: solvers.in_batches(solve, make()), gram, batched)
+            in_batches = timed(run, device, seconds=share)
+        found.append(Alone(side, len(gram()), in_a_loop, in_batches))
+    return found
+
+
+def _peer_ms(model: torch.nn.Module, *, heavy: bool) -> float | None:
+    """One run, the model on the host and the device there to use."""
     if not rivals.has_weightwatcher():
         return None
-    options = rivals.FULL if traps else {}
-    return wall_ms(lambda: rivals.weightwatcher(model, **options), torch.device("cpu"))
+    options = rivals.FULL if heavy else {}
+    return _wall_ms(lambda: rivals.weightwatcher(model, **options), torch.device("cpu"))
 
 
-def _worst_alpha(one: Snapshot, other: Snapshot) -> float:
-    """Largest relative difference."""
-    pairs = zip(one.layers, other.layers, strict=True)
-    return max(abs(a.value("alpha") / b.value("alpha") - 1) for a, b in pairs)
+def cells(found: Measured, *, peer: bool) -> list[str]:
+    """A line under `HEAD`."""
+    line = [
+        found.title,
+        f"{number(found.ms)} ({number(min(found.ours))}–{number(max(found.ours))})",
+        *verdict(found.most, found.ms),
+        number(found.loop),
+        "not measured" if found.batch is None else number(found.batch),
+        number(found.ratio),
+        *verdict(found.most_ratio, found.ratio),
+        number(found.peak / 2**20),
+        found.shuffled,
+        ", ".join(f"{where} ({count})" for where, count in found.solved_on.items()),
+        str(found.failed),
+    ]
+    return [*line, "not measured" if found.peer is None else number(found.peer / found.ms)] if peer else line
 
 
-def describe(device: torch.device) -> str:
-    if device.type != "cuda":
-        return f"On the {device.type}, tiny matrices: no figure here counts"
-    cupy = next((f", {name} {found}" for name in _CUPY if (found := table.version_of(name))), "")
-    return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}{cupy}"
+def record(found: Sequence[Measured], training: Sequence[gpu_training.Trained], facts: dict[str, str]) -> str:
+    """Everything as JSON: what the table says, and every round."""
+    rows = [
+        asdict(one)
+        | {
+            "most": one.most and str(one.most),
+            "most_ratio": one.most_ratio and str(one.most_ratio),
+            "median": one.ms, "loop": one.loop, "batch": one.batch, "ratio": one.ratio,
+        }
+        for one in found
+    ]  # fmt: skip
+    said = {**facts, "rows": rows, "training": [one.as_plain_data() for one in training]}
+    return json.dumps(said, indent=1, ensure_ascii=False) + "\n"
 
 
-_CUPY = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
-
-
-def section(found: Sequence[Sequence[str]], device: torch.device, *, rounds: int) -> str:
+def section(
+    found: Sequence[Measured],
+    training: Sequence[gpu_training.Trained],
+    facts: dict[str, str],
+    device: torch.device,
+    *,
+    peer: bool,
+) -> str:
     """The Markdown between the markers."""
-    said = INTRODUCTION.format(device=describe(device), machine=table.machine(), rounds=rounds, warm_up=WARM_UP)
-    return f"{said}\n\n{table.markdown(HEAD, found)}"
+    said = INTRODUCTION.format(
+        card=table.card(device) if device.type == "cuda" else NOT_ON_A_GPU,
+        **{name: facts[name] for name in ("date", "machine", "batched")},
+        **ROUNDS, always=solvers.ALWAYS_BATCHED, several=solvers.BATCHED_FROM,
+    )  # fmt: skip
+    parts = [said, table.markdown((*HEAD, *PEER_HEAD) if peer else HEAD, [cells(one, peer=peer) for one in found])]
+    if training:
+        head = table.markdown(gpu_training.HEAD, [one.cells() for one in training])
+        parts += [gpu_training.INTRODUCTION.format(steps=training[0].steps), head]
+    return "\n\n".join(parts)
+
+
+def measured_cases(
+    chosen: dict[str, Case], device: torch.device, batched: Solver | None, *, seconds: float, peer: bool
+) -> list[Measured]:
+    """Every row, each with an equal share of the seconds that are left."""
+    rows = [(case, heavy) for case in chosen.values() for heavy in (False, True) if case.heavy or not heavy]
+    start, found = time.perf_counter(), []
+    for position, (case, heavy) in enumerate(rows):
+        left = seconds - (time.perf_counter() - start)
+        share = max(0.0, left / (len(rows) - position))
+        found.append(measure(case, device, batched, heavy=heavy, seconds=share, peer=peer))
+        print(f"[{time.perf_counter() - start:6.1f} s] {' | '.join(cells(found[-1], peer=peer))}", flush=True)
+    return found
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script with tiny matrices")
+    parser.add_argument("--seconds", type=float, default=SECONDS["cases"], help="for the analyses; default %(default)g")
+    parser.add_argument("--only", nargs="+", choices=(*full_size(), "training"), help="some rows; nothing is written")
+    parser.add_argument("--weightwatcher", action="store_true", help="run it too, which takes minutes")
+    parser.add_argument("--folder", type=Path, help="where gpu.json and RESULTS.md are written; default benchmarks/")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script with tiny matrices")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--only", nargs="+", choices=tuple(full_size()), help="some cases; RESULTS.md is left alone")
-    parser.add_argument("--no-peer", action="store_true", help="leave weightwatcher out, which takes minutes")
-    parser.add_argument("--results", type=Path, help="file whose gpu section to write; default benchmarks/RESULTS.md")
-    options = parser.parse_args(arguments)
+    options = parsed(arguments)
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
     if on_gpu and not torch.cuda.is_available():
         print(f"not measured: torch {torch.__version__} finds no CUDA device here (--device cpu tries the script out)")
         return
-    found: list[list[str]] = []
-    start = time.perf_counter()
-    for name, case in (full_size() if on_gpu else small()).items():
-        if not options.only or name in options.only:
-            found += rows(case, device, rounds=options.rounds, peer=not options.no_peer, bounded=on_gpu)
-            print(f"[{time.perf_counter() - start:6.1f} s] {case.title}: {' | '.join(found[-1][1:])}", flush=True)
-    text = section(found, device, rounds=options.rounds)
+    way, batched = solvers.batched_solver(device)
+    now = datetime.now(timezone.utc)
+    facts = {**table.card_facts(device), "machine": table.machine(), "date": f"{now:%Y-%m-%d}", "batched": way}
+    print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+    wanted = set(options.only or (*full_size(), "training"))
+    chosen = {name: case for name, case in (full_size() if on_gpu else small()).items() if name in wanted}
+    found = measured_cases(chosen, device, batched, seconds=options.seconds, peer=options.weightwatcher)
+    training = gpu_training.measure(device, seconds=SECONDS["training"]) if "training" in wanted else []
+    text = section(found, training, facts, device, peer=options.weightwatcher)
     print(f"\n{text}")
-    if options.results or (on_gpu and not options.only):
-        table.write_section("gpu", text, options.results or table.RESULTS)
+    if options.folder or (on_gpu and not options.only):
+        folder = options.folder or JSON.parent
+        (folder / JSON.name).write_text(record(found, training, facts), encoding="utf-8")
+        table.write_section("gpu", text, folder / table.RESULTS.name)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import torch
@@ -49,6 +50,12 @@ def square(side: int, *, count: int = 1) -> nn.Module:
     """So many side × side matrices."""
     generator = torch.Generator().manual_seed(0)
     return nn.ModuleList(_gaussian(side, side, side**-0.5, generator) for _ in range(count))
+
+
+def mlp(*sizes: int) -> nn.Module:
+    """One matrix between each two sizes."""
+    generator = torch.Generator().manual_seed(0)
+    return nn.ModuleList(_gaussian(fan_in, out, fan_in**-0.5, generator) for fan_in, out in itertools.pairwise(sizes))
 
 
 def llama_block(*, width: int = 4096) -> nn.Module:

@@ -6,7 +6,9 @@ import importlib.metadata
 import math
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +91,34 @@ def machine() -> str:
         f"{_processor()}, {_cores()} cores, {torch.get_num_threads()} threads, Python {platform.python_version()},"
         f" {versions}"
     )
+
+
+def card(device: torch.device) -> str:
+    """A CUDA device, its driver and what drives it from here, in one sentence."""
+    named = card_facts(device)
+    return f"{named['card']}, driver {named['driver']}, CUDA {named['cuda']}, nvmath-python {named['nvmath']}"
+
+
+def card_facts(device: torch.device) -> dict[str, str]:
+    """The same by name; the driver by its own tool, which stands beside it."""
+    on_gpu = device.type == "cuda"
+    return {
+        "card": torch.cuda.get_device_name(device) if on_gpu else "none",
+        "driver": (_driver() if on_gpu else "") or "not known",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "nvmath": version_of("nvmath-python") or "not installed",
+        "python": platform.python_version(),
+    }
+
+
+def _driver() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return said[0] if said else ""
 
 
 def version_of(package: str) -> str:

@@ -3,8 +3,6 @@
 import json
 import os
 import struct
-import subprocess
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.processes import run_python
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_configure():
     torch.set_num_threads(1)
     os.environ.setdefault("KERAS_BACKEND", "torch")  # read when keras is imported, whichever test does that first
+    os.environ["KERAS_TORCH_DEVICE"] = "cpu"  # or keras makes its weights on a card that it finds
     if find_spec("hypothesis") is not None:
         from hypothesis import settings
 
@@ -31,6 +32,25 @@ def pytest_ignore_collect(collection_path):
     """Keep doctest from importing the scripts that tests run in processes and environments of their own."""
     is_script = collection_path.suffix == ".py" and not collection_path.name.startswith("test_")
     return True if is_script else None
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _card_in_turns(request, tmp_path_factory):
+    """Tests on a card have it to themselves, whichever worker of pytest runs them: they measure and fill its memory."""
+    if not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    from filelock import FileLock  # torch needs it too
+
+    base = tmp_path_factory.getbasetemp()
+    with FileLock((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "card.lock"):
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")
@@ -61,9 +81,7 @@ def run_weightwatcher():
             "    result = answer(weightwatcher, question)\n"
             "print(json.dumps(result))\n"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", frame], input=json.dumps(question), capture_output=True, text=True, check=False
-        )
+        done = run_python("-c", frame, stdin=json.dumps(question))
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 

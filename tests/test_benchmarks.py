@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("weightwatcher")
+with mock.patch("torch.cuda.is_available", return_value=False):  # or the peer computes in float32, on the card
+    pytest.importorskip("weightwatcher")
 
-from benchmarks import accuracy, alone, cases, fit, gpu, growth, rivals, shapes, table
+from benchmarks import (
+    accuracy,
+    alone,
+    cases,
+    fit,
+    gpu,
+    gpu_training,
+    growth,
+    nets,
+    overhead,
+    rivals,
+    shapes,
+    solvers,
+    table,
+    training,
+)
 from benchmarks.table import Bound, Ratio
 from ww_monitor import analyze
 from ww_monitor.spectra.traps import HEADROOM_TO_SHUFFLE
@@ -161,15 +178,138 @@ def test_an_alpha_that_is_not_known_on_one_side_is_no_agreement():
 # --- the GPU's script, on the host
 
 
-def test_the_gpu_script_runs_on_the_host_and_without_a_device_says_so(tmp_path, capsys, monkeypatch):
-    path = tmp_path / "gpu.md"
-    gpu.main(["--device", "cpu", "--rounds", "1", "--no-peer", "--only", "gpt2", "--results", str(path)])
-    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("| 8 × 64")]
-    assert ["8 of 8" in row for row in rows] == [False, True]
+CPU = torch.device("cpu")
+
+
+def test_the_gpu_script_runs_on_the_host_and_leaves_every_round(tmp_path, capsys):
+    gpu.main(["--device", "cpu", "--seconds", "0.1", "--only", "gpt2", "mlp", "--folder", str(tmp_path)])
+    rows = [line for line in (tmp_path / "RESULTS.md").read_text(encoding="utf-8").splitlines() if "| ≤ " in line]
+    assert [row.partition(" | ")[0] for row in rows] == [
+        "| 8 matrices of 64, plain", "| 8 matrices of 64, Student t", "| an MLP, 40-20-10, plain"
+    ]  # fmt: skip
+    assert ["8 of 8" in row for row in rows] == [False, True, False]
+    assert ["≤ 1.45×" in row for row in rows] == [True, False, False]
+    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert (found["card"], found["torch"], found["training"]) == ("none", torch.__version__, [])
+    plain = found["rows"][0]
+    assert plain["median"] in plain["ours"]
+    assert [(one["side"], one["count"], len(one["loop"]) >= 3) for one in plain["alone"]] == [(64, 8, True)]
+    assert plain["ratio"] == pytest.approx(plain["median"] / plain["batch"])
+    assert "no figure here counts" in capsys.readouterr().out
+
+
+def test_without_a_card_nothing_that_was_measured_is_changed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    gpu.main(["--results", str(tmp_path / "none.md")])
-    assert capsys.readouterr().out.splitlines()[-1].startswith("not measured: ")
-    assert not (tmp_path / "none.md").exists()
+    gpu.main(["--folder", str(tmp_path)])
+    overhead.main(["--device", "cuda"])
+    assert all(line.startswith("not measured: ") for line in capsys.readouterr().out.splitlines())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_bar_has_its_row():
+    """Reference: the table of bars of the GPU's measurements, in ms."""
+    bars = {
+        name: [bound and bound.most for bound in (case.plain, case.heavy)] for name, case in gpu.full_size().items()
+    }
+    assert bars == {
+        "gpt2": [110, 250], "resnet18": [110, None], "1024": [115, 180], "4096": [125, 160], "llama": [650, 900],
+        "small": [30, None], "mlp": [8, None],
+    }  # fmt: skip
+
+
+def test_a_row_without_a_batched_solver_says_so_and_takes_the_loop():
+    case = gpu.small()["gpt2"]
+    found = gpu.measure(case, CPU, None, heavy=False, seconds=0.01, peer=False)
+    assert "not measured" in gpu.cells(found, peer=False)
+    assert found.ratio == pytest.approx(found.ms / found.loop)
+
+
+@pytest.mark.parametrize(("side", "count", "better"), [(128, 2, 1.0), (129, 7, 5.0), (129, 8, 1.0), (4096, 1, 5.0)])
+def test_the_better_branch_is_a_batch_of_small_or_of_many_matrices(side, count, better):
+    assert solvers.Alone(side, count, [5.0, 5.0, 9.0], [1.0, 1.0, 0.0]).better == better
+
+
+def test_the_bare_solver_solves_every_slice_both_ways():
+    model = shapes.resnet18(width=8, classes=20)
+    made = solvers.grams(model)
+    by_hand = [torch.linalg.svdvals(w.double()).square() for m in rivals.matrices_of(model) for w in m.load()]
+    assert sum(len(gram()) for gram in made.values()) == len(by_hand)
+    for side, gram in made.items():
+        values = solvers.loop(gram())
+        torch.testing.assert_close(values, solvers.in_batches(torch.linalg.eigvalsh, gram()))
+        expected = sum(float(one.max()) for one in by_hand if len(one) == side)
+        assert float(values.amax(1).sum()) == pytest.approx(expected, rel=1e-9)
+
+
+def test_batches_are_of_one_size_and_no_larger_than_the_solver_takes(monkeypatch):
+    monkeypatch.setattr(solvers, "MOST_ELEMENTS", 4 * 9)
+    sizes = []
+
+    def solve(part):
+        sizes.append(len(part))
+        return torch.linalg.eigvalsh(part)
+
+    solvers.in_batches(solve, torch.eye(3, dtype=torch.float64).repeat(9, 1, 1))
+    assert sizes == [3, 3, 3]
+
+
+def test_before_torch_2_12_what_cannot_solve_batches_is_named(monkeypatch):
+    monkeypatch.setattr(solvers, "_torch_version", lambda: (2, 11))
+
+    def fail(which):
+        def make():
+            raise OSError(f"no {which}")
+
+        return make
+
+    monkeypatch.setattr(solvers, "_Nvmath", fail("bindings"))
+    monkeypatch.setattr(solvers, "_Ctypes", fail("library"))
+    way, solve = solvers.batched_solver(torch.device("cuda"))
+    assert solve is None
+    assert way == "not by nvmath (OSError: no bindings); not by ctypes (OSError: no library)"
+
+
+# --- trainings
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_training_without_a_look_and_with_looks_is_timed(installed, monkeypatch):
+    if installed:
+        pytest.importorskip("accelerate", reason="the Trainer needs it")
+        pytest.importorskip("transformers", reason="the Trainer is theirs")
+    else:
+        monkeypatch.setattr(gpu_training.importlib.util, "find_spec", lambda name: None)
+    sync, in_background = gpu_training.measure(CPU, seconds=0.0)
+    assert [len(sync.without), len(sync.monitored)] == [gpu_training.ROUNDS["least"]] * 2
+    assert sync.without == in_background.without
+    assert (sync.without[0].snapshots, sync.monitored[0].snapshots) == (0, 2)  # both ends
+    assert ("not installed" in sync.title) is not installed
+    assert len(sync.cells()) == len(gpu_training.HEAD)
+    assert sync.as_plain_data()["monitored"][0]["steps"] == sync.steps
+
+
+def test_longer_and_more_memory_are_those_of_the_rounds():
+    runs = [training.Run(seconds, 0.0, 10, peak) for seconds, peak in ((10.0, 2 << 30), (11.0, 3 << 30))]
+    found = gpu_training.Trained("t", "sync", 10, [runs[0]] * 2, [runs[1], runs[0]])
+    assert found.longer == pytest.approx([10.0, 0.0])
+    assert found.more_memory == 1.0
+    assert found.cells()[2:9] == [
+        "1000 → 1050", "5.0 (0.0–10.0)", "≤ 8 %", "yes", "2.00 → 3.00", "1.00", "≤ 1.5 GiB",
+    ]  # fmt: skip
+
+
+def test_every_run_of_the_overhead_has_a_throughput_and_a_peak():
+    found = overhead.measure(overhead.tiny(CPU)["gpt-sync"], seconds=0.1, pairs=1)
+    assert found.same
+    line = overhead.cells_on_gpu(found)
+    assert len(line) == len(overhead.HEAD) + len(overhead.ON_GPU_HEAD)
+    assert line[-1] == "0.00 → 0.00 GiB"
+    assert found.without[0].steps == found.steps
+
+
+def test_two_builds_of_a_network_learn_the_same():
+    losses = [float(nets.gpt_on_bytes(blocks=1, width=32, batch=4, length=32)[1]()) for _ in range(2)]
+    assert losses[0] == losses[1]
 
 
 # --- the table

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 
 import ww_monitor
+from tests.processes import run_python
 from ww_monitor.engine import threads
 from ww_monitor.spectra import traps
 
@@ -313,9 +314,6 @@ def test_analyze_leaves_the_process_and_the_model_as_they_were():
 
 def test_the_first_analysis_of_a_process_changes_nothing_either():
     """In a fresh interpreter, where every lazy import still lies ahead."""
-    import subprocess
-    import sys
-
     script = (
         "import logging, random, warnings, numpy, torch, ww_monitor\n"
         "net = torch.nn.Linear(32, 32); net.weight.data[0, 0] = 9.0\n"
@@ -327,7 +325,7 @@ def test_the_first_analysis_of_a_process_changes_nothing_either():
         "ww_monitor.analyze(net, preset='weightwatcher', metrics='all')\n"
         "print([one == other for one, other in zip(before, state())])\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = run_python("-c", script)
     assert (done.stdout.strip(), done.stderr) == (str([True] * 9), "")
 
 

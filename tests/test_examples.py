@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.processes import run_python
 from ww_monitor import History
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -35,16 +33,8 @@ CASES = [
 def test_example_runs(tmp_path, script, arguments, needs, prints, writes):
     for package in needs:
         pytest.importorskip(package, reason=f"{package}, which the example is about, is not installed")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), "--output", str(tmp_path), *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env=environment,
-        check=False,
-    )
+    command = [str(EXAMPLES / script), "--output", str(tmp_path), *arguments]
+    done = run_python(*command, folder=tmp_path, timeout=180, COLUMNS="200")
     assert done.returncode == 0, done.stderr
     assert "SpectralWarning" not in done.stderr
     assert prints in done.stdout

@@ -1,12 +1,11 @@
 """The public face: what the package offers, and how quietly it is imported."""
 
-import subprocess
-import sys
 from types import ModuleType
 
 import pytest
 
 import ww_monitor
+from tests.processes import run_python
 
 FRAMEWORKS = (
     "pytorch_lightning",
@@ -29,10 +28,6 @@ FRAMEWORKS = (
 )
 
 
-def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *options, "-c", script], capture_output=True, text=True, check=False)
-
-
 def test_all_is_the_public_namespace():
     public = {
         name
@@ -49,7 +44,7 @@ def test_everything_public_is_documented(name):
 
 
 def test_the_import_is_silent_also_where_warnings_are_errors():
-    done = run("import ww_monitor", "-W", "error")
+    done = run_python("-W", "error", "-c", "import ww_monitor")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -80,7 +75,7 @@ print([name for name in {FRAMEWORKS!r} if name in sys.modules and name not in lo
 ours = [log for name, log in logging.root.manager.loggerDict.items() if name.startswith("ww_monitor")]
 print([log.name for log in ours if isinstance(log, logging.Logger) and (log.handlers or log.level)])
 """
-    done = run(script)
+    done = run_python("-c", script)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == ["[]", "[]", "[]"]
 
@@ -93,7 +88,7 @@ import ww_monitor
 ww_monitor.analyze(torch.nn.Linear(64, 32))
 print([name for name in {FRAMEWORKS!r} if name in sys.modules and name not in loaded])
 """
-    done = run(script)
+    done = run_python("-c", script)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "[]\n")
 
 

@@ -10,7 +10,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +21,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.processes import start_python
 from ww_monitor import History, Monitor, plots
 from ww_monitor.sinks.heatmap import alpha_colours
 from ww_monitor.walk.torch import walk
@@ -98,10 +98,10 @@ def board(tmp_path_factory):
     folder = tmp_path_factory.mktemp("board")
     history = train(folder / "logs" / "run")
     log, port = folder / "tensorboard.log", free_port()
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder / "logs"), "--host", "127.0.0.1"]
+    command = ["-m", "tensorboard.main", "--logdir", str(folder / "logs"), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--load_fast=false", "--reload_interval", "2"]
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        process = start_python(*command, output=out)
         try:
             wait_until_up(f"http://127.0.0.1:{port}", process, log)
             yield SimpleNamespace(address=f"http://127.0.0.1:{port}", history=history)

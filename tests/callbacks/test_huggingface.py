@@ -6,14 +6,18 @@ import copy
 import gc
 import json
 import math
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.processes import run_python
+from ww_monitor import History, SpectralWarning
+from ww_monitor.sinks.memory import Memory
+
+pytest.importorskip("transformers", reason="transformers, the framework, is not installed")
+
 from transformers import (
     EarlyStoppingCallback,
     GPT2Config,
@@ -24,9 +28,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
-from ww_monitor import History, SpectralWarning
 from ww_monitor.callbacks.huggingface import SpectralMonitor
-from ww_monitor.sinks.memory import Memory
 
 HERE = Path(__file__).parent
 MLPS = ["transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"]
@@ -656,13 +658,6 @@ def test_names_of_a_compiled_model_are_clean(tmp_path):
     trainer = train(tmp_path, monitor, torch_compile=True, torch_compile_backend="eager", max_steps=2)
     assert trainer.model_wrapped is not trainer.model
     assert monitor.monitor.history.layer_names == MLPS
-
-
-def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=180, env=environment, check=False
-    )
 
 
 @pytest.fixture(scope="module")

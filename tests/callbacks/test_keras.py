@@ -7,7 +7,6 @@ import gc
 import json
 import math
 import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +19,7 @@ os.environ.setdefault("KERAS_BACKEND", "torch")  # read when keras is imported
 
 keras = pytest.importorskip("keras", reason="keras, the framework, is not installed")
 
+from tests.processes import run_python, start_python  # noqa: E402
 from ww_monitor import History, InvalidArgument, SpectralWarning  # noqa: E402
 from ww_monitor.callbacks.keras import SpectralMonitor, completed_updates  # noqa: E402
 from ww_monitor.sinks.memory import Memory  # noqa: E402
@@ -446,9 +446,7 @@ def test_an_optimizer_that_cannot_be_read_is_said_once(tmp_path):
 
 def test_two_processes_agree_and_the_first_one_writes(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KERAS_BACKEND": "torch"}
-    command = [sys.executable, *launcher, str(HERE / "keras_ranks.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
+    done = run_python(*launcher, str(HERE / "keras_ranks.py"), str(tmp_path), KERAS_BACKEND="torch")
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["steps"] == [0, 3, 6]  # the planted trap stops both at the third
@@ -473,8 +471,7 @@ def test_arguments_are_checked_at_construction(tmp_path):
 )
 def test_what_is_missing_is_named(missing, wanted):
     code = f"import sys; sys.modules[{missing!r}] = None; import ww_monitor.callbacks.keras"
-    environment = {**os.environ, "KERAS_BACKEND": "jax"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    done = run_python("-c", code, KERAS_BACKEND="jax")
     last = done.stderr.strip().splitlines()[-1]
     assert "MissingDependency: ww_monitor.callbacks.keras: needs" in last
     assert wanted in last
@@ -501,16 +498,15 @@ def found(tmp_path_factory):
 
 def run_backends(root: Path) -> None:
     """One process a backend, side by side."""
-    quick = {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    quick = {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     quick["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
     runs = {}
     for backend in BACKENDS:
         folder = root / backend
         folder.mkdir(parents=True)
-        command = [sys.executable, str(HERE / "keras_run.py"), str(folder)]
-        environment = {**os.environ, **quick, "KERAS_BACKEND": backend, "CUDA_VISIBLE_DEVICES": "-1"}
+        script = str(HERE / "keras_run.py")
         with (folder / "output.txt").open("w") as file:
-            runs[folder] = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            runs[folder] = start_python(script, str(folder), output=file, KERAS_BACKEND=backend, **quick)
     failed = [folder for folder, run in runs.items() if run.wait(timeout=600)]
     assert not failed, "".join((folder / "output.txt").read_text()[-4000:] for folder in failed)
 

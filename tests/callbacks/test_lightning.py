@@ -5,23 +5,24 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.processes import run_python
 from ww_monitor import History, InvalidArgument, Options, SpectralWarning, rules
-from ww_monitor.callbacks.lightning import SpectralMonitor
 from ww_monitor.sinks.memory import Memory
+
+pl = pytest.importorskip("pytorch_lightning", reason="pytorch_lightning, the framework, is not installed")
+
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint  # noqa: E402 - needs pytorch_lightning
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger  # noqa: E402
+
+from ww_monitor.callbacks.lightning import SpectralMonitor  # noqa: E402
 
 HERE = Path(__file__).parent
 
@@ -778,13 +779,6 @@ for callbacks in ([SpectralMonitor(1, console=False)], SpectralMonitor(1, consol
     assert [snapshot.step for snapshot in monitor.monitor.history] == [0, 1, 2]
 print("fine")
 """
-
-
-def run_python(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=timeout, env=environment, check=False
-    )
 
 
 @pytest.mark.parametrize(

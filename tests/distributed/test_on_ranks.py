@@ -1,9 +1,6 @@
 """Models on two and four ranks give the snapshot of one process, on every rank, and a missing rank is named."""
 
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ from torch import nn
 
 import ww_monitor
 from tests.distributed import models
+from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,15 +39,8 @@ def folder(tmp_path_factory):
     """Where the ranks have left what they saw."""
     folder = tmp_path_factory.mktemp("ranks")
     jobs = [(2, TWO), (4, FOUR), *MISSING, (2, "memory memory_wide")]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.job", folder]
-        + [f"{world}:{','.join(scenarios.split())}" for world, scenarios in jobs],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    scenarios = [f"{world}:{','.join(names.split())}" for world, names in jobs]
+    done = run_python("-m", "tests.distributed.job", str(folder), *scenarios, folder=ROOT)
     assert done.returncode == 0, done.stderr
     return folder
 

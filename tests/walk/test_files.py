@@ -3,7 +3,6 @@
 import doctest
 import json
 import struct
-import subprocess
 import sys
 from importlib.util import find_spec
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.processes import run_python
 from ww_monitor import analyze
 from ww_monitor.errors import InvalidArgument, MissingDependency, WWMonitorError
 from ww_monitor.matrices import Matrix, Skipped
@@ -438,8 +438,7 @@ def test_peak_memory(tmp_path, write):
     write(path)
     try:
         assert path.stat().st_size > 1 << 30
-        command = [sys.executable, "-c", RELAY, sys.executable, "-c", PEAK, str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = run_python("-c", RELAY, sys.executable, "-c", PEAK, str(path))
     finally:
         path.unlink()
     assert done.returncode == 0, done.stderr

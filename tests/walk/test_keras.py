@@ -2,8 +2,6 @@
 
 import doctest
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ os.environ.setdefault("KERAS_BACKEND", "torch")  # read when keras is imported
 
 keras = pytest.importorskip("keras", reason="the models are theirs")
 
+from tests.processes import run_python  # noqa: E402
 from ww_monitor import analyze  # noqa: E402
 from ww_monitor.errors import InvalidArgument, MissingDependency, WWMonitorError  # noqa: E402
 from ww_monitor.matrices import Matrix, Skipped  # noqa: E402
@@ -321,7 +320,7 @@ assert not {"keras", "jax", "tensorflow", "ww_monitor.walk.keras"} & set(sys.mod
 
 def test_walking_a_torch_model_imports_nothing_of_keras():
     """Who has not imported keras has no Keras model."""
-    done = subprocess.run([sys.executable, "-c", UNTOUCHED], capture_output=True, text=True, check=False)
+    done = run_python("-c", UNTOUCHED)
     assert done.returncode == 0, done.stderr
 
 
@@ -331,8 +330,7 @@ def test_without_a_backend(tmp_path):
         "import sys; sys.modules['tensorflow'] = None; from ww_monitor.walk.keras import load_keras_file\n"
         f"load_keras_file({str(tmp_path / 'net.keras')!r})"
     )
-    environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    done = run_python("-c", code, KERAS_BACKEND="tensorflow")
     assert MissingDependency.__name__ in done.stderr
     assert "set the environment variable KERAS_BACKEND=torch" in done.stderr
 
