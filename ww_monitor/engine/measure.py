@@ -268,14 +268,14 @@ def _traps(weights: torch.Tensor, stats: Elements, options: Options) -> Traps:
         replicas=options.replicas,
         significance=per_matrix(options.significance, len(weights)),
     )
-    smallest_p = result.p_value.median(1).values.amin()
+    smallest_p = result.median_p_value.amin()
     large = large_entries(weights, stats)
     entries = zip(large.index.tolist(), large.value.tolist(), large.headroom.tolist(), strict=True)
     return Traps(
         headroom,
         mean_shift,
-        num_traps=float(result.num_traps.double().mean(1).sum()),
-        severity=float(result.severity.mean(1).amax()),
+        num_traps=float(result.mean_count.sum()),
+        severity=float(result.mean_severity.amax()),
         p_value=float(-torch.expm1(len(weights) * torch.log1p(-smallest_p))),
         entries=tuple(TrapEntry(at[0], at[1], at[2], value, headroom) for at, value, headroom in entries),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,14 @@ freedom clipped at 0.79 has an outlier in a quarter of the shuffles."""
 REPLICAS = 3
 """Shuffles of a matrix that is not skipped. Our choice: enough to see whether a trap depends on the shuffle."""
 
+CLEARLY_BELOW = 3.5
+"""A first shuffle with λmax so many Tracy–Widom scales below the threshold is the only one; see `CLEARLY_ABOVE`."""
+
+CLEARLY_ABOVE = 5.0
+"""And one so many scales above it. Measured by `python -m benchmarks.early_stop` on matrices of 25 laws of elements at
+four shapes, most of them laws that put λmax near the threshold: half of the matrices are decided by one shuffle, and
+of those some 0.3 % would be decided otherwise by three and 0.1 % by fifteen."""
+
 LEAST_LANCZOS_SIDE = 256
 """Short side from which Lanczos' iteration beats the whole spectrum on the host, measured in CPU seconds."""
 
@@ -46,7 +55,9 @@ serves, so a matrix looked at again and again should find its own. Our choice.""
 
 @dataclass(frozen=True)
 class Shuffled:
-    """The largest eigenvalues of shuffled matrices, each field `[B, replicas]`.
+    """The largest eigenvalues of shuffled matrices, each field `[K, replicas]` float64 on the host.
+
+    NaN in a replica that was not drawn.
 
     Attributes:
         num_traps: Eigenvalues above the Tracy–Widom quantile.
@@ -58,46 +69,113 @@ class Shuffled:
     severity: torch.Tensor
     p_value: torch.Tensor
 
+    @property
+    def mean_count(self) -> torch.Tensor:
+        """`[K]` mean number of traps of the replicas that were drawn."""
+        return self.num_traps.nanmean(1)
+
+    @property
+    def mean_severity(self) -> torch.Tensor:
+        """`[K]` mean severity of the replicas that were drawn."""
+        return self.severity.nanmean(1)
+
+    @property
+    def median_p_value(self) -> torch.Tensor:
+        """`[K]` median probability over the replicas that were drawn; of two the smaller."""
+        return self.p_value.nanmedian(1).values
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The law of λmax of a random matrix with unit variance, Johnstone's, and the quantile from which a trap counts.
+
+    Attributes:
+        centre: Of λmax.
+        scale: Of λmax.
+        quantile: In scales above the centre.
+        upper: Upper Marchenko–Pastur edge.
+    """
+
+    centre: float
+    scale: float
+    quantile: float
+    upper: float
+
+    @classmethod
+    def of(cls, shape: Sequence[int], significance: float = SIGNIFICANCE) -> Edge:
+        """That of `[N, M]` matrices, with this probability of a false trap."""
+        n, m = float(max(shape)), float(min(shape))
+        sides = (torch.tensor(side, dtype=torch.float64, device="cpu") for side in (n, m))
+        centre, scale = (float(t) for t in johnstone(*sides))
+        return cls(centre, scale, tracy_widom_quantile(significance), (n**0.5 + m**0.5) ** 2)
+
+    @property
+    def threshold(self) -> float:
+        """The λ above which an eigenvalue is a trap."""
+        return self.centre + self.quantile * self.scale
+
+    def is_clear(self, largest: torch.Tensor) -> torch.Tensor:
+        """Whether λmax of one shuffle is so far from the threshold that no other shuffle is asked."""
+        above = (largest - self.threshold) / self.scale
+        return (above < -CLEARLY_BELOW) | (above > CLEARLY_ABOVE)
+
 
 def shuffled(
-    matrices: torch.Tensor,
+    matrices: Sequence[torch.Tensor] | torch.Tensor,
     stats: Elements,
     *,
     seed: int,
     replicas: int = REPLICAS,
     significance: float = SIGNIFICANCE,
+    stop_early: bool = True,
 ) -> Shuffled:
     """#{λ(shuffled W − mean) > σ²(centre + q·scale)}: traps counted against Johnstone's Tracy–Widom law.
 
     Each replica permutes all matrices of one shape alike, from a generator of its own: the global random state is
     not touched, and a series over training steps shares its random numbers.
 
-    On the host only the numbers asked for are computed, by Lanczos' iteration; matrices that are small, or for which it
-    comes to no certain answer, get their whole spectrum, and so does everything on a GPU, in one batch. Both give the
-    same counts, and the same λmax to 1e-9.
+    Only the numbers asked for are computed, by Lanczos' iteration; matrices that are small, or for which it comes to
+    no certain answer, get their whole spectrum. Both give the same counts, and the same λmax to 1e-9.
 
     Args:
-        matrices: `[B, N, M]`.
-        stats: Their `elements`.
+        matrices: K of one shape `[N, M]` and one device, any floating dtype.
+        stats: Their `elements`, K rows.
         seed: Seed of replica 0; replica r uses its own stream.
         replicas: Number of shuffles.
         significance: Probability of a false trap in one replica of one matrix.
+        stop_early: Draw no further replica of a matrix whose first is clear by `CLEARLY_BELOW` or `CLEARLY_ABOVE`, or
+            of which more than half have said the same.
     """
-    rows, columns = matrices.shape[1:]
-    long_side, short_side = max(rows, columns), min(rows, columns)
-    centre, scale = (float(t) for t in johnstone(torch.tensor(float(long_side)), torch.tensor(float(short_side))))
-    threshold = centre + tracy_widom_quantile(significance) * scale
-    measure = _by_lanczos if short_side >= LEAST_LANCZOS_SIDE and not matrices.is_cuda else _by_full_spectrum
-    counts, largest = [], []
+    edge = Edge.of(matrices[0].shape, significance)
+    counts = torch.full((len(matrices), replicas), float("nan"), dtype=torch.float64, device="cpu")
+    largest = counts.clone()
+    open_ = torch.arange(len(matrices), device="cpu")
     for replica in range(replicas):
-        order = permutation(rows * columns, seed=seed, replica=replica).to(matrices.device)
-        mixed = matrices.flatten(1).index_select(1, order).view(matrices.shape)
-        count, value = measure(mixed, stats, threshold, stream(seed, replica))
-        counts.append(count)
-        largest.append(value)
-    eigenvalue = torch.stack(largest, 1)
-    severity = eigenvalue / (long_side**0.5 + short_side**0.5) ** 2
-    return Shuffled(torch.stack(counts, 1), severity, tracy_widom_sf((eigenvalue - centre) / scale))
+        part = [matrices[k] for k in open_.tolist()]
+        known = Elements(*(value[open_] for value in vars(stats).values()))
+        counts[open_, replica], largest[open_, replica] = _measured(part, known, edge, seed=seed, replica=replica)
+        if stop_early:
+            open_ = open_[~_is_decided(counts[open_], largest[open_, 0], edge)]
+        if not len(open_):
+            break
+    return Shuffled(counts, largest / edge.upper, tracy_widom_sf((largest - edge.centre) / edge.scale))
+
+
+def _is_decided(counts: torch.Tensor, first: torch.Tensor, edge: Edge) -> torch.Tensor:
+    """`[K]` whether the rest of the replicas could hardly change the verdict of `[K, replicas]` counts."""
+    majority = counts.shape[1] / 2
+    return edge.is_clear(first) | ((counts > 0).sum(1) > majority) | ((counts == 0).sum(1) > majority)
+
+
+def _measured(
+    matrices: Sequence[torch.Tensor], stats: Elements, edge: Edge, *, seed: int, replica: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count above the threshold and λmax of one replica, both `[K]` in units of σ²."""
+    rows, columns = matrices[0].shape
+    measure = _by_lanczos if min(rows, columns) >= LEAST_LANCZOS_SIDE and not matrices[0].is_cuda else _by_full_spectrum
+    order = permutation(rows * columns, seed=seed, replica=replica).to(matrices[0].device)
+    mixed = torch.stack([one.reshape(-1).index_select(0, order).view(rows, columns) for one in matrices])
+    return measure(mixed, stats, edge.threshold, stream(seed, replica))
 
 
 def _by_full_spectrum(
@@ -106,14 +184,15 @@ def _by_full_spectrum(
     """Count above the threshold and λmax, both in units of σ², from all eigenvalues."""
     mean, variance = stats.mean.to(matrices.device), stats.std.to(matrices.device).square()
     spectrum = eigenvalues(matrices.double() - mean[:, None, None]).values
-    return (spectrum > (variance * threshold)[:, None]).sum(1), spectrum[:, -1] / variance
+    count = (spectrum > (variance * threshold)[:, None]).sum(1).double()
+    return count.cpu(), (spectrum[:, -1] / variance).cpu()
 
 
 def _by_lanczos(
     matrices: torch.Tensor, stats: Elements, threshold: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same without the spectrum, matrix by matrix, where that comes to an answer."""
-    counts = torch.zeros(len(matrices), dtype=torch.int64)
+    counts = torch.zeros(len(matrices), dtype=torch.float64)
     largest = torch.zeros(len(matrices), dtype=torch.float64)
     for b, matrix in enumerate(matrices):
         mean, std = float(stats.mean[b]), float(stats.std[b])
