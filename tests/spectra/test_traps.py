@@ -13,11 +13,12 @@ from random_matrices import SHAPES, normal, outlier, wishart_eigenvalues
 import ww_monitor
 from benchmarks import early_stop
 from benchmarks.early_stop import Tally
-from ww_monitor.spectra import traps
+from ww_monitor.spectra import shuffle, traps
 from ww_monitor.spectra.eigenvalues import Eigenvalues
 from ww_monitor.spectra.elements import Elements, elements, large_entries
 from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE, johnstone, tracy_widom_quantile, tracy_widom_sf
-from ww_monitor.spectra.traps import HEADROOM_TO_SHUFFLE, permutation, shuffled
+from ww_monitor.spectra.shuffle import permutation
+from ww_monitor.spectra.traps import HEADROOM_TO_SHUFFLE, shuffled
 
 
 def slow_elements(matrix):
@@ -218,7 +219,7 @@ def test_nor_of_a_large_one(monkeypatch, rows, columns):
 
     monkeypatch.setattr(traps, "LEAST_LANCZOS_SIDE", math.inf)
     monkeypatch.setattr(traps, "eigenvalues", modelled)
-    monkeypatch.setattr(traps, "permutation", lambda size, **_: torch.arange(size))
+    monkeypatch.setattr(shuffle, "permutation", lambda size, **_: torch.arange(size))
     matrix = normal(1, rows, columns, seed=rows, dtype=torch.float32)
     result = shuffled(matrix, elements(matrix), seed=0, replicas=200, stop_early=False)
     assert (result.num_traps > 0).sum() <= 2
@@ -410,7 +411,7 @@ def test_planted_entries_take_no_full_spectrum(monkeypatch):
 
 
 def test_threads_share_permutations_and_get_what_one_thread_gets(monkeypatch):
-    monkeypatch.setattr(traps, "_CACHE", traps._Cache())
+    monkeypatch.setattr(shuffle, "_CACHE", shuffle._Cache())
     batches = [planted(normal(1, 300, 260, seed=seed), [60.0]) for seed in range(4)] * 2
 
     def severity(matrices):
@@ -419,17 +420,17 @@ def test_threads_share_permutations_and_get_what_one_thread_gets(monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(severity, batches))
     assert all(map(torch.equal, together, map(severity, batches)))
-    assert traps._CACHE.nbytes == traps.REPLICAS * 4 * 300 * 260
+    assert shuffle._CACHE.nbytes == traps.REPLICAS * 4 * 300 * 260
 
 
 def test_kept_permutations_stay_within_their_memory(monkeypatch):
-    monkeypatch.setattr(traps, "_CACHE", traps._Cache())
-    monkeypatch.setattr(traps, "CACHED_BYTES", 4_000)
+    monkeypatch.setattr(shuffle, "_CACHE", shuffle._Cache())
+    monkeypatch.setattr(shuffle, "CACHED_BYTES", 4_000)
     first = permutation(300, seed=0, replica=0)
     for replica in range(1, 10):
         permutation(300, seed=0, replica=replica)
         assert permutation(300, seed=0, replica=0) is first, "the one used last is kept"
-        assert traps._CACHE.nbytes <= 4_000
+        assert shuffle._CACHE.nbytes <= 4_000
     large = permutation(2_000, seed=0, replica=0)
     assert permutation(2_000, seed=0, replica=0) is not large
     assert permutation(300, seed=0, replica=0) is first
