@@ -129,4 +129,4 @@ def _counted(monitor: Monitor | None) -> tuple[int, int, float]:
     if monitor is None or not len(monitor.history):
         return 0, 0, 0.0
     dropped = int(monitor.history.last.summary.get("snapshots_dropped", 0))
-    return len(monitor.history), dropped, monitor.budget.lost
+    return len(monitor.history) + monitor.history.left_out, dropped, monitor.budget.lost

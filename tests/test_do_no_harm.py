@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ww_monitor
 from tests.processes import run_python
 from ww_monitor.engine import threads
-from ww_monitor.spectra import traps
+from ww_monitor.spectra import shuffle
 
 pl = pytest.importorskip("pytorch_lightning")
 
@@ -135,13 +135,13 @@ def plain_short(tmp_path_factory) -> Run:
 def shuffles(monkeypatch) -> list[int]:
     """Sizes of the matrices that were shuffled."""
     sizes = []
-    original = traps.permutation
+    original = shuffle.permutation
 
     def counted(size: int, **arguments) -> torch.Tensor:
         sizes.append(size)
         return original(size, **arguments)
 
-    monkeypatch.setattr(traps, "permutation", counted)
+    monkeypatch.setattr(shuffle, "permutation", counted)
     return sizes
 
 
@@ -217,7 +217,7 @@ def draws_from_python(size: int, *, seed: int, replica: int) -> torch.Tensor:
     [(draws_globally, "torch stream"), (draws_from_numpy, "numpy stream"), (draws_from_python, "python stream")],
 )
 def test_a_draw_from_a_global_stream_would_be_seen(plain_short, tmp_path, monkeypatch, misbehaved, seen):
-    monkeypatch.setattr(traps, "permutation", misbehaved)
+    monkeypatch.setattr(shuffle, "permutation", misbehaved)
     watched = train(tmp_path, [spectral_monitor()], steps=SHORT)
     assert {seen, "loss sequence", "net net.0.weight"} <= set(differences(plain_short.state, watched.state))
 

@@ -15,7 +15,7 @@ from ww_monitor.matrices import Matrix, Skipped
 from ww_monitor.record import History, Layer, Snapshot
 from ww_monitor.spectra.eigenvalues import eigenvalues
 from ww_monitor.spectra.elements import elements
-from ww_monitor.spectra.traps import permutation
+from ww_monitor.spectra.shuffle import permutation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

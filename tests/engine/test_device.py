@@ -49,7 +49,9 @@ def some_matrices():
 
 def comparable(layer):
     numbers = {name: value for name, value in layer.metrics.items() if not math.isnan(value)}
-    return (layer.name, layer.status, layer.verdict, layer.phase, layer.trap_entries), numbers
+    numbers.update({f"entry {k}": entry.headroom for k, entry in enumerate(layer.trap_entries)})
+    places = [(entry.slice, entry.row, entry.column, entry.value) for entry in layer.trap_entries]
+    return (layer.name, layer.status, layer.verdict, layer.phase, places), numbers
 
 
 def assert_same(found, expected, tolerance, *, smallest=1e-12):

@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from random_matrices import SHAPES, normal, outlier, wishart_eigenvalues
 
 import ww_monitor
-from ww_monitor.spectra import traps
+from benchmarks import early_stop
+from benchmarks.early_stop import Tally
+from ww_monitor.spectra import shuffle, traps
 from ww_monitor.spectra.eigenvalues import Eigenvalues
 from ww_monitor.spectra.elements import Elements, elements, large_entries
 from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE, johnstone, tracy_widom_quantile, tracy_widom_sf
-from ww_monitor.spectra.traps import HEADROOM_TO_SHUFFLE, permutation, shuffled
+from ww_monitor.spectra.shuffle import permutation
+from ww_monitor.spectra.traps import HEADROOM_TO_SHUFFLE, shuffled
 
 
 def slow_elements(matrix):
@@ -216,9 +219,9 @@ def test_nor_of_a_large_one(monkeypatch, rows, columns):
 
     monkeypatch.setattr(traps, "LEAST_LANCZOS_SIDE", math.inf)
     monkeypatch.setattr(traps, "eigenvalues", modelled)
-    monkeypatch.setattr(traps, "permutation", lambda size, **_: torch.arange(size))
+    monkeypatch.setattr(shuffle, "permutation", lambda size, **_: torch.arange(size))
     matrix = normal(1, rows, columns, seed=rows, dtype=torch.float32)
-    result = shuffled(matrix, elements(matrix), seed=0, replicas=200)
+    result = shuffled(matrix, elements(matrix), seed=0, replicas=200, stop_early=False)
     assert (result.num_traps > 0).sum() <= 2
     assert result.severity.mean().item() == pytest.approx(1, abs=0.05)
 
@@ -245,7 +248,7 @@ def test_matrices_far_from_a_trap_may_be_skipped(draw, most):
         if len(far) == 0:
             continue
         kept = Elements(*(value[far] for value in vars(stats).values()))
-        counts = shuffled(drawn[far], kept, seed=0, replicas=3).num_traps
+        counts = shuffled(drawn[far], kept, seed=0, replicas=3, stop_early=False).num_traps
         shuffles, with_outlier = shuffles + counts.numel(), with_outlier + int((counts > 0).sum())
         matrices, would_be_found = matrices + len(far), would_be_found + int((counts.double().mean(1) >= 0.5).sum())
     assert with_outlier <= max(2, most * shuffles)
@@ -273,7 +276,7 @@ def test_shuffled_equals_the_slow_twin(rows, columns):
     matrices = normal(3, rows, columns, seed=5) + 0.3
     matrices[1, 2, 3] = 15.0
     stats = elements(matrices)
-    result = shuffled(matrices, stats, seed=9, replicas=2, significance=0.05)
+    result = shuffled(matrices, stats, seed=9, replicas=2, significance=0.05, stop_early=False)
     for b in range(3):
         alone = Elements(*(value[b : b + 1] for value in vars(stats).values()))
         for replica in range(2):
@@ -287,13 +290,74 @@ def test_the_same_seed_gives_the_same_result_and_touches_no_global_stream():
     matrices = normal(2, 40, 30, seed=5)
     stats = elements(matrices)
     torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    first, again, other = (shuffled(matrices, stats, seed=seed).severity for seed in (1, 1, 2))
+    first, again, other = (shuffled(matrices, stats, seed=seed, stop_early=False).severity for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), torch_before)
     assert (np.random.get_state()[1] == numpy_before).all()
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.shape == (2, traps.REPLICAS)
     assert len(set(first[0].tolist())) == traps.REPLICAS
+
+
+def drawn(result):
+    """How many replicas each matrix has got."""
+    known = result.severity.isfinite()
+    assert torch.equal(known, result.num_traps.isfinite())
+    assert torch.equal(known, result.p_value.isfinite())
+    return known.sum(1).tolist()
+
+
+@pytest.mark.parametrize("side", [60, 300])
+def test_a_shuffle_that_is_clear_needs_no_other_and_leaves_the_others_theirs(monkeypatch, side):
+    """Each replica is what it is without the stop; those of one matrix depend on no other."""
+    reach, all_three = side**0.5, [traps.REPLICAS] * 4
+    matrices = torch.stack([planted(normal(side, side, seed=3), [h * reach]) for h in (0.85, 1.3, 1.35, 3.0)])
+    stats = elements(matrices)
+    complete = shuffled(matrices, stats, seed=1, stop_early=False)
+    assert drawn(complete) == all_three
+    stopped = shuffled(list(matrices), stats, seed=1)
+    assert drawn(stopped)[0] == drawn(stopped)[3] == 1
+    assert max(drawn(stopped)[1:3]) >= 2
+    known = stopped.severity.isfinite()
+    assert torch.equal(stopped.severity[known], complete.severity[known])
+    for b, one in enumerate(matrices):
+        alone = shuffled(one[None], Elements(*(value[b : b + 1] for value in vars(stats).values())), seed=1)
+        assert torch.equal(alone.severity[0, : drawn(alone)[0]], stopped.severity[b, known[b]])
+    monkeypatch.setattr(traps, "CLEARLY_BELOW", math.inf)
+    monkeypatch.setattr(traps, "CLEARLY_ABOVE", math.inf)
+    agreeing = shuffled(matrices, stats, seed=1)
+    assert drawn(agreeing)[0] == drawn(agreeing)[3] == 2, "two of three that agree are a verdict"
+
+
+def test_the_numbers_of_a_matrix_are_those_of_the_replicas_that_were_drawn():
+    nan = math.nan
+    counts = torch.tensor([[1.0, nan, nan], [0.0, 1.0, 2.0], [3.0, 0.0, nan]], dtype=torch.float64)
+    result = traps.Shuffled(counts, 1 + counts, counts / 10)
+    assert result.mean_count.tolist() == [1.0, 1.0, 1.5]
+    assert result.mean_severity.tolist() == [2.0, 2.0, 2.5]
+    assert result.median_p_value.tolist() == [0.1, 0.1, 0.0]
+
+
+HARD = ["Student t, 4 d.o.f.", "Gaussian with 1.3", "Gaussian with 1.4", "Gaussian with 1.2 and 1.2"]
+
+
+def test_the_early_stop_seldom_changes_a_verdict_and_its_margins_are_why(monkeypatch):
+    """Half of the matrices are of laws that put λmax right at the threshold; a smaller `benchmarks/early_stop.py`."""
+
+    monkeypatch.setattr(early_stop, "MANY", 9)
+
+    def verdicts():
+        laws = [*HARD, "Gaussian with 0.85", "Gaussian with 2.2", "Student t, 3 d.o.f.", "Student t, 6 d.o.f."]
+        return sum((early_stop.tally(early_stop.LAWS[law], matrices=80, shapes=[(64, 64)]) for law in laws), Tally())
+
+    found = verdicts()
+    assert found.clear >= 0.4 * found.shuffled
+    assert 0.2 * found.clear <= found.traps <= 0.8 * found.clear
+    assert max(found.unlike_three, found.unlike_many) <= 0.01 * found.clear
+    monkeypatch.setattr(traps, "CLEARLY_BELOW", 0.0)
+    monkeypatch.setattr(traps, "CLEARLY_ABOVE", 0.0)
+    broken = verdicts()
+    assert min(broken.unlike_three, broken.unlike_many) > 0.02 * broken.clear
 
 
 CASES = {
@@ -328,10 +392,10 @@ def test_the_short_way_equals_the_full_spectrum(monkeypatch, shape, change, dtyp
     matrices = change(normal(2, *shape, seed=3), (shape[0] * shape[1]) ** 0.25).expand(2, *shape).to(dtype)
     stats = elements(matrices)
     kept = matrices.clone()
-    result = shuffled(matrices, stats, seed=4, replicas=2)
+    result = shuffled(matrices, stats, seed=4, replicas=2, stop_early=False)
     assert torch.equal(matrices, kept)
     monkeypatch.setattr(traps, "LEAST_LANCZOS_SIDE", math.inf)
-    expected = shuffled(matrices, stats, seed=4, replicas=2)
+    expected = shuffled(matrices, stats, seed=4, replicas=2, stop_early=False)
     assert torch.equal(result.num_traps, expected.num_traps)
     torch.testing.assert_close(result.severity, expected.severity, rtol=1e-9, atol=0, equal_nan=True)
     torch.testing.assert_close(result.p_value, expected.p_value, rtol=1e-6, atol=1e-140, equal_nan=True)
@@ -343,30 +407,30 @@ def test_planted_entries_take_no_full_spectrum(monkeypatch):
     for name in ("Gaussian", "one below", "five alike", "three, wide", "shifted"):
         shape, change = CASES[name]
         matrices = change(normal(1, *shape, seed=3), (shape[0] * shape[1]) ** 0.25)
-        assert shuffled(matrices, elements(matrices), seed=4, replicas=2).severity.isfinite().all()
+        assert shuffled(matrices, elements(matrices), seed=4, replicas=2, stop_early=False).severity.isfinite().all()
 
 
 def test_threads_share_permutations_and_get_what_one_thread_gets(monkeypatch):
-    monkeypatch.setattr(traps, "_CACHE", traps._Cache())
+    monkeypatch.setattr(shuffle, "_CACHE", shuffle._Cache())
     batches = [planted(normal(1, 300, 260, seed=seed), [60.0]) for seed in range(4)] * 2
 
     def severity(matrices):
-        return shuffled(matrices, elements(matrices), seed=4).severity
+        return shuffled(matrices, elements(matrices), seed=4, stop_early=False).severity
 
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(severity, batches))
     assert all(map(torch.equal, together, map(severity, batches)))
-    assert traps._CACHE.nbytes == traps.REPLICAS * 4 * 300 * 260
+    assert shuffle._CACHE.nbytes == traps.REPLICAS * 4 * 300 * 260
 
 
 def test_kept_permutations_stay_within_their_memory(monkeypatch):
-    monkeypatch.setattr(traps, "_CACHE", traps._Cache())
-    monkeypatch.setattr(traps, "CACHED_BYTES", 4_000)
+    monkeypatch.setattr(shuffle, "_CACHE", shuffle._Cache())
+    monkeypatch.setattr(shuffle, "CACHED_BYTES", 4_000)
     first = permutation(300, seed=0, replica=0)
     for replica in range(1, 10):
         permutation(300, seed=0, replica=replica)
         assert permutation(300, seed=0, replica=0) is first, "the one used last is kept"
-        assert traps._CACHE.nbytes <= 4_000
+        assert shuffle._CACHE.nbytes <= 4_000
     large = permutation(2_000, seed=0, replica=0)
     assert permutation(2_000, seed=0, replica=0) is not large
     assert permutation(300, seed=0, replica=0) is first

@@ -12,6 +12,12 @@ import torch
 TRIM_ROUNDS = 50
 """Passes after which trimming ends; it settles in a few."""
 
+_NEAR = 0.5
+"""Share of the first limit from which on entries are looked at one by one: limits fall as far entries are trimmed."""
+
+_LEFT = 1e-3
+"""Least share of Σ w² that is left about the mean: three digits of sixteen may be lost."""
+
 _CHUNK = 1 << 16
 """Entries that the host holds in float64 at a time: half a MiB stays in a core's cache."""
 
@@ -134,7 +140,8 @@ def elements(
     mean, std = _mean_and_std(found, count)
     for b in needs_trimming(found, count).nonzero().flatten().tolist():
         done = None if trimmed is None else trimmed.get(b)
-        mean[b], std[b] = done or _trimmed(matrices[b].detach().flatten(), count**0.25)
+        sums = float(found.total[b]), float(found.squares[b])
+        mean[b], std[b] = done or _trimmed(matrices[b].detach().flatten(), count**0.25, *sums)
     return _elements(found, mean, std, count)
 
 
@@ -178,13 +185,22 @@ def _elements(found: Moments, mean: torch.Tensor, std: torch.Tensor, count: int)
     return Elements(mean=mean, std=std, headroom=largest / (std * reach), mean_shift=mean.abs() * reach / std)
 
 
-def _trimmed(entries: torch.Tensor, reach: float) -> tuple[float, float]:
+def _trimmed(entries: torch.Tensor, reach: float, total: float, squares: float) -> tuple[float, float]:
     """Mean and standard deviation of the entries within `reach` standard deviations of the mean, iterated.
+
+    What is trimmed is taken off the sums, which needs one look at the entries; all of them are summed anew each time
+    where that would cost digits.
 
     Args:
         entries: `[n]` of any floating dtype.
         reach: In standard deviations.
+        total: Σ w.
+        squares: Σ w².
     """
+    return _without_far(entries, reach, total, squares) or _summed_anew(entries, reach)
+
+
+def _summed_anew(entries: torch.Tensor, reach: float) -> tuple[float, float]:
     mean, std, kept = _spread(entries, 0.0, math.inf)
     for _ in range(TRIM_ROUNDS):
         inside = _spread(entries, mean, std * reach)
@@ -192,6 +208,44 @@ def _trimmed(entries: torch.Tensor, reach: float) -> tuple[float, float]:
             break
         mean, std, kept = inside
     return mean, std
+
+
+def _without_far(entries: torch.Tensor, reach: float, total: float, squares: float) -> tuple[float, float] | None:
+    """The same by what the far entries leave of the sums; None where they leave too little of them."""
+    size = kept = len(entries)
+    centre = mean = total / size
+    variance = squares / size - mean * mean
+    if not variance * size > _LEFT * squares:
+        return None
+    std = math.sqrt(variance)
+    near = _NEAR * std * reach
+    at = _beyond(entries, centre, near)
+    if at is None:
+        return None
+    far = entries[at].double().cpu()
+    for _ in range(TRIM_ROUNDS):
+        if not abs(mean - centre) + near <= std * reach:  # an entry might have to go that is not among them
+            return None
+        out = far[(far - mean).abs() > std * reach]
+        if size - len(out) == kept:
+            return mean, std
+        kept = size - len(out)
+        left = squares - float(out.square().sum())
+        mean = (total - float(out.sum())) / kept
+        variance = left / kept - mean * mean
+        if not variance * kept > _LEFT * squares:
+            return None
+        std = math.sqrt(variance)
+    return mean, std
+
+
+def _beyond(entries: torch.Tensor, centre: float, distance: float) -> torch.Tensor | None:
+    """Where entries are further than `distance` from the centre, rounding aside; None where it is not aside."""
+    wide = entries if entries.dtype in (torch.float32, torch.float64) else entries.float()
+    rounding = torch.finfo(wide.dtype).eps * abs(centre)
+    if not (distance > 1e3 * rounding and distance < torch.finfo(wide.dtype).max / 4):
+        return None
+    return ((wide < centre - distance) | (wide > centre + distance)).nonzero().flatten()
 
 
 def _spread(entries: torch.Tensor, centre: float, distance: float) -> tuple[float, float, int]:
@@ -235,14 +289,15 @@ def large_entries(matrices: torch.Tensor, stats: Elements, *, limit: int = 8) ->
     reach, size = (matrices.shape[1] * matrices.shape[2]) ** 0.25, matrices[0].numel()
     where: list[torch.Tensor] = []
     ratios: list[torch.Tensor] = []
-    start = 0
-    for matrix, mean, std in zip(matrices, stats.mean.tolist(), stats.std.tolist(), strict=True):
-        for part in _in_float64(matrix.flatten()):
-            ratio = part.sub_(mean).abs_().div_(std * reach)
-            above = (ratio > 1.0).nonzero().flatten()
-            where.append(above + start)
-            ratios.append(ratio[above])
-            start += len(ratio)
+    for k, (matrix, mean, std) in enumerate(zip(matrices, stats.mean.tolist(), stats.std.tolist(), strict=True)):
+        entries = matrix.flatten()
+        at = _beyond(entries, mean, 0.99 * std * reach)
+        if at is None:
+            at = torch.arange(size, dtype=torch.int64, device=entries.device)
+        ratio = entries[at].double().sub_(mean).abs_().div_(std * reach)
+        above = ratio > 1.0
+        where.append(at[above] + k * size)
+        ratios.append(ratio[above])
     found = torch.cat(ratios).sort(descending=True, stable=True)
     at, headroom = torch.cat(where)[found.indices[:limit]], found.values[:limit]
     index = torch.stack([at // size, at % size // matrices.shape[2], at % matrices.shape[2]], 1)

@@ -8,21 +8,21 @@ function below works on the de-meaned matrix and reports the mean apart.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ww_monitor.spectra.eigenvalues import eigenvalues
 from ww_monitor.spectra.elements import Elements
-from ww_monitor.spectra.lanczos import outliers
+from ww_monitor.spectra.lanczos import outliers, read
 from ww_monitor.spectra.marchenko_pastur import (
     SIGNIFICANCE,
     johnstone,
     tracy_widom_quantile,
     tracy_widom_sf,
 )
+from ww_monitor.spectra.shuffle import gram_of_shuffled, mixed, on_host, order_for, stream
 
 HEADROOM_TO_SHUFFLE = 0.8
 """Below this headroom the shuffled spectrum is not computed and no trap is counted. Measured at the level of 0.1 % on
@@ -36,17 +36,27 @@ freedom clipped at 0.79 has an outlier in a quarter of the shuffles."""
 REPLICAS = 3
 """Shuffles of a matrix that is not skipped. Our choice: enough to see whether a trap depends on the shuffle."""
 
+CLEARLY_BELOW = 3.5
+"""A first shuffle with λmax so many Tracy–Widom scales below the threshold is the only one; see `CLEARLY_ABOVE`."""
+
+CLEARLY_ABOVE = 5.0
+"""And one so many scales above it. Measured by `python -m benchmarks.early_stop` on matrices of 25 laws of elements at
+four shapes, most of them laws that put λmax near the threshold: half of the matrices are decided by one shuffle, and
+of those some 0.3 % would be decided otherwise by three and 0.1 % by fifteen."""
+
 LEAST_LANCZOS_SIDE = 256
 """Short side from which Lanczos' iteration beats the whole spectrum on the host, measured in CPU seconds."""
 
-CACHED_BYTES = 256 << 20
-"""Memory for permutations that are kept: three of 4096 × 4096. Drawing one takes longer than the iteration that it
-serves, so a matrix looked at again and again should find its own. Our choice."""
+MEMORY = 256 << 20
+"""Bytes that a device may take for Gram matrices of shuffled weights at a time. Our choice: a quarter of what a look
+may cost."""
 
 
 @dataclass(frozen=True)
 class Shuffled:
-    """The largest eigenvalues of shuffled matrices, each field `[B, replicas]`.
+    """The largest eigenvalues of shuffled matrices, each field `[K, replicas]` float64 on the host.
+
+    NaN in a replica that was not drawn.
 
     Attributes:
         num_traps: Eigenvalues above the Tracy–Widom quantile.
@@ -58,117 +68,145 @@ class Shuffled:
     severity: torch.Tensor
     p_value: torch.Tensor
 
+    @property
+    def mean_count(self) -> torch.Tensor:
+        """`[K]` mean number of traps of the replicas that were drawn."""
+        return self.num_traps.nanmean(1)
+
+    @property
+    def mean_severity(self) -> torch.Tensor:
+        """`[K]` mean severity of the replicas that were drawn."""
+        return self.severity.nanmean(1)
+
+    @property
+    def median_p_value(self) -> torch.Tensor:
+        """`[K]` median probability over the replicas that were drawn; of two the smaller."""
+        return self.p_value.nanmedian(1).values
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The law of λmax of a random matrix with unit variance, Johnstone's, and the quantile from which a trap counts.
+
+    Attributes:
+        centre: Of λmax.
+        scale: Of λmax.
+        quantile: In scales above the centre.
+        upper: Upper Marchenko–Pastur edge.
+    """
+
+    centre: float
+    scale: float
+    quantile: float
+    upper: float
+
+    @classmethod
+    def of(cls, shape: Sequence[int], significance: float = SIGNIFICANCE) -> Edge:
+        """That of `[N, M]` matrices, with this probability of a false trap."""
+        n, m = float(max(shape)), float(min(shape))
+        sides = (torch.tensor(side, dtype=torch.float64, device="cpu") for side in (n, m))
+        centre, scale = (float(t) for t in johnstone(*sides))
+        return cls(centre, scale, tracy_widom_quantile(significance), (n**0.5 + m**0.5) ** 2)
+
+    @property
+    def threshold(self) -> float:
+        """The λ above which an eigenvalue is a trap."""
+        return self.centre + self.quantile * self.scale
+
+    def is_clear(self, largest: torch.Tensor) -> torch.Tensor:
+        """Whether λmax of one shuffle is so far from the threshold that no other shuffle is asked."""
+        above = (largest - self.threshold) / self.scale
+        return (above < -CLEARLY_BELOW) | (above > CLEARLY_ABOVE)
+
 
 def shuffled(
-    matrices: torch.Tensor,
+    matrices: Sequence[torch.Tensor] | torch.Tensor,
     stats: Elements,
     *,
     seed: int,
     replicas: int = REPLICAS,
     significance: float = SIGNIFICANCE,
+    stop_early: bool = True,
+    memory: int | None = None,
 ) -> Shuffled:
     """#{λ(shuffled W − mean) > σ²(centre + q·scale)}: traps counted against Johnstone's Tracy–Widom law.
 
     Each replica permutes all matrices of one shape alike, from a generator of its own: the global random state is
-    not touched, and a series over training steps shares its random numbers.
+    not touched, and a series over training steps shares its random numbers. A device draws its own permutations: what
+    depends on the permutation, as a λmax at the threshold does, is the same as on the host in law only; planted traps
+    are counted alike.
 
-    On the host only the numbers asked for are computed, by Lanczos' iteration; matrices that are small, or for which it
-    comes to no certain answer, get their whole spectrum, and so does everything on a GPU, in one batch. Both give the
-    same counts, and the same λmax to 1e-9.
+    Only the numbers asked for are computed, by Lanczos' iteration; matrices that are small, or for which it comes to
+    no certain answer, get their whole spectrum. Both give the same counts, and the same λmax to 1e-9. On the host
+    matrix by matrix, on a device as many at once as the memory allows, and the host waits for it a few times in all.
 
     Args:
-        matrices: `[B, N, M]`.
-        stats: Their `elements`.
+        matrices: K of one shape `[N, M]` and one device, any floating dtype.
+        stats: Their `elements`, K rows.
         seed: Seed of replica 0; replica r uses its own stream.
         replicas: Number of shuffles.
         significance: Probability of a false trap in one replica of one matrix.
+        stop_early: Draw no further replica of a matrix whose first is clear by `CLEARLY_BELOW` or `CLEARLY_ABOVE`, or
+            of which more than half have said the same.
+        memory: Bytes that a device may take at a time, `MEMORY` if None; a single matrix may need more.
     """
-    rows, columns = matrices.shape[1:]
-    long_side, short_side = max(rows, columns), min(rows, columns)
-    centre, scale = (float(t) for t in johnstone(torch.tensor(float(long_side)), torch.tensor(float(short_side))))
-    threshold = centre + tracy_widom_quantile(significance) * scale
-    measure = _by_lanczos if short_side >= LEAST_LANCZOS_SIDE and not matrices.is_cuda else _by_full_spectrum
-    counts, largest = [], []
-    for replica in range(replicas):
-        order = permutation(rows * columns, seed=seed, replica=replica).to(matrices.device)
-        mixed = matrices.flatten(1).index_select(1, order).view(matrices.shape)
-        count, value = measure(mixed, stats, threshold, stream(seed, replica))
-        counts.append(count)
-        largest.append(value)
-    eigenvalue = torch.stack(largest, 1)
-    severity = eigenvalue / (long_side**0.5 + short_side**0.5) ** 2
-    return Shuffled(torch.stack(counts, 1), severity, tracy_widom_sf((eigenvalue - centre) / scale))
+    edge, memory = Edge.of(matrices[0].shape, significance), MEMORY if memory is None else memory
+    here = [one.detach().cpu() if on_host(one) else one.detach() for one in matrices]
+    counts = torch.full((len(here), replicas), float("nan"), dtype=torch.float64, device="cpu")
+    largest = counts.clone()
+    open_ = torch.arange(len(here), device="cpu")
+    with torch.autocast(here[0].device.type, enabled=False):
+        for replica in range(replicas):
+            part, known = [here[k] for k in open_.tolist()], _rows(stats, open_)
+            found = _measured(part, known, edge, seed=seed, replica=replica, memory=memory)
+            counts[open_, replica], largest[open_, replica] = found
+            if stop_early:
+                open_ = open_[~_is_decided(counts[open_], largest[open_, 0], edge)]
+            if not len(open_):
+                break
+    return Shuffled(counts, largest / edge.upper, tracy_widom_sf((largest - edge.centre) / edge.scale))
 
 
-def _by_full_spectrum(
-    matrices: torch.Tensor, stats: Elements, threshold: float, seed: int
+def _is_decided(counts: torch.Tensor, first: torch.Tensor, edge: Edge) -> torch.Tensor:
+    """`[K]` whether the rest of the replicas could hardly change the verdict of `[K, replicas]` counts."""
+    majority = counts.shape[1] / 2
+    return edge.is_clear(first) | ((counts > 0).sum(1) > majority) | ((counts == 0).sum(1) > majority)
+
+
+def _measured(
+    matrices: Sequence[torch.Tensor], stats: Elements, edge: Edge, *, seed: int, replica: int, memory: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count above the threshold and λmax, both in units of σ², from all eigenvalues."""
+    """Count above the threshold and λmax of one replica, both `[K]` on the host, in units of σ²."""
+    order = order_for(matrices[0], seed=seed, replica=replica)
+    count = torch.zeros(len(matrices), dtype=torch.float64, device="cpu")
+    largest, unknown = count.clone(), torch.ones(len(matrices), dtype=torch.bool, device="cpu")
+    short_side = min(matrices[0].shape)
+    if short_side >= LEAST_LANCZOS_SIDE:
+        at_once = 1 if on_host(matrices[0]) else max(1, memory // (4 * 8 * short_side**2))
+        for start in range(0, len(matrices), at_once):
+            part = slice(start, start + at_once)
+            gram = gram_of_shuffled(matrices[part], _rows(stats, part), order, memory=memory // 4)
+            found = outliers(gram, threshold=edge.threshold, seed=stream(seed, replica))
+            count[part], largest[part] = torch.from_numpy(found.count).double(), torch.from_numpy(found.largest)
+            unknown[part] = torch.from_numpy(~found.known)
+    at_once = max(1, memory // (8 * (matrices[0].numel() + 4 * short_side**2)))
+    left = torch.nonzero(unknown).flatten()
+    for start in range(0, len(left), at_once):
+        rest = left[start : start + at_once]
+        stack = mixed([matrices[k] for k in rest.tolist()], order)
+        count[rest], largest[rest] = _by_full_spectrum(stack, _rows(stats, rest), edge.threshold)
+    return count, largest
+
+
+def _rows(stats: Elements, which: torch.Tensor | slice) -> Elements:
+    return Elements(*(value[which] for value in vars(stats).values()))
+
+
+def _by_full_spectrum(matrices: torch.Tensor, stats: Elements, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from all eigenvalues."""
     mean, variance = stats.mean.to(matrices.device), stats.std.to(matrices.device).square()
     spectrum = eigenvalues(matrices.double() - mean[:, None, None]).values
-    return (spectrum > (variance * threshold)[:, None]).sum(1), spectrum[:, -1] / variance
-
-
-def _by_lanczos(
-    matrices: torch.Tensor, stats: Elements, threshold: float, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same without the spectrum, matrix by matrix, where that comes to an answer."""
-    counts = torch.zeros(len(matrices), dtype=torch.int64)
-    largest = torch.zeros(len(matrices), dtype=torch.float64)
-    for b, matrix in enumerate(matrices):
-        mean, std = float(stats.mean[b]), float(stats.std[b])
-        found = outliers(matrix, mean=mean, std=std, threshold=threshold, seed=seed)
-        if found is not None:
-            counts[b], largest[b] = found.count, found.largest
-        else:
-            alone = Elements(*(value[b : b + 1] for value in vars(stats).values()))
-            counts[b : b + 1], largest[b : b + 1] = _by_full_spectrum(matrix[None], alone, threshold, seed)
-    return counts, largest
-
-
-def permutation(size: int, *, seed: int, replica: int) -> torch.Tensor:
-    """A permutation of `size` that depends on nothing but its arguments, int32 where that suffices.
-
-    The last ones are kept, up to `CACHED_BYTES`, and handed out again: do not write into them.
-    """
-    return _CACHE.get(size, stream(seed, replica))
-
-
-def stream(seed: int, replica: int) -> int:
-    """Seed of the generators of one replica."""
-    return (seed * 1_000_003 + replica) % (1 << 63)
-
-
-class _Cache:
-    """Permutations used last, for all threads. Two threads may draw the same one at once, then one is dropped."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
-
-    @property
-    def nbytes(self) -> int:
-        with self._lock:
-            return sum(order.nbytes for order in self._kept.values())
-
-    def get(self, size: int, seed: int) -> torch.Tensor:
-        with self._lock:
-            if (size, seed) in self._kept:
-                self._kept.move_to_end((size, seed))
-                return self._kept[size, seed]
-        drawn = _draw(size, seed)
-        if drawn.nbytes <= CACHED_BYTES:
-            with self._lock:
-                self._kept[size, seed] = drawn
-                while sum(order.nbytes for order in self._kept.values()) > CACHED_BYTES:
-                    self._kept.popitem(last=False)
-        return drawn
-
-
-_CACHE = _Cache()
-
-
-def _draw(size: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    dtype = torch.int32 if size < 1 << 31 else torch.int64
-    return torch.randperm(size, generator=generator, dtype=dtype)
+    variance = variance.to(spectrum.device)
+    count = (spectrum > (variance * threshold)[:, None]).sum(1)
+    both = torch.from_numpy(read(torch.stack([count.double(), spectrum[:, -1] / variance])))
+    return both[0], both[1]

@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import fmin
 
 from ww_monitor.spectra.eigenvalues import eigenvalues
-from ww_monitor.spectra.traps import permutation
+from ww_monitor.spectra.shuffle import permutation
 
 EIGENVALUE_FLOOR = 1e-5
 """Absolute; eigenvalues at or below it take no part in the power-law fit."""

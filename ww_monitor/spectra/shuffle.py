@@ -1,0 +1,125 @@
+"""Permutations, and the Gram matrices of permuted weights, which are never held as a whole."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+
+from ww_monitor.spectra import lapack
+from ww_monitor.spectra.device import accelerator_of
+from ww_monitor.spectra.elements import Elements
+
+CACHED_BYTES = 256 << 20
+"""Memory for permutations that are kept: three of 4096 × 4096. Drawing one takes longer than the iteration that it
+serves, so a matrix looked at again and again should find its own. Our choice."""
+
+_CHUNK = 1 << 18
+"""Entries that the host holds in float64 at a time: 2 MiB stay in a core's cache, and BLAS wants no fewer."""
+
+
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether it is the host that shuffles: a device that solves its own matrices does so itself."""
+    accelerator = accelerator_of(tensor.device)
+    return accelerator is None or bool(accelerator.refusal())
+
+
+def permutation(size: int, *, seed: int, replica: int) -> torch.Tensor:
+    """A permutation of `size` that depends on nothing but its arguments, int32 where that suffices.
+
+    The last ones are kept, up to `CACHED_BYTES`, and handed out again: do not write into them.
+    """
+    return _CACHE.get(size, stream(seed, replica))
+
+
+def stream(seed: int, replica: int) -> int:
+    """Seed of the generators of one replica."""
+    return (seed * 1_000_003 + replica) % (1 << 63)
+
+
+def order_for(matrix: torch.Tensor, *, seed: int, replica: int) -> torch.Tensor:
+    """`[N·M]` on the matrix's device; one that shuffles draws it there, with the same law and other numbers."""
+    if on_host(matrix):
+        return permutation(matrix.numel(), seed=seed, replica=replica)
+    return _draw(matrix.numel(), stream(seed, replica), matrix.device)
+
+
+class _Cache:
+    """Permutations used last, for all threads. Two threads may draw the same one at once, then one is dropped."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
+
+    @property
+    def nbytes(self) -> int:
+        with self._lock:
+            return sum(order.nbytes for order in self._kept.values())
+
+    def get(self, size: int, seed: int) -> torch.Tensor:
+        with self._lock:
+            if (size, seed) in self._kept:
+                self._kept.move_to_end((size, seed))
+                return self._kept[size, seed]
+        drawn = _draw(size, seed, torch.device("cpu"))
+        if drawn.nbytes <= CACHED_BYTES:
+            with self._lock:
+                self._kept[size, seed] = drawn
+                while sum(order.nbytes for order in self._kept.values()) > CACHED_BYTES:
+                    self._kept.popitem(last=False)
+        return drawn
+
+
+_CACHE = _Cache()
+
+
+def _draw(size: int, seed: int, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator(device=device).manual_seed(seed)
+    dtype = torch.int32 if size < 1 << 31 else torch.int64
+    return torch.randperm(size, generator=generator, dtype=dtype, device=device)
+
+
+def mixed(matrices: Sequence[torch.Tensor], order: torch.Tensor) -> torch.Tensor:
+    """`[K, N, M]` with the entries of each in this order."""
+    shape = matrices[0].shape
+    return torch.stack([one.reshape(-1).index_select(0, order).view(shape) for one in matrices])
+
+
+def gram_of_shuffled(
+    matrices: Sequence[torch.Tensor], stats: Elements, order: torch.Tensor, *, memory: int
+) -> torch.Tensor:
+    """AᵀA `[K, M, M]` of the short side, A = (shuffled W − mean)/σ, float64.
+
+    Summed over some rows at a time, which are gathered, standardized and multiplied while they are in the cache.
+
+    Args:
+        matrices: K of one shape and device.
+        stats: Their `elements`.
+        order: A permutation of their entries.
+        memory: Bytes that the rows in float64 may take on a device.
+    """
+    rows, columns = matrices[0].shape
+    long_side, short_side = max(rows, columns), min(rows, columns)
+    device, here = matrices[0].device, on_host(matrices[0])
+    by_rows = order.view(rows, columns) if rows == long_side else order.view(rows, columns).mT
+    flat = [one.reshape(-1) for one in matrices]
+    mean = stats.mean.to(device)[:, None]
+    scale = (1.0 / stats.std).to(device)[:, None]
+    gram = torch.zeros(len(flat), short_side, short_side, dtype=torch.float64, device=device)
+    at_once = max(1, (_CHUNK if here else memory // (16 * len(flat))) // short_side)
+    for start in range(0, long_side, at_once):
+        part = by_rows[start : start + at_once].reshape(-1)
+        taken = torch.stack([one.index_select(0, part) for one in flat]).double().sub_(mean).mul_(scale)
+        _add_gram(taken.view(len(flat), -1, short_side), gram, here)
+    return gram + gram.triu(1).mT if here else gram
+
+
+def _add_gram(rows: torch.Tensor, gram: torch.Tensor, here: bool) -> None:
+    """Add rowsᵀ·rows; on the host to the upper triangle."""
+    if not here:
+        gram.baddbmm_(rows.mT, rows)
+        return
+    for one, sums in zip(rows.numpy(), gram.numpy(), strict=True):
+        lapack.add_gram(one, sums)
