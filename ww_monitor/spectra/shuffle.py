@@ -91,7 +91,7 @@ def gram_of_shuffled(
 ) -> torch.Tensor:
     """AᵀA `[K, M, M]` of the short side, A = (shuffled W − mean)/σ, float64.
 
-    Summed over some rows at a time, which are gathered, standardized and multiplied while they are in the cache. A
+    Summed over some rows at a time, which are gathered, de-meaned and multiplied while they are in the cache. A
     device that is slow in float64 multiplies in float32, as for the spectrum of the weights themselves.
 
     Args:
@@ -106,15 +106,15 @@ def gram_of_shuffled(
     by_rows = order.view(rows, columns) if rows == long_side else order.view(rows, columns).mT
     flat = [one.reshape(-1) for one in matrices]
     mean = stats.mean.to(device)[:, None]
-    scale = (1.0 / stats.std).to(device)[:, None]
     precision = torch.float64 if here else gram_precision(device)
     gram = torch.zeros(len(flat), short_side, short_side, dtype=precision, device=device)
     at_once = max(1, (_CHUNK if here else memory // (16 * len(flat))) // short_side)
     for start in range(0, long_side, at_once):
         part = by_rows[start : start + at_once].reshape(-1)
-        taken = torch.stack([one.index_select(0, part) for one in flat]).double().sub_(mean).mul_(scale)
+        taken = torch.stack([one.index_select(0, part) for one in flat]).double().sub_(mean)
         _add_gram(taken.view(len(flat), -1, short_side).to(precision), gram, here)
-    return gram + gram.triu(1).mT if here else gram.double()
+    whole = gram + gram.triu(1).mT if here else gram.double()
+    return whole.mul_(stats.std.to(device).square().reciprocal()[:, None, None])
 
 
 def _add_gram(rows: torch.Tensor, gram: torch.Tensor, here: bool) -> None:
