@@ -92,7 +92,7 @@ def gram_of_shuffled(
 ) -> torch.Tensor:
     """AᵀA `[K, M, M]` of the short side, A = (shuffled W − mean)/σ, float64.
 
-    Summed over some rows at a time, which are gathered, standardized and multiplied while they are in the cache.
+    Summed over some rows at a time, which are gathered, de-meaned and multiplied while they are in the cache.
 
     Args:
         matrices: K of one shape and device.
@@ -106,14 +106,14 @@ def gram_of_shuffled(
     by_rows = order.view(rows, columns) if rows == long_side else order.view(rows, columns).mT
     flat = [one.reshape(-1) for one in matrices]
     mean = stats.mean.to(device)[:, None]
-    scale = (1.0 / stats.std).to(device)[:, None]
     gram = torch.zeros(len(flat), short_side, short_side, dtype=torch.float64, device=device)
     at_once = max(1, (_CHUNK if here else memory // (16 * len(flat))) // short_side)
     for start in range(0, long_side, at_once):
         part = by_rows[start : start + at_once].reshape(-1)
-        taken = torch.stack([one.index_select(0, part) for one in flat]).double().sub_(mean).mul_(scale)
+        taken = torch.stack([one.index_select(0, part) for one in flat]).double().sub_(mean)
         _add_gram(taken.view(len(flat), -1, short_side), gram, here)
-    return gram + gram.triu(1).mT if here else gram
+    whole = gram + gram.triu(1).mT if here else gram
+    return whole.mul_(stats.std.to(device).square().reciprocal()[:, None, None])
 
 
 def _add_gram(rows: torch.Tensor, gram: torch.Tensor, here: bool) -> None:

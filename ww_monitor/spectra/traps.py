@@ -13,16 +13,15 @@ from dataclasses import dataclass
 
 import torch
 
+from ww_monitor.spectra import lanczos, shuffle
 from ww_monitor.spectra.eigenvalues import eigenvalues
 from ww_monitor.spectra.elements import Elements
-from ww_monitor.spectra.lanczos import outliers, read
 from ww_monitor.spectra.marchenko_pastur import (
     SIGNIFICANCE,
     johnstone,
     tracy_widom_quantile,
     tracy_widom_sf,
 )
-from ww_monitor.spectra.shuffle import gram_of_shuffled, mixed, on_host, order_for, stream
 
 HEADROOM_TO_SHUFFLE = 0.8
 """Below this headroom the shuffled spectrum is not computed and no trap is counted. Measured at the level of 0.1 % on
@@ -48,8 +47,8 @@ LEAST_LANCZOS_SIDE = 256
 """Short side from which Lanczos' iteration beats the whole spectrum on the host, measured in CPU seconds."""
 
 MEMORY = 256 << 20
-"""Bytes that a device may take for Gram matrices of shuffled weights at a time. Our choice: a quarter of what a look
-may cost."""
+"""Bytes that a device may take for Gram matrices of shuffled weights at a time. Our choice, a quarter of the GiB that a
+look may take."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def shuffled(
         memory: Bytes that a device may take at a time, `MEMORY` if None; a single matrix may need more.
     """
     edge, memory = Edge.of(matrices[0].shape, significance), MEMORY if memory is None else memory
-    here = [one.detach().cpu() if on_host(one) else one.detach() for one in matrices]
+    here = [one.detach().cpu() if shuffle.on_host(one) else one.detach() for one in matrices]
     counts = torch.full((len(here), replicas), float("nan"), dtype=torch.float64, device="cpu")
     largest = counts.clone()
     open_ = torch.arange(len(here), device="cpu")
@@ -177,23 +176,23 @@ def _measured(
     matrices: Sequence[torch.Tensor], stats: Elements, edge: Edge, *, seed: int, replica: int, memory: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Count above the threshold and λmax of one replica, both `[K]` on the host, in units of σ²."""
-    order = order_for(matrices[0], seed=seed, replica=replica)
+    order = shuffle.order_for(matrices[0], seed=seed, replica=replica)
     count = torch.zeros(len(matrices), dtype=torch.float64, device="cpu")
     largest, unknown = count.clone(), torch.ones(len(matrices), dtype=torch.bool, device="cpu")
     short_side = min(matrices[0].shape)
     if short_side >= LEAST_LANCZOS_SIDE:
-        at_once = 1 if on_host(matrices[0]) else max(1, memory // (4 * 8 * short_side**2))
+        at_once = 1 if shuffle.on_host(matrices[0]) else max(1, memory // (4 * 8 * short_side**2))
         for start in range(0, len(matrices), at_once):
             part = slice(start, start + at_once)
-            gram = gram_of_shuffled(matrices[part], _rows(stats, part), order, memory=memory // 4)
-            found = outliers(gram, threshold=edge.threshold, seed=stream(seed, replica))
+            gram = shuffle.gram_of_shuffled(matrices[part], _rows(stats, part), order, memory=memory // 4)
+            found = lanczos.outliers(gram, threshold=edge.threshold, seed=shuffle.stream(seed, replica))
             count[part], largest[part] = torch.from_numpy(found.count).double(), torch.from_numpy(found.largest)
             unknown[part] = torch.from_numpy(~found.known)
     at_once = max(1, memory // (8 * (matrices[0].numel() + 4 * short_side**2)))
     left = torch.nonzero(unknown).flatten()
     for start in range(0, len(left), at_once):
         rest = left[start : start + at_once]
-        stack = mixed([matrices[k] for k in rest.tolist()], order)
+        stack = shuffle.mixed([matrices[k] for k in rest.tolist()], order)
         count[rest], largest[rest] = _by_full_spectrum(stack, _rows(stats, rest), edge.threshold)
     return count, largest
 
@@ -208,5 +207,5 @@ def _by_full_spectrum(matrices: torch.Tensor, stats: Elements, threshold: float)
     spectrum = eigenvalues(matrices.double() - mean[:, None, None]).values
     variance = variance.to(spectrum.device)
     count = (spectrum > (variance * threshold)[:, None]).sum(1)
-    both = torch.from_numpy(read(torch.stack([count.double(), spectrum[:, -1] / variance])))
+    both = torch.from_numpy(lanczos.read(torch.stack([count.double(), spectrum[:, -1] / variance])))
     return both[0], both[1]
