@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 import ww_monitor
 from ww_monitor import Monitor, plots
@@ -19,6 +18,10 @@ from ww_monitor.record import Finding, Histogram, Layer, Snapshot
 from ww_monitor.sinks.heatmap import alpha_colours
 from ww_monitor.sinks.tensorboard import Dashboard, TensorBoard, write_histograms
 from ww_monitor.walk.torch import walk
+
+pytest.importorskip("tensorboard", reason="tensorboard, the reader of the files, is not installed")
+
+from torch.utils.tensorboard import SummaryWriter
 
 NAN = float("nan")
 BAND = {"ww_band/alpha_low": 2.0, "ww_band/alpha_high": 6.0}
