@@ -207,7 +207,7 @@ def _smooth(matrix: Matrix, weights: torch.Tensor, keep: str | int | float) -> _
         smallest = eigenvalues.flatten().sort(descending=True).values[: int(count)].amin()
         kept = eigenvalues >= smallest
     else:
-        kept = torch.arange(s.shape[1], device=s.device).expand_as(s) < count
+        kept = torch.arange(s.shape[1], dtype=torch.int64, device=s.device).expand_as(s) < count
     rounding = max(torch.finfo(weights.dtype).eps / 2, matrix.long_side * torch.finfo(torch.float64).eps)
     if bool(torch.where(kept, 0.0, eigenvalues).sum() <= rounding**2 * eigenvalues.sum()):
         return _Change(None, components, components, "the rest is no more than the rounding of its precision")

@@ -134,7 +134,9 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
 
     def _publish_metrics(self, trainer: Any, snapshot: Snapshot) -> None:
         values = snapshot.scalars(layers=False)
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+        trainer.callback_metrics.update(
+            {key: torch.tensor(value, dtype=torch.float32, device="cpu") for key, value in values.items()}
+        )
 
     def _x_after_batch(self, trainer: Any) -> int:
         """Lightning's logging step of the batch that ended, outside its hook."""

@@ -9,19 +9,14 @@ import torch
 from ww_monitor.metric.batch import NAN, Definitions, Values
 from ww_monitor.metric.registry import Loaded, measurement
 from ww_monitor.spectra import weightwatcher
-from ww_monitor.spectra.device import accelerator_of
 from ww_monitor.spectra.eigenvalues import eigenvalues
 from ww_monitor.spectra.elements import Elements, elements_of, large_entries, needs_trimming
 from ww_monitor.spectra.elements import elements as elements_of_weights
-from ww_monitor.spectra.extremes import Extremes, extremes
 from ww_monitor.spectra.marchenko_pastur import per_matrix
 from ww_monitor.spectra.traps import HEADROOM_TO_SHUFFLE
 from ww_monitor.spectra.traps import shuffled as shuffled_spectra
 from ww_monitor.spectra.vectors import vector_metrics
 from ww_monitor.spectra.windows import windows as windows_of
-
-MOST_ENTRIES = 8
-"""Large entries of a layer that a row names."""
 
 LEAST_TRAP_SIDE = 8
 """Slices with a shorter side have no trap metrics: the laws behind them hold for large matrices (M from 5 to 10 on)."""
@@ -64,31 +59,16 @@ def elements(loaded: Loaded, known: Mapping[str, Values], definitions: Definitio
     if _too_thin(loaded):
         unknown = torch.full((count,), NAN, dtype=torch.float64, device="cpu")
         return {"trap_headroom": unknown, "mean_shift": unknown}
-    largest = _largest_entries(loaded)
     if loaded.weights:
-        trimmed = {k: done for k, one in largest.items() if (done := one.trimmed(_size(loaded) ** 0.25)) is not None}
-        found = elements_of_weights(loaded.slices, known=loaded.known_moments, trimmed=trimmed)
+        found = elements_of_weights(loaded.slices, known=loaded.known_moments)
     else:
         found = elements_of(loaded.known_moments, _size(loaded))
     by_slice = {name: value.view(count, slices) for name, value in vars(found).items()}
     return {
         "trap_headroom": _largest(by_slice["headroom"]),
         "mean_shift": _largest(by_slice["mean_shift"]),
-        "largest_entries": [{s: largest.get(b * slices + s) for s in range(slices)} for b in range(count)],
         **{f"slice_{name}": value for name, value in by_slice.items()},
     }
-
-
-def _largest_entries(loaded: Loaded) -> dict[int, Extremes]:
-    """Of the slices on a device that may have large entries, by number; on the host they are looked for when needed."""
-    accelerator = accelerator_of(loaded.device) if loaded.weights else None
-    if accelerator is None:
-        return {}
-    found, size = loaded.known_moments, _size(loaded)
-    near = needs_trimming(found, size) | (elements_of(found, size).headroom >= HEADROOM_TO_SHUFFLE)
-    places, views = near.nonzero().flatten().tolist(), loaded.slices
-    asked = extremes([views[k] for k in places], found.take(places), accelerator) if places else []
-    return dict(zip(places, asked, strict=True))
 
 
 def _size(loaded: Loaded) -> int:
@@ -137,36 +117,15 @@ def shuffled(loaded: Loaded, known: Mapping[str, Values], definitions: Definitio
         severity = _largest(severities)
         p_value = -torch.expm1(slices * torch.log1p(_largest(-chances)))
         for b in hit.nonzero().flatten().tolist():
-            of_layer = stats.take(slice(b * slices, (b + 1) * slices))
-            entries[b] = _entries(loaded.layers[b], of_layer, list(known["largest_entries"])[b])
+            large = large_entries(loaded.layers[b], stats.take(slice(b * slices, (b + 1) * slices)))
+            found_there = zip(large.index.tolist(), large.value.tolist(), large.headroom.tolist(), strict=True)
+            entries[b] = tuple((*at, value, headroom_there) for at, value, headroom_there in found_there)
     return {"num_traps": num_traps, "trap_severity": severity, "trap_p_value": p_value, "trap_entries": entries}
 
 
 def _flat(values: Values) -> torch.Tensor:
     assert isinstance(values, torch.Tensor)
     return values.flatten()
-
-
-def _entries(
-    weights: torch.Tensor, stats: Elements, largest: Mapping[int, Extremes | None]
-) -> tuple[tuple[int, int, int, float, float], ...]:
-    """Slice, row, column, value and headroom of the largest entries above the threshold.
-
-    Args:
-        weights: `[S, N, M]` of one layer.
-        stats: Of its slices.
-        largest: By slice, where they were asked for.
-    """
-    found: list[tuple[int, int, int, float, float]] = []
-    for s, (mean, std, headroom) in enumerate(zip(*(v.tolist() for v in list(vars(stats).values())[:3]), strict=True)):
-        if not headroom > 1.0:
-            continue
-        asked = largest[s]
-        large = None if asked is None else asked.above(mean, std, weights.shape[1:])
-        large = large or large_entries(weights[s : s + 1], stats.take(slice(s, s + 1)))
-        rows = zip(large.index.tolist(), large.value.tolist(), large.headroom.tolist(), strict=True)
-        found += [(s, at[1], at[2], value, ratio) for at, value, ratio in rows]
-    return tuple(sorted(found, key=lambda entry: (-entry[4], entry[:3]))[:MOST_ENTRIES])
 
 
 @measurement(asked=lambda definitions: definitions.aspect_ratio is not None)

@@ -191,7 +191,7 @@ def goodness_of_fit(eigenvalues: torch.Tensor, fit: TailFit, *, seed: int, repli
     body = eigenvalues[: n - n_tail]
     drawn = xmin * (1 - uniform).clamp(min=1e-300) ** (-1 / (alpha - 1))
     if len(body):
-        from_body = body[torch.randint(len(body), (replicas, n), generator=generator)]
+        from_body = body[torch.randint(len(body), (replicas, n), generator=generator, dtype=torch.int64, device="cpu")]
         in_tail = torch.rand(replicas, n, generator=generator, dtype=torch.float32, device="cpu") < n_tail / n
         drawn = torch.where(in_tail, drawn, from_body)
     synthetic = fit_tail(drawn.sort(1).values)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
-TRIM_ROUNDS = 50
-"""Passes after which trimming ends; it settles in a few."""
+_TRIM_ROUNDS = 50
 
 _NEAR = 0.5
 """Share of the first limit from which on entries are looked at one by one: limits fall as far entries are trimmed."""
@@ -110,12 +109,7 @@ def moments(matrices: torch.Tensor, *, squares: torch.Tensor | None = None) -> M
     return Moments(total, squares, flat.amin(1).double(), flat.amax(1).double(), zeros.double())
 
 
-def elements(
-    matrices: Sequence[torch.Tensor] | torch.Tensor,
-    *,
-    known: Moments | None = None,
-    trimmed: Mapping[int, tuple[float, float]] | None = None,
-) -> Elements:
+def elements(matrices: Sequence[torch.Tensor] | torch.Tensor, *, known: Moments | None = None) -> Elements:
     """Headroom = max|w − mean| / (σ (NM)^¼), mean_shift = |mean| (NM)^¼ / σ, with σ trimmed of entries above σ(NM)^¼.
 
     Mean and σ are those of the entries that are not trimmed; this repeats until as many are kept as before. Without it
@@ -125,7 +119,6 @@ def elements(
     Args:
         matrices: `[B, N, M]` or B of `[N, M]`, finite, any floating dtype.
         known: Their moments on the host, where they have been taken.
-        trimmed: Mean and σ of the matrices that have been trimmed already, by number.
 
     Returns:
         Fields on the host.
@@ -139,9 +132,8 @@ def elements(
     found = known or Moments.joined([moments(one.detach()[None]) for one in matrices])
     mean, std = _mean_and_std(found, count)
     for b in needs_trimming(found, count).nonzero().flatten().tolist():
-        done = None if trimmed is None else trimmed.get(b)
         sums = float(found.total[b]), float(found.squares[b])
-        mean[b], std[b] = done or _trimmed(matrices[b].detach().flatten(), count**0.25, *sums)
+        mean[b], std[b] = _trimmed(matrices[b].detach().flatten(), count**0.25, *sums)
     return _elements(found, mean, std, count)
 
 
@@ -202,7 +194,7 @@ def _trimmed(entries: torch.Tensor, reach: float, total: float, squares: float) 
 
 def _summed_anew(entries: torch.Tensor, reach: float) -> tuple[float, float]:
     mean, std, kept = _spread(entries, 0.0, math.inf)
-    for _ in range(TRIM_ROUNDS):
+    for _ in range(_TRIM_ROUNDS):
         inside = _spread(entries, mean, std * reach)
         if inside[2] in (0, kept):  # none where the spread underflows
             break
@@ -223,7 +215,7 @@ def _without_far(entries: torch.Tensor, reach: float, total: float, squares: flo
     if at is None:
         return None
     far = entries[at].double().cpu()
-    for _ in range(TRIM_ROUNDS):
+    for _ in range(_TRIM_ROUNDS):
         if not abs(mean - centre) + near <= std * reach:  # an entry might have to go that is not among them
             return None
         out = far[(far - mean).abs() > std * reach]

@@ -153,7 +153,7 @@ def shuffled(
     here = [one.detach().cpu() if shuffle.on_host(one) else one.detach() for one in matrices]
     counts = torch.full((len(here), replicas), float("nan"), dtype=torch.float64, device="cpu")
     largest = counts.clone()
-    open_ = torch.arange(len(here), device="cpu")
+    open_ = torch.arange(len(here), dtype=torch.int64, device="cpu")
     with torch.autocast(here[0].device.type, enabled=False):
         for replica in range(replicas):
             part, known = [here[k] for k in open_.tolist()], _rows(stats, open_)

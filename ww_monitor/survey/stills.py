@@ -126,7 +126,7 @@ def _copy(weights: torch.Tensor, left: dict[torch.device, float], memory: int | 
     if weights.nbytes <= left[device]:
         left[device] -= weights.nbytes
         return weights.detach().clone()
-    pinned = torch.empty(weights.shape, dtype=weights.dtype, pin_memory=device.type == "cuda")
+    pinned = torch.empty(weights.shape, dtype=weights.dtype, device="cpu", pin_memory=device.type == "cuda")
     return pinned.copy_(weights, non_blocking=True)
 
 

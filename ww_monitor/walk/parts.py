@@ -41,7 +41,7 @@ class Part:
 
     def shape(self, whole: Sequence[int]) -> tuple[int, int, int]:
         """The shape of the part of a tensor of shape `whole`; nothing is read."""
-        slices, rows, columns = self.stack(torch.empty(tuple(whole), device="meta")).shape
+        slices, rows, columns = self.stack(torch.empty(tuple(whole), dtype=torch.float32, device="meta")).shape
         return slices, rows, columns
 
 
