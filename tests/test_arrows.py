@@ -38,7 +38,7 @@ FRAMEWORKS = {
     "tensorflow": {"walk.keras"},
     "pytorch_lightning": {"callbacks.lightning"},
     "lightning": {"callbacks.lightning"},
-    "transformers": {"callbacks.huggingface", "plan.configured"},
+    "transformers": {"callbacks.huggingface", "plan.models"},
     "accelerate": {"callbacks.huggingface"},
     "peft": set(),
     "wandb": {"sinks.wandb"},

@@ -7,7 +7,7 @@ that are not there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,12 +23,12 @@ from ww_monitor.engine.run import _workspace
 from ww_monitor.engine.sums import Sums, needs_weights
 from ww_monitor.errors import InvalidArgument, check_choice, check_positive_int
 from ww_monitor.matrices import Matrix, Select, Skipped
-from ww_monitor.plan.configured import Config, configured
+from ww_monitor.plan.models import Config, configured
 from ww_monitor.spectra.elements import Moments
 from ww_monitor.walk.sharded import EvenShards
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_MOST_RANKS = 1 << 16
+_MOST_RANKS = 1 << 14
 
 OVERALL = (
     "without work", "cost of a rank", "max ÷ mean", "time (s)", "moved (GB)", "most sent by a rank (GB)",
@@ -128,24 +128,30 @@ def _moved(
     """`[world]` bytes that each rank sends, and the most that it needs at a time."""
     sent, peak = np.zeros(world), np.zeros(world)
     for matrix, owner in zip(matrices, owners, strict=True):
-        solver = _workspace(Loaded([matrix], torch.empty((1, *matrix.shape), dtype=dtype, device="meta")))
-        delivery = _delivery(matrix, owner, world) if sharded else None
-        held = {owner: solver}
-        if delivery is not None:
-            held = {rank: delivery.bytes_held(rank, dtype.itemsize) for rank in (owner, *delivery.parts)}
-            held[owner] += solver if delivery.short_axis is None else 0
-            for rank in delivery.parts:
-                sent[rank] += delivery.bytes_sent(rank, dtype.itemsize)
-        for rank, most in held.items():
-            peak[rank] = max(peak[rank], most)
+        most = _workspace(Loaded([matrix], torch.empty((1, *matrix.shape), dtype=dtype, device="meta")))
+        if sharded:
+            rows, lies = range(matrix.shape[1]), matrix.shards
+            lies = lies if isinstance(lies, EvenShards) else EvenShards((), axis=1, places=rows, size=len(rows))
+            delivery, by_rank, held = _without_owner(matrix.shape, lies, world, dtype.itemsize)
+            most = most if delivery.short_axis is None else 0
+            most += replace(delivery, owner=owner).bytes_held(owner, dtype.itemsize)
+            sent += by_rank
+            sent[owner] -= by_rank[owner]
+            peak = np.maximum(peak, held)
+        peak[owner] = max(peak[owner], most)
     return sent, peak
 
 
-def _delivery(matrix: Matrix, owner: int, world: int) -> Delivery:
-    rows, shards = matrix.shape[1], matrix.shards
-    if not isinstance(shards, EvenShards):
-        shards = EvenShards((), axis=1, places=range(rows), size=rows)
-    return deliver(matrix, owner, shards.parts(matrix.shape, world), whole=_reads_weights(matrix.shape))
+@lru_cache(maxsize=512)
+def _without_owner(
+    shape: tuple[int, int, int], shards: EvenShards, world: int, itemsize: int
+) -> tuple[Delivery, np.ndarray, np.ndarray]:
+    """A delivery to nobody, with the bytes that each rank sends and needs: layers of one shape differ by the owner."""
+    matrix, sent, held = Matrix("", "dense", shape, torch.empty), np.zeros(world), np.zeros(world)
+    delivery = deliver(matrix, -1, shards.parts(shape, world), whole=_reads_weights(shape))
+    for rank in delivery.parts:
+        sent[rank], held[rank] = delivery.bytes_sent(rank, itemsize), delivery.bytes_held(rank, itemsize)
+    return delivery, sent, held
 
 
 @lru_cache(maxsize=4096)

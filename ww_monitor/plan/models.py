@@ -44,7 +44,7 @@ def configured(model: str | Path | Config) -> list[Matrix | Skipped]:
         MissingDependency: without transformers.
     """
     config = dict(model if isinstance(model, Mapping) else BUILT_IN.get(str(model)) or _read(Path(model)))
-    layers, experts = (max(_counts(config, word), default=1) for word in ("layer", "expert"))
+    layers, experts = (max(_counts(config, word), default=1) for word in ("layer|depth", "expert"))
     if layers > _MOST_LAYERS or layers * experts > _MOST:
         got = f"{layers:,} layers with {experts:,} experts"
         raise InvalidArgument(f"plan: expected at most {_MOST_LAYERS:,} layers and {_MOST:,} experts in all; got {got}")
@@ -59,8 +59,8 @@ def _counts(config: Config, word: str) -> Iterator[int]:
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _counts(value, word)
-        elif isinstance(value, int) and re.search(f"{word}s?$", key):
-            yield value
+        elif re.search(f"({word})s?$", key):
+            yield from (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int))
 
 
 def _built(config: dict[str, Any]) -> torch.nn.Module:
