@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ww_monitor.distributed import layout
@@ -33,6 +33,7 @@ def deliveries(draw):
     return deliver(matrix, 0, parts(shape, axis, sizes), whole=draw(st.booleans()))
 
 
+@settings(deadline=None)
 @given(deliveries(), st.integers(1, 200))
 def test_blocks_are_bounded_and_cover_a_part_once(delivery, most):
     with pytest.MonkeyPatch.context() as patch:
@@ -72,6 +73,7 @@ def test_only_parts_with_the_whole_short_side_are_added(shape, axis, short_axis)
     assert deliver(matrix, 1, cut, whole=True).short_axis is None
 
 
+@settings(deadline=None)  # the first call looks for BLAS
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 5), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_rows_that_are_added_one_block_after_the_other_make_the_gram_matrix(n, m, blocks, dtype):
     a = torch.randn(n, m, generator=torch.Generator().manual_seed(n)).to(dtype)

