@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 import ww_monitor
 from tests.distributed import models
 from ww_monitor.distributed import FrozenRows, analyze_on_ranks
+from ww_monitor.distributed.shards import Shipment
 from ww_monitor.engine import Options
 from ww_monitor.errors import WWMonitorError
 from ww_monitor.matrices import Matrix
@@ -276,6 +277,25 @@ def subgroup(rank, world):
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     torch.manual_seed(rank % 2)
     return analyze_on_ranks(walk(nn.Linear(30 + rank % 2, 40)), OPTIONS, group=groups[rank % 2])
+
+
+def subgroup_shards(rank, world):
+    """Two groups of ranks, each with a model of its own in shards."""
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("models", "shards"))
+    torch.manual_seed(mesh.get_local_rank("models"))
+    model = nn.Linear(30, 41)
+    fully_shard(model, mesh=mesh["shards"])
+    return analyze_on_ranks(walk(model), OPTIONS, group=mesh["shards"].get_group())
+
+
+def killed_while_adding(rank, world):
+    """The rank that shards come to is killed while it adds them up."""
+    model = models.chain()
+    fully_shard(model)
+    if rank == 1:
+        add = Shipment.add
+        Shipment.add = lambda self, source, *block: add(self, source, *block) if source == 1 else die()
+    return failure(list(walk(model)), timeout=20.0)
 
 
 # --- what is sent

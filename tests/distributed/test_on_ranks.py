@@ -26,9 +26,9 @@ TWO = (
 )
 FOUR = (
     "ddp fsdp2 tensor_parallel mixed hsdp data_and_tensor fsdp1 experts pipeline subgroup"
-    " counted counted_replicas counted_mixed shares"
+    " counted counted_replicas counted_mixed shares subgroup_shards"
 )
-MISSING = ((4, "killed"), (4, "killed_in_shards"), (2, "hanging"))
+MISSING = ((4, "killed"), (4, "killed_in_shards"), (4, "killed_while_adding"), (2, "hanging"))
 
 MODELS = {
     "ddp": "net",
@@ -196,6 +196,13 @@ def test_groups_of_ranks_have_models_of_their_own(seen):
     assert shapes == [(1, 40, 30), (1, 40, 31), (1, 40, 30), (1, 40, 31)]
 
 
+def test_groups_of_ranks_have_shards_of_their_own(seen):
+    for rank, snapshot in enumerate(seen(4, "subgroup_shards")):
+        torch.manual_seed(rank // 2)
+        expected = ww_monitor.analyze(nn.Linear(30, 41)).layers[0].value("alpha")
+        assert snapshot.layers[0].value("alpha") == pytest.approx(expected, rel=1e-9)
+
+
 def test_steps_and_epochs_are_those_of_the_call(seen):
     first, second = seen(2, "twice")[0]
     assert [(snapshot.step, snapshot.epoch) for snapshot in (first, second)] == [(3, 1), (4, None)]
@@ -243,7 +250,8 @@ def test_a_walker_that_fails_is_told_to_the_others(seen):
     ("scenario", "waited", "said"),
     [
         ("killed", "the rows of the others", "analysing layer 'expert@rank1'"),
-        ("killed_in_shards", "the shards of layer '(up|down|plain|embedding)'", "reading its shard of layer 'down'"),
+        ("killed_in_shards", "the shards of layer '\\w+'", "reading its shard of layer 'down'"),
+        ("killed_while_adding", "the shards of layer '\\w+'", "adding a shard of layer '\\w+'"),
     ],
 )
 def test_the_others_name_a_rank_that_was_killed(on_ranks, scenario, waited, said):

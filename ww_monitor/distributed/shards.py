@@ -130,7 +130,9 @@ def deliver_all(ranks: Ranks, shipments: Mapping[int, Shipment]) -> None:
             ranks.say_waiting(what)
             ranks.swap(sent and (sent[1], target), received and (received[1], source), what)
             if received is not None and own is not None:
+                ranks.say(f"adding a shard of layer {own.matrix.name!r}")
                 own.add(source, *received)
+            del sent, received  # or the next blocks would be in memory beside them
             del sent, received
 
 
