@@ -33,7 +33,7 @@ from ww_monitor.walk.reading import (
     tied_to,
 )
 from ww_monitor.walk.roles import infer_role
-from ww_monitor.walk.sharded import by_unit, like_whole, shards_of, units
+from ww_monitor.walk.sharded import Layout, by_unit, like_whole, shards_of, units
 
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Linear, "dense"),
@@ -66,6 +66,7 @@ def walk(
     split: Split | None = None,
     experts: Literal["separate", "pooled"] = "separate",
     lora: Sequence[str] = ("base", "delta"),
+    layout: Layout | None = None,
 ) -> Iterator[Matrix | Skipped]:
     """The weight matrices of `model` in module order, and what was left out with the reason.
 
@@ -84,6 +85,8 @@ def walk(
         experts: `"separate"` for one matrix an expert, `"pooled"` for one matrix with a slice an expert.
         lora: What is listed of a weight with LoRA adapters: `"base"` under its own name, `"delta"` (s·B·A of every
             adapter, as `<name>.lora[<adapter>]`) and `"merged"` (base plus active adapters, as `<name>.merged`).
+        layout: For a plan, which reads nothing: how stored tensors lie on ranks, in place of `sharded.shards_of`;
+            weights on the meta device are listed then too.
 
     Returns:
         A `Matrix` for every weight, a `Skipped` for every parameter of two or more dimensions that is none or cannot
@@ -102,7 +105,9 @@ def walk(
     check_choice("walk", "experts", experts, ("separate", "pooled"))
     adapters.check_lora("walk", lora)
     root = _unwrap(model)
-    return _walk(root, _Walk(split, experts == "separate", tuple(lora), adapters.find_adapters(root), units(model)))
+    return _walk(
+        root, _Walk(split, experts == "separate", tuple(lora), layout, adapters.find_adapters(root), units(model))
+    )
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ class _Walk:
     split: Split | None
     separate: bool
     lora: tuple[str, ...]
+    layout: Layout | None
     adapters: adapters.Adapters
     units: dict[int, nn.Module]  # FSDP1's, by the modules in them
     owners: dict[str, nn.Module] = field(default_factory=dict)  # by cleaned path
@@ -291,7 +297,7 @@ def _cut_weight(module: nn.Module, path: str, weight: _Weight, this: _Walk) -> l
         dense = dequantized_shape(module, like)
         size = dense or shape(like)
         key = this.identity(module, own_tensors(module).get(weight.attribute))
-        reason = "" if dense else defect(like, weight.kind)
+        reason = "" if dense else defect(like, weight.kind, planned=this.layout is not None)
         layer = this.adapters.get((id(module), weight.attribute))
         if (reason and layer is None) or key in this.seen:
             return [Skipped(name, weight.kind, size, reason or tied_to(this.seen.get(key)))]
@@ -316,7 +322,7 @@ def _parts(
     layer = this.adapters.get((id(module), weight.attribute))
     stored, computed = stored_tensors(module, weight.attribute), is_computed(module, weight.attribute)
     for part in parts:
-        shards = shards_of(stored, part.stack, size, computed=computed)
+        shards = (this.layout or shards_of)(stored, part.stack, size, computed=computed)
         item = matrix(name, weight.kind, part, size, load, role, shards)
         if layer is None:
             yield item
