@@ -35,6 +35,8 @@ from ww_monitor.distributed.shards import Shipment
 from ww_monitor.engine import Options
 from ww_monitor.errors import WWMonitorError
 from ww_monitor.matrices import Matrix
+from ww_monitor.metric import measurement
+from ww_monitor.metric.table import metric
 from ww_monitor.walk.sharded import even_shards
 from ww_monitor.walk.torch import walk
 
@@ -67,6 +69,23 @@ def fsdp2(rank, world):
     assert flags == [parameter.requires_grad for parameter in model.parameters()]
     assert (threads, default) == (torch.get_num_threads(), dist.group.WORLD)
     return snapshot
+
+
+def fsdp2_measured(rank, world):
+    """A measurement that the package does not know, and does not declare that a Gram matrix suffices."""
+
+    @measurement()
+    def corners(loaded, known, definitions):
+        return {"corner": torch.stack([layer[0, 0, 0].double() for layer in loaded.layers])}
+
+    def corner(batch):
+        """The first weight."""
+        return batch.column("corner")
+
+    metric(source="this test", needs="corners", standard=False)(corner)
+    model = models.chain()
+    fully_shard(model)
+    return look(model, metrics=["alpha", "corner"])
 
 
 def fsdp2_weightwatcher(rank, world):

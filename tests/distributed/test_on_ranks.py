@@ -19,7 +19,7 @@ from ww_monitor.walk.torch import walk
 ROOT = Path(__file__).resolve().parents[2]
 
 TWO = (
-    "ddp fsdp2 fsdp2_weightwatcher fsdp2_delta fsdp2_bfloat16 tensor_parallel fsdp1 fsdp1_flat zero3 experts pipeline"
+    "ddp fsdp2 fsdp2_measured fsdp2_weightwatcher fsdp2_delta fsdp2_bfloat16 tensor_parallel fsdp1 fsdp1_flat zero3 experts pipeline"
     " broken_layer late_break strict bad_walker twice alone training counted counted_whole shares frozen"
 )
 FOUR = (
@@ -152,6 +152,14 @@ def test_the_difference_of_two_sharded_models(seen):
             parameter.mul_(parameter.cos())
     expected = ww_monitor.analyze(model, base=base, min_size=3)
     assert metrics(seen(2, "fsdp2_delta")[0]) == pytest.approx(metrics(expected), rel=1e-6, nan_ok=True)
+
+
+def test_a_measurement_that_is_not_declared_gram_only_is_made_on_the_real_weights(seen):
+    """Shards are gathered for it; a stand-in full of ones would show."""
+    expected = {name: float(weight.flatten()[0]) for name, weight in models.chain().state_dict().items()}
+    for layer in seen(2, "fsdp2_measured")[0].layers:
+        assert layer.value("corner") == expected[f"{layer.name}.weight"]
+        assert layer.value("alpha") > 1
 
 
 def test_training_goes_on_in_the_same_bits(seen):
