@@ -196,7 +196,14 @@ def _beyond(entries: torch.Tensor, centre: float, distance: float) -> torch.Tens
     rounding = torch.finfo(wide.dtype).eps * abs(centre)
     if not (distance > 1e3 * rounding and distance < torch.finfo(wide.dtype).max / 4):
         return None
-    return ((wide < centre - distance) | (wide > centre + distance)).nonzero().flatten()
+    low, high = centre - distance, centre + distance
+    if wide.device.type != "cpu":
+        return ((wide < low) | (wide > high)).nonzero().flatten()
+    found = [  # torch takes ten times as long for this as numpy
+        np.flatnonzero((part < low) | (part > high)) + start
+        for start, part in ((at, wide[at : at + _CHUNK].numpy()) for at in range(0, len(wide), _CHUNK))
+    ]
+    return torch.from_numpy(np.concatenate(found))
 
 
 def _spread(entries: torch.Tensor, centre: float, distance: float) -> tuple[float, float, int]:

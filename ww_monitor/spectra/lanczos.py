@@ -30,9 +30,9 @@ _STOP = 1e-11
 """Estimated relative error of λmax at which the iteration stops. Far below the 1e-9 that is promised, because the
 estimate knows only the Ritz values that have appeared."""
 
-_FIRST_CHECK = 14
+_FIRST_CHECK = 18
 _LONGEST_WAIT = 12
-"""Steps before the first look at the Ritz values, and at most between two looks. No matrix was settled earlier."""
+"""Steps before the first look at the Ritz values, and at most between two looks. Few matrices are settled earlier."""
 
 _NEIGHBOURS = 4
 """Ritz values that are looked at beside those that may be outliers: the error of λmax lies mostly along them."""
@@ -69,7 +69,7 @@ def read(tensor: torch.Tensor) -> np.ndarray:
 def outliers(gram: torch.Tensor, *, threshold: float, seed: int) -> Outliers:
     """#{λ > threshold} and λmax of symmetric positive semidefinite matrices, by block Lanczos from b random vectors.
 
-    Each block is orthogonalised against all before it, twice (Golub & Underwood 1977; full reorthogonalisation). Ritz
+    Each block is orthogonalised against the two before it and then against all (Golub & Underwood 1977). Ritz
     values never exceed eigenvalues, so those above the threshold are a lower bound of the count c. For the upper bound:
     b − c combinations of the start vectors are orthogonal to the c largest eigenvectors and, being chosen by
     coordinates that are independent of the others, random in their complement. That Lanczos' iteration from one of
@@ -156,9 +156,10 @@ class _Run:
         b, new = self.block, []
         for step in range(self.steps, steps):
             v, known = self.basis[:, step * b : (step + 1) * b], self.basis[:, : (step + 1) * b]
+            last = known[:, max(0, step - 1) * b :]  # against the others w is orthogonal but for rounding
             w = v @ self.gram
             diagonal = w @ v.mT
-            w, once = _orthonormal(w - (w @ known.mT) @ known)
+            w, once = _orthonormal(w - (w @ last.mT) @ last)
             w, twice = _orthonormal(w - (w @ known.mT) @ known)
             self.basis[:, (step + 1) * b : (step + 2) * b] = w
             new += [diagonal, once @ twice]
