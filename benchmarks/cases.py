@@ -63,7 +63,7 @@ class Measured:
 
 
 def measure(case: Case, *, say: Callable[[str], None]) -> Measured:
-    """The contestants in turns; ours has a seed of its own each round and finds no permutation, unless it looks again."""
+    """The contestants in turns; ours has a new seed each round and finds no permutation, unless it looks again."""
     model = case.build()
     result = Measured(case)
     contestants = _contestants(case, model)

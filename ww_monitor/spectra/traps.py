@@ -39,10 +39,10 @@ CLEARLY_BELOW = 3.5
 """A first shuffle with λmax so many Tracy–Widom scales below the threshold is the only one; see `CLEARLY_ABOVE`."""
 
 CLEARLY_ABOVE = 5.0
-"""And one so many scales above it. Measured by `python -m benchmarks.early_stop` on 250 matrices of each of 25 laws of
-elements at each of four shapes: half of the 19,487 are decided by one shuffle, and of these 0.33 % would be decided
-otherwise by three and 0.18 % by fifteen (three say other than fifteen in 6 % of all). Of single laws those that put λmax
-at the threshold are the worst: of 1,000 Gaussian matrices with an entry of 1.2, 1.3 or 1.4 σ(NM)^¼ 9, 8 and 2 get
+"""And one so many scales above it. Measured by `python -m benchmarks.early_stop` on 250 matrices of each of 26 laws of
+elements at each of four shapes: 53 % of the 20,487 that are shuffled are decided by one shuffle, and of these 0.31 %
+would be decided otherwise by three and 0.19 % by fifteen (three say other than fifteen in 5.4 % of all). The worst are
+laws that put λmax at the threshold: of 1,000 Gaussian matrices with an entry of 1.2, 1.3 or 1.4 σ(NM)^¼ 9, 8 and 2 get
 another verdict than by three shuffles, of 978 with Student t elements of 4 degrees of freedom 2."""
 
 LEAST_LANCZOS_SIDE = 256
