@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 
 _TRIM_ROUNDS = 50
@@ -15,6 +16,9 @@ _NEAR = 0.5
 
 _LEFT = 1e-3
 """Least share of Σ w² that is left about the mean: three digits of sixteen may be lost."""
+
+_CHUNK = 1 << 16
+"""Entries that the host looks at together: they stay in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,14 @@ def _beyond(entries: torch.Tensor, centre: float, distance: float) -> torch.Tens
     rounding = torch.finfo(wide.dtype).eps * abs(centre)
     if not (distance > 1e3 * rounding and distance < torch.finfo(wide.dtype).max / 4):
         return None
-    return ((wide < centre - distance) | (wide > centre + distance)).nonzero().flatten()
+    low, high = centre - distance, centre + distance
+    if wide.device.type != "cpu":
+        return ((wide < low) | (wide > high)).nonzero().flatten()
+    found = [  # torch takes ten times as long for this as numpy
+        np.flatnonzero((part < low) | (part > high)) + start
+        for start, part in ((at, wide[at : at + _CHUNK].numpy()) for at in range(0, len(wide), _CHUNK))
+    ]
+    return torch.from_numpy(np.concatenate(found))
 
 
 def large_entries(matrices: torch.Tensor, stats: Elements, *, limit: int = 8) -> LargeEntries:
