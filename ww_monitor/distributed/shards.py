@@ -133,7 +133,6 @@ def deliver_all(ranks: Ranks, shipments: Mapping[int, Shipment]) -> None:
                 ranks.say(f"adding a shard of layer {own.matrix.name!r}")
                 own.add(source, *received)
             del sent, received  # or the next blocks would be in memory beside them
-            del sent, received
 
 
 def add_gram(gram: torch.Tensor, rows: torch.Tensor) -> None:
