@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 TWO = (
     "ddp fsdp2 fsdp2_measured fsdp2_weightwatcher fsdp2_delta fsdp2_bfloat16 tensor_parallel fsdp1 fsdp1_flat zero3"
-    " experts pipeline broken_layer late_break strict bad_walker twice alone training counted counted_whole shares frozen"
+    " experts pipeline broken_layer late_break strict bad_walker twice alone training counted counted_whole shares"
+    " frozen"
 )
 FOUR = (
     "ddp fsdp2 tensor_parallel mixed hsdp data_and_tensor fsdp1 experts pipeline subgroup"
