@@ -40,8 +40,8 @@ def bindings(made, *, gives_up=()):
         workspace_in_bytes_on_device, buffer_on_host, workspace_in_bytes_on_host, info, batch_size,
     ):  # fmt: skip
         assert (workspace_in_bytes_on_device, workspace_in_bytes_on_host) == (64 * batch_size, 16)
-        array(buffer_on_device, workspace_in_bytes_on_device, ctypes.c_uint8)[:] = 1
-        array(buffer_on_host, workspace_in_bytes_on_host, ctypes.c_uint8)[:] = 1
+        array(buffer_on_device, (workspace_in_bytes_on_device,), ctypes.c_uint8)[:] = 1
+        array(buffer_on_host, (workspace_in_bytes_on_host,), ctypes.c_uint8)[:] = 1
         stack, values = array(a, (batch_size, n, n)), array(w, (batch_size, n))
         values[:] = np.linalg.eigvalsh(stack, UPLO="U")  # a lower triangle by columns is an upper one by rows
         stack[:] = 7.0
