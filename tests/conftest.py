@@ -53,6 +53,19 @@ def _card_in_turns(request, tmp_path_factory):
         torch.cuda.empty_cache()
 
 
+@pytest.fixture
+def allow_threads(monkeypatch):
+    """A function: let torch, and so the analysis, have so many threads, however many cores there are."""
+    before = torch.get_num_threads()
+
+    def allow(count, *, cores=None):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores or count), raising=False)
+        torch.set_num_threads(count)
+
+    yield allow
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder with reference values and data beside the project."""
