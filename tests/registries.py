@@ -8,14 +8,20 @@ from ww_monitor.metric import MEASUREMENTS, TABLE
 
 
 def before_measurement(monkeypatch, name, first):
-    """Let `first(loaded)` run before a measurement of some matrices, and raise what it raises."""
-    entry = MEASUREMENTS[name]
+    """Let `first(loaded)` run before a measurement of some matrices, and raise what it raises.
 
-    def function(loaded, *others):
+    Returns:
+        The definitions with which it was made, one an occasion.
+    """
+    entry, asked = MEASUREMENTS[name], []
+
+    def function(loaded, known, definitions):
         first(loaded)
-        return entry.function(loaded, *others)
+        asked.append(definitions)
+        return entry.function(loaded, known, definitions)
 
     monkeypatch.setitem(MEASUREMENTS, name, replace(entry, function=function))
+    return asked
 
 
 def before_metric(monkeypatch, name, first):

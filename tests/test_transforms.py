@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, prune
 import ww_monitor
 from tests.reference.cases import published
 from tests.reference.cases import trapped as gaussian_with_traps
+from tests.registries import before_measurement
 from ww_monitor.errors import InvalidArgument
 from ww_monitor.matrices import Matrix, Skipped
 from ww_monitor.spectra.elements import elements
@@ -306,11 +307,9 @@ def test_a_wrong_method_is_named():
 
 
 def test_the_seed_is_that_of_the_shuffles(monkeypatch):
-    seeds = []
-    original = ww_monitor.transforms.Options
-    monkeypatch.setattr("ww_monitor.transforms.Options", lambda **kw: seeds.append(kw["seed"]) or original(**kw))
+    definitions = before_measurement(monkeypatch, "shuffled", lambda loaded: None)
     svd_sharpen(linear(trapped()), seed=5)
-    assert seeds == [5]
+    assert {one.seed for one in definitions} == {5}
 
 
 # --- where the weights are

@@ -20,7 +20,8 @@ from ww_monitor.metric.measurements import LEAST_TRAP_SIDE
 from ww_monitor.metric.table import metric
 from ww_monitor.record import SkippedLayer
 from ww_monitor.spectra import host
-from ww_monitor.spectra.traps import shuffled
+from ww_monitor.spectra.elements import elements
+from ww_monitor.spectra.traps import HEADROOM_TO_SHUFFLE, shuffled
 
 NAN = float("nan")
 
@@ -302,18 +303,19 @@ def test_only_near_slices_are_shuffled_and_the_entry_keeps_its_address():
     assert layer.trap_entries[0].value == 15.0
 
 
-def test_the_slices_of_a_kernel_share_the_level_of_the_layer(monkeypatch):
-    received = []
-
-    def recording(matrices, stats, **options):
-        received.append(options["significance"])
-        return shuffled(matrices, stats, **options)
-
-    monkeypatch.setattr("ww_monitor.metric.measurements.shuffled_spectra", recording)
+def test_the_slices_of_a_kernel_share_the_level_of_the_layer():
+    """Entries about as large as makes an outlier, so that the level decides over some."""
     kernel = normal(9, 32, 24)
-    kernel[6, 5, 4] = 15.0
-    analyze_matrices([matrix("k", kernel)], Options(significance=0.01))
-    assert 1 - (1 - received[0]) ** 9 == pytest.approx(0.01)
+    kernel[:, 5, 4] = torch.linspace(5.0, 7.0, 9)
+    layer = analyze_matrices([matrix("k", kernel)], Options(significance=0.3))["k"]
+    stats = elements(kernel)
+    near = (stats.headroom >= HEADROOM_TO_SHUFFLE).nonzero().flatten()
+    shared, whole = (
+        shuffled(list(kernel[near]), stats.take(near), seed=0, significance=level).mean_count.sum().item()
+        for level in (1 - 0.7 ** (1 / 9), 0.3)
+    )
+    assert layer.value("num_traps") == pytest.approx(shared)
+    assert shared < whole
 
 
 def test_measurements_that_no_metric_needs_are_not_made(monkeypatch):
