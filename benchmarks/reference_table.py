@@ -1,26 +1,20 @@
 """Where weightwatcher 0.7.7's own figure is not well defined: case, column, its value, ours, why.
 
-Reads the tool's published values on 28 cases (a JSON file) and the models that made them (the script beside it), and
-compares every column under `preset="weightwatcher"`. What differs by more than 1e-9 relative must have a reason below,
-otherwise this script fails. `python -m benchmarks.reference_table FOLDER` prints the table that stands in
-benchmarks/REFERENCE.md.
+Compares every column of the tool's values on 28 cases, which the parity tests read too, under
+`preset="weightwatcher"`. What differs by more than 1e-9 relative must have a reason below, otherwise this script fails.
+`python -m benchmarks.reference_table` prints the table that stands in benchmarks/REFERENCE.md.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import json
 import math
 import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 
 import ww_monitor
+from tests.reference.cases import CASES, number, rows_of
 from ww_monitor.metric import weightwatcher as _columns  # noqa: F401 - the table is complete once this is imported
 from ww_monitor.metric.table import TABLE
 
@@ -37,24 +31,6 @@ REASONS = {
     "sv_min": "smallest singular value of a matrix that is singular to rounding",
 }
 """Why a figure of the tool's is not well defined; the numbers are those of its list of known bugs."""
-
-
-def load_cases(folder: Path) -> tuple[dict[str, Any], ModuleType]:
-    """The published values, and the module that builds the models (its import of the tool is not needed)."""
-    values = json.loads((folder / "ww_reference.json").read_text(encoding="utf-8"))["cases"]
-    sys.modules.setdefault("weightwatcher", ModuleType("weightwatcher"))
-    spec = importlib.util.spec_from_file_location("ww_reference", folder / "ww_reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    threads = torch.get_num_threads()
-    spec.loader.exec_module(module)
-    torch.set_num_threads(threads)
-    return values, module
-
-
-def number(value: Any) -> float:
-    return math.nan if value is None else float(value)
 
 
 def reason(case: str, row: dict[str, Any], column: str) -> str:
@@ -75,17 +51,13 @@ def reason(case: str, row: dict[str, Any], column: str) -> str:
     return ""
 
 
-def compared(folder: Path) -> list[tuple[str, str, float, float, str, float]]:
+def compared() -> list[tuple[str, str, float, float, str, float]]:
     """`(case, column, its value, ours, reason, relative deviation)` of every number, well defined or not."""
-    values, module = load_cases(folder)
     found = []
-    for case, (build, _) in module.CASES.items():
-        rows = values[case]["runs"]["plain"].get("rows")
-        if rows is None:
-            continue
+    for case, build in CASES.items():
         names = [name for name in TABLE["weightwatcher"] if not name.startswith(RANDOM)]
         snapshot = ww_monitor.analyze(build(), preset="weightwatcher", metrics=names)
-        for row, layer in matched(rows, snapshot):
+        for row, layer in matched(rows_of(case), snapshot):
             for column in row:
                 if column in NOT_NUMBERS or column.startswith(RANDOM):
                     continue
@@ -110,9 +82,7 @@ def deviation(theirs: float, ours: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where ww_reference.json and ww_reference.py are")
-    found = compared(parser.parse_args().folder)
+    found = compared()
     agreed = [row for row in found if row[5] <= 1e-9]
     print(
         f"{len(agreed)} of {len(found)} numbers agree to 1e-9 relative; largest deviation among them"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.processes import run_python
+from tests.processes import ask_python
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -53,6 +53,19 @@ def _card_in_turns(request, tmp_path_factory):
         torch.cuda.empty_cache()
 
 
+@pytest.fixture
+def allow_threads(monkeypatch):
+    """A function: let torch, and so the analysis, have so many threads, however many cores there are."""
+    before = torch.get_num_threads()
+
+    def allow(count, *, cores=None):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores or count), raising=False)
+        torch.set_num_threads(count)
+
+    yield allow
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder with reference values and data beside the project."""
@@ -63,29 +76,17 @@ def shared():
 
 @pytest.fixture(scope="session")
 def run_weightwatcher():
-    """Call `answer(weightwatcher, question)` of a source text in a process of its own, both ends as JSON.
-
-    Importing weightwatcher silences every warning and reconfigures the root logger, so it stays out of this process.
-    """
+    """Call `answer(weightwatcher, question)` of a source text in the peer tool's own process, both ends as JSON."""
     if find_spec("weightwatcher") is None:
         pytest.skip("weightwatcher, the peer tool, is not installed")
+    with ask_python(Path(__file__).with_name("weightwatcher_process.py")) as ask:
 
-    def run(source, question):
-        frame = (
-            "import contextlib, io, json, sys\n"
-            "with contextlib.redirect_stdout(io.StringIO()):\n"
-            "    import weightwatcher\n"
-            f"{source}\n"
-            "question = json.load(sys.stdin)\n"
-            "with contextlib.redirect_stdout(io.StringIO()):\n"
-            "    result = answer(weightwatcher, question)\n"
-            "print(json.dumps(result))\n"
-        )
-        done = run_python("-c", frame, stdin=json.dumps(question))
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        def run(source, question):
+            reply = ask(source, question)
+            assert "answer" in reply, reply["failure"]
+            return reply["answer"]
 
-    return run
+        yield run
 
 
 @pytest.fixture

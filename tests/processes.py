@@ -5,11 +5,15 @@ They compute on the CPU and see no CUDA device: a library that finds one would t
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from threading import Timer
+from typing import IO, Any
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -37,3 +41,33 @@ def start_python(*arguments: str, output: IO[bytes] | IO[str], **more: str) -> s
     """`python *arguments` in the background, all that it writes into the file `output`."""
     command = [sys.executable, *arguments]
     return subprocess.Popen(command, env=environment(**more), stdout=output, stderr=subprocess.STDOUT)
+
+
+@contextmanager
+def ask_python(script: Path, timeout: float = 240) -> Iterator[Callable[..., Any]]:
+    """A process that stays for many questions: what is called with goes to it as a line of JSON, a line comes back.
+
+    What it writes to its standard error is lost; a question that takes longer than `timeout` seconds ends it.
+    """
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment(),
+    )
+
+    def ask(*question: Any) -> Any:
+        limit = Timer(timeout, process.kill)
+        limit.start()
+        try:
+            process.stdin.write(json.dumps(question) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+        finally:
+            limit.cancel()
+
+    with process:
+        yield ask
+        process.stdin.close()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ww_monitor
-from ww_monitor import InvalidArgument, LayerError, analysis, analyze
+from ww_monitor import InvalidArgument, LayerError, analyze
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -230,18 +230,6 @@ OPTIONS = {
 @pytest.mark.parametrize(("source", "arguments", "seen"), OPTIONS.values(), ids=OPTIONS)
 def test_every_option_changes_what_it_is_for(source, arguments, seen):
     assert seen(analyze(source, **arguments)) != seen(analyze(source))
-
-
-def test_the_lora_option_reaches_the_walker(monkeypatch):
-    received = {}
-
-    def recording(source, **options):
-        received.update(options)
-        return iter(())
-
-    monkeypatch.setattr(analysis, "walk_source", recording)
-    analyze(THREE, lora=["merged"])
-    assert received["lora"] == ["merged"]
 
 
 def test_there_is_a_test_for_every_option():

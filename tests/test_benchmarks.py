@@ -254,7 +254,7 @@ def test_batches_are_of_one_size_and_no_larger_than_the_solver_takes(monkeypatch
 
 
 def test_before_torch_2_12_what_cannot_solve_batches_is_named(monkeypatch):
-    monkeypatch.setattr(solvers, "_torch_version", lambda: (2, 11))
+    monkeypatch.setattr(torch, "__version__", "2.11.0")
 
     def fail(which):
         def make():

@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import json
 import weakref
 
 import numpy as np
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ww_monitor.compare as module
+from tests.reference.cases import published
 from ww_monitor.baseline import Baseline
 from ww_monitor.compare import compare_matrices, distances
 from ww_monitor.errors import InvalidArgument, LayerError, MissingDependency
@@ -150,9 +150,8 @@ def test_the_floor_is_above_the_rounding_of_the_storage_precision():
 # --- two models
 
 
-def test_frobenius_is_weightwatchers_raw_distance_and_cka_the_square_of_its_similarity(shared):
-    functions = json.loads((shared / "reference" / "ww_reference.json").read_text())["functions"]
-    reference = next(value for key, value in functions.items() if key.startswith("distances"))
+def test_frobenius_is_weightwatchers_raw_distance_and_cka_the_square_of_its_similarity():
+    reference = published()["distances"]
     a, b = pair_of_models()
     found = distances(a, b)
     assert [row.frobenius for row in found.rows] == pytest.approx(reference["raw"]["delta_W"], rel=1e-5)

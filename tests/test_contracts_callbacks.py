@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import ww_monitor.monitor
-import ww_monitor.survey.survey
+from tests.registries import before_measurement, before_summary
 from ww_monitor import History, SpectralWarning
 from ww_monitor.callbacks._adapter import Adapter
 from ww_monitor.sinks.memory import Memory
@@ -632,16 +632,14 @@ def test_a_sink_that_raises_is_said_once_and_costs_the_others_nothing(framework,
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_an_engine_that_fails_is_said_once_and_training_goes_on(framework, tmp_path, mode, monkeypatch):
     plain = framework.train(tmp_path / "plain")
-    works = ww_monitor.survey.survey.analyze_matrices
-
-    def fails(*arguments, step, **options):
-        if step >= 4:
-            raise RuntimeError("no convergence")
-        return works(*arguments, step=step, **options)
-
-    monkeypatch.setattr(ww_monitor.survey.survey, "analyze_matrices", fails)
     folder = tmp_path / "watched"
     monitor = make(framework, folder, mode=mode)
+
+    def fails() -> None:
+        if len(monitor.monitor.history) == 2:
+            raise RuntimeError("no convergence")
+
+    before_summary(monkeypatch, "log_norm", fails)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run = framework.train(folder, monitor, each_step=lambda *_: monitor.monitor.survey.join(30))
@@ -697,14 +695,13 @@ def test_snapshots_of_the_background_come_in_order_with_the_numbers_of_their_ste
 
 
 def test_the_end_of_training_waits_for_the_background_no_longer_than_the_limit(framework, tmp_path, monkeypatch):
-    works, release = ww_monitor.survey.survey.analyze_matrices, threading.Event()
+    release = threading.Event()
 
-    def hangs(*arguments, background=False, **options):
-        if background:
+    def hangs(loaded) -> None:
+        if threading.current_thread().name in our_threads():
             release.wait(30)
-        return works(*arguments, background=background, **options)
 
-    monkeypatch.setattr(ww_monitor.survey.survey, "analyze_matrices", hangs)
+    before_measurement(monkeypatch, "live_sides", hangs)
     monkeypatch.setattr(ww_monitor.monitor, "JOIN_SECONDS", 0.2)
     monitor = make(framework, tmp_path, mode="async")
     try:

@@ -3,6 +3,7 @@
 import copy
 import logging
 import random
+import threading
 import warnings
 from dataclasses import dataclass
 
@@ -15,8 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ww_monitor
 from tests.processes import run_python
+from tests.registries import before_measurement
 from ww_monitor.engine import threads
-from ww_monitor.spectra import shuffle
 
 pl = pytest.importorskip("pytorch_lightning")
 
@@ -132,17 +133,11 @@ def plain_short(tmp_path_factory) -> Run:
 
 
 @pytest.fixture
-def shuffles(monkeypatch) -> list[int]:
-    """Sizes of the matrices that were shuffled."""
-    sizes = []
-    original = shuffle.permutation
-
-    def counted(size: int, **arguments) -> torch.Tensor:
-        sizes.append(size)
-        return original(size, **arguments)
-
-    monkeypatch.setattr(shuffle, "permutation", counted)
-    return sizes
+def shuffled(monkeypatch) -> list[str]:
+    """Names of the matrices that may have been shuffled, once a snapshot."""
+    names: list[str] = []
+    before_measurement(monkeypatch, "shuffled", lambda loaded: names.extend(one.name for one in loaded.matrices))
+    return names
 
 
 CALLBACKS = {
@@ -167,24 +162,23 @@ def test_training_with_the_monitor_is_bit_identical(plain, tmp_path, arguments):
 
 
 def test_training_is_bit_identical_beside_workers_too(plain, tmp_path, monkeypatch):
-    used = []
-
-    def counted():
-        used.append(True)
-        return 2
-
-    monkeypatch.setattr(threads, "thread_budget", counted)
+    """torch's own count stays: training with another one is another training."""
+    used = set()
+    before_measurement(monkeypatch, "elements", lambda loaded: used.add(threading.current_thread().name))
+    monkeypatch.setattr(threads, "thread_budget", lambda: 2)
     before = process_state()
     watched = train(tmp_path, [spectral_monitor()])
+    assert all(name.startswith("ww_monitor") for name in used)
     assert used
     assert differences(plain.state, watched.state) == []
     assert changed(before, process_state()) in ([], ["streams"])  # of the training
 
 
-def test_the_comparison_above_sees_shuffled_spectra_and_a_power_iteration(plain, tmp_path, shuffles):
+def test_the_comparison_above_sees_shuffled_spectra_and_a_power_iteration(plain, tmp_path, shuffled):
     monitor = spectral_monitor()
     watched = train(tmp_path, [monitor])
-    assert len(shuffles) > STEPS
+    assert len(shuffled) > STEPS
+    assert any(layer.value("trap_severity") > 0 for layer in monitor.monitor.history.last.layers)
     assert {
         "net net.4.parametrizations.weight.0._u",
         "net net.1.running_var",
@@ -200,24 +194,16 @@ def test_a_run_that_the_monitor_stops_is_identical_up_to_there(plain, tmp_path):
     assert stopped.module.losses == plain.module.losses[: stopped.trainer.global_step]
 
 
-def draws_globally(size: int, *, seed: int, replica: int) -> torch.Tensor:
-    return torch.randperm(size)
-
-
-def draws_from_numpy(size: int, *, seed: int, replica: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.permutation(size))
-
-
-def draws_from_python(size: int, *, seed: int, replica: int) -> torch.Tensor:
-    return torch.tensor(random.sample(range(size), size))
-
-
 @pytest.mark.parametrize(
-    ("misbehaved", "seen"),
-    [(draws_globally, "torch stream"), (draws_from_numpy, "numpy stream"), (draws_from_python, "python stream")],
+    ("draw", "seen"),
+    [
+        (lambda: torch.randperm(9), "torch stream"),
+        (lambda: np.random.permutation(9), "numpy stream"),
+        (lambda: random.sample(range(9), 9), "python stream"),
+    ],
 )
-def test_a_draw_from_a_global_stream_would_be_seen(plain_short, tmp_path, monkeypatch, misbehaved, seen):
-    monkeypatch.setattr(shuffle, "permutation", misbehaved)
+def test_a_draw_from_a_global_stream_would_be_seen(plain_short, tmp_path, monkeypatch, draw, seen):
+    before_measurement(monkeypatch, "elements", lambda loaded: draw())
     watched = train(tmp_path, [spectral_monitor()], steps=SHORT)
     assert {seen, "loss sequence", "net net.0.weight"} <= set(differences(plain_short.state, watched.state))
 

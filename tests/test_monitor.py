@@ -16,17 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.matrices import broken as unreadable
+from tests.matrices import matrix
+from tests.registries import before_measurement, before_summary
 from ww_monitor import checkpoint, errors, record, rules, schedule
-from ww_monitor.engine import Options
-from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.engine import Options, run
+from ww_monitor.matrices import Select, Skipped
 from ww_monitor.monitor import Monitor
 from ww_monitor.sinks.console import table
 from ww_monitor.sinks.memory import Memory
-from ww_monitor.survey import survey
-
-
-def matrix(name: str, weights: torch.Tensor) -> Matrix:
-    return Matrix(name, "dense", (1, *weights.shape), lambda: weights[None])
 
 
 def healthy(seed: int = 0, size: int = 32) -> torch.Tensor:
@@ -549,23 +547,23 @@ def test_a_raising_sink_is_no_affair_of_strict():
 
 
 @pytest.fixture
-def engine_that_fails_at(monkeypatch):
-    """A function: from then on the engine raises at these steps."""
-    original = survey.analyze_matrices
+def failing_engine(monkeypatch):
+    """A function: from then on the engine raises for so many looks at a layer."""
 
-    def fail_at(*steps: int, error: type[Exception] = RuntimeError) -> None:
-        def analyze(items, options, *, step=None, epoch=None, background=False):
-            if step in steps:
+    def fail_for(*, looks: int, error: type[Exception] = RuntimeError) -> None:
+        left = itertools.count(looks, -1)
+
+        def fail() -> None:
+            if next(left) > 0:
                 raise error("out of memory")
-            return original(items, options, step=step, epoch=epoch, background=background)
 
-        monkeypatch.setattr(survey, "analyze_matrices", analyze)
+        before_summary(monkeypatch, "log_norm", fail)
 
-    return fail_at
+    return fail_for
 
 
-def test_an_exception_in_the_engine_is_one_warning_and_no_snapshot(engine_that_fails_at):
-    engine_that_fails_at(0, 10, 20)
+def test_an_exception_in_the_engine_is_one_warning_and_no_snapshot(failing_engine):
+    failing_engine(looks=3)
     sink = Memory()
     watcher = Monitor(sinks=[sink])
     with pytest.warns(errors.SpectralWarning, match="analysis failed: RuntimeError: out of memory") as caught:
@@ -576,21 +574,21 @@ def test_an_exception_in_the_engine_is_one_warning_and_no_snapshot(engine_that_f
     assert watcher.last_step == 30
 
 
-def test_another_kind_of_exception_is_another_cause(engine_that_fails_at):
+def test_another_kind_of_exception_is_another_cause(failing_engine):
     watcher = Monitor()
-    engine_that_fails_at(0)
+    failing_engine(looks=1)
     with pytest.warns(errors.SpectralWarning, match="RuntimeError"):
-        watcher.observe([], step=0)
-    engine_that_fails_at(1, error=ZeroDivisionError)
+        watcher.observe([matrix("fc", healthy())], step=0)
+    failing_engine(looks=1, error=ZeroDivisionError)
     with pytest.warns(errors.SpectralWarning, match="ZeroDivisionError"):
-        watcher.observe([], step=1)
+        watcher.observe([matrix("fc", healthy())], step=1)
 
 
-def test_a_failed_analysis_is_not_tried_again_at_the_same_step(engine_that_fails_at):
-    engine_that_fails_at(0)
+def test_a_failed_analysis_is_not_tried_again_at_the_same_step(failing_engine):
+    failing_engine(looks=1)
     watcher = Monitor(every_n_steps=10)
     with pytest.warns(errors.SpectralWarning, match="analysis failed"):
-        watcher.observe([], step=0)
+        watcher.observe([matrix("fc", healthy())], step=0)
     assert [step for step in range(11) if watcher.due(step)] == [10]
 
 
@@ -631,10 +629,7 @@ def test_a_rule_that_fails_costs_its_own_findings_and_is_one_warning(strict, rub
 
 
 def test_a_layer_that_raises_costs_its_own_row_only():
-    def unreadable() -> torch.Tensor:
-        raise OSError("shard is gone")
-
-    items = [matrix("a", healthy()), Matrix("b", "dense", (1, 32, 32), unreadable), matrix("c", healthy(1))]
+    items = [matrix("a", healthy()), unreadable("b", OSError("shard is gone")), matrix("c", healthy(1))]
     alone = Monitor().observe([items[0], items[2]], step=0)
     together = Monitor().observe(items, step=0)
     assert together["b"].status == "error: OSError: shard is gone"
@@ -642,8 +637,8 @@ def test_a_layer_that_raises_costs_its_own_row_only():
     assert [(f.rule, f.layer) for f in together.findings if f.rule == "broken_layer"] == [("broken_layer", "b")]
 
 
-def test_nothing_escapes_where_warnings_are_errors(engine_that_fails_at, caplog):
-    engine_that_fails_at(0)
+def test_nothing_escapes_where_warnings_are_errors(failing_engine, caplog):
+    failing_engine(looks=1)
     watcher = Monitor(sinks=[Failing(1)])
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING, logger="ww_monitor"):
         warnings.simplefilter("error")
@@ -655,10 +650,10 @@ def test_nothing_escapes_where_warnings_are_errors(engine_that_fails_at, caplog)
     ]
 
 
-def test_strict_lets_the_engine_raise(engine_that_fails_at):
-    engine_that_fails_at(0)
+def test_strict_lets_the_engine_raise(failing_engine):
+    failing_engine(looks=1)
     with pytest.raises(RuntimeError, match="out of memory"):
-        Monitor(options=Options(strict=True)).observe([], step=0)
+        Monitor(options=Options(strict=True)).observe([matrix("fc", healthy())], step=0)
 
 
 def test_strict_names_the_layer_and_the_step():
@@ -669,11 +664,8 @@ def test_strict_names_the_layer_and_the_step():
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
 def test_the_user_can_interrupt(interrupt):
-    def stopped() -> torch.Tensor:
-        raise interrupt
-
     with pytest.raises(interrupt):
-        Monitor().observe([Matrix("fc", "dense", (1, 32, 32), stopped)], step=0)
+        Monitor().observe([unreadable("fc", interrupt)], step=0)
 
 
 # --- arguments
@@ -738,17 +730,20 @@ def test_the_warm_up_is_no_time_of_the_run(monkeypatch):
     clock, monitor = itertools.count(step=100.0), Monitor()
     monitor.budget = schedule.Budget(clock=lambda: float(next(clock)))
     seen = []
-    monkeypatch.setattr("ww_monitor.monitor.warm_up", lambda: seen.append(monitor.budget.elapsed))
+    before_measurement(monkeypatch, "live_sides", lambda loaded: seen.append(monitor.budget.elapsed))
+    run.warm_up.cache_clear()
     monitor.begin(0)
     assert seen == [0.0]  # the clock has not been read: it would have moved
     assert monitor.budget.elapsed == 100.0
 
 
 def test_a_warm_up_that_fails_is_said_and_ends_nothing(monkeypatch):
-    monkeypatch.setattr("ww_monitor.monitor.warm_up", lambda: 1 / 0)
     monitor = Monitor(options=Options(strict=True))
-    with pytest.warns(errors.SpectralWarning, match="warming up failed: ZeroDivisionError"):
-        monitor.begin(0)
+    run.warm_up.cache_clear()
+    with monkeypatch.context() as patch:
+        before_summary(patch, "log_norm", lambda: 1 / 0)
+        with pytest.warns(errors.SpectralWarning, match="warming up failed: ZeroDivisionError"):
+            monitor.begin(0)
     assert monitor.observe([matrix("fc", healthy())], step=0) is not None
 
 

@@ -26,7 +26,9 @@ from ww_monitor import History, Monitor, plots
 from ww_monitor.sinks.heatmap import alpha_colours
 from ww_monitor.walk.torch import walk
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+HOW = "the pages are looked at in a browser; `apt-get install chromium`, or put one of {} on the PATH"
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -40,7 +42,7 @@ LAYERS = ("encoder.0", "encoder.2", "head")
 SECONDS = 60
 
 pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="chromium, the browser, is not installed"),
+    pytest.mark.skipif(CHROMIUM is None, reason=HOW.format(", ".join(BROWSERS))),
     # the browser's driver leaves its event loop to the garbage collector
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -94,7 +96,7 @@ def wait_until_up(address: str, process: subprocess.Popen[bytes], log: Path) -> 
 @pytest.fixture(scope="module")
 def board(tmp_path_factory):
     """The address of a TensorBoard over a real run, and the history of that run."""
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    pytest.importorskip("tensorboard", reason="it is looked at itself; `pip install tensorboard`")
     folder = tmp_path_factory.mktemp("board")
     history = train(folder / "logs" / "run")
     log, port = folder / "tensorboard.log", free_port()
@@ -113,7 +115,7 @@ def board(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """A page of a headless browser that reaches nothing but loopback."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright, the browser's driver, is not installed")
+    api = pytest.importorskip("playwright.sync_api", reason="the browser's driver; `pip install playwright`")
     with api.sync_playwright() as playwright:
         context = playwright.chromium.launch_persistent_context(
             tmp_path_factory.mktemp("profile"),

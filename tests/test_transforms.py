@@ -1,6 +1,5 @@
 """Transforms change what they say they change, only that, and nothing where a fit failed."""
 
-import json
 import math
 from collections import OrderedDict
 
@@ -13,6 +12,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import ww_monitor
+from tests.reference.cases import published
+from tests.reference.cases import trapped as gaussian_with_traps
+from tests.registries import before_measurement
 from ww_monitor.errors import InvalidArgument
 from ww_monitor.matrices import Matrix, Skipped
 from ww_monitor.spectra.elements import elements
@@ -67,23 +69,18 @@ def assert_same_bits(first, second):
         assert value.dtype == second[key].dtype
 
 
-def reference(shared, name):
-    functions = json.loads((shared / "reference" / "ww_reference.json").read_text())["functions"]
-    return next(value for key, value in functions.items() if key.startswith(name))
-
-
 # --- smoothing
 
 
 @pytest.mark.parametrize(
     ("keep", "theirs"), [(40, "svd_0.5"), (0.5, "svd_0.5"), ("erg", "detX"), ("detX", "detX"), ("alpha", "alpha_min")]
 )
-def test_smoothing_keeps_what_weightwatcher_keeps(shared, keep, theirs):
-    expected = reference(shared, "SVDSmoothing")[theirs]
+def test_smoothing_keeps_what_weightwatcher_keeps(keep, theirs):
+    expected = published()["smoothing"][theirs]
     net = linear(np.random.RandomState(50).standard_t(3, (120, 80)))
     result = svd_smooth(net, keep)
     values = singular(result.state_dict["0.weight"])
-    assert int((values > 1e-4).sum()) == expected["rank(tol 1e-4)"] == result.changed[0].kept
+    assert int((values > 1e-4).sum()) == expected["rank"] == result.changed[0].kept
     assert values[:5].tolist() == pytest.approx(expected["top5"], rel=1e-5)
     assert values.norm().item() == pytest.approx(expected["frobenius"], rel=1e-4)  # theirs is randomised:
     assert values.norm().item() > (1 - 1e-6) * expected["frobenius"]  # no more than the optimum
@@ -198,11 +195,9 @@ def test_a_wrong_keep_is_named(keep):
 # --- sharpening
 
 
-def test_sharpening_removes_the_directions_that_weightwatcher_removes_where_traps_lead(shared):
-    expected = reference(shared, "SVDSharpness")
-    w = np.random.RandomState(11).standard_normal((300, 100))
-    w[3, 7], w[100, 33], w[295, 91] = 60.0, -50.0, 45.0
-    net = linear(w)
+def test_sharpening_removes_the_directions_that_weightwatcher_removes_where_traps_lead():
+    expected = published()["sharpening"]
+    net = linear(gaussian_with_traps(300, 100, 11))
     assert singular(net[0].weight.detach())[:6].tolist() == pytest.approx(expected["before"], rel=1e-5)
     after = singular(svd_sharpen(net).state_dict["0.weight"])
     assert after[:6].tolist() == pytest.approx(expected["after"], rel=1e-5)
@@ -312,11 +307,9 @@ def test_a_wrong_method_is_named():
 
 
 def test_the_seed_is_that_of_the_shuffles(monkeypatch):
-    seeds = []
-    original = ww_monitor.transforms.Options
-    monkeypatch.setattr("ww_monitor.transforms.Options", lambda **kw: seeds.append(kw["seed"]) or original(**kw))
+    definitions = before_measurement(monkeypatch, "shuffled", lambda loaded: None)
     svd_sharpen(linear(trapped()), seed=5)
-    assert seeds == [5]
+    assert {one.seed for one in definitions} == {5}
 
 
 # --- where the weights are

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from tests.reference.cases import published
 from ww_monitor import analyze
 from ww_monitor.metric import TABLE
 from ww_monitor.spectra.vectors import VECTOR_METRICS, vector_metrics
@@ -51,13 +50,12 @@ def test_columns_equal_weightwatchers(run_weightwatcher, shape):
                 assert theirs[column] in (pytest.approx(with_xmin, rel=1e-6), pytest.approx(without, rel=1e-6)), column
 
 
-def test_one_vector_has_the_published_values(shared):
+def test_one_vector_has_the_published_values():
     """The vector is the leading one of a rank-one matrix; its entropy is that of the histogram of its entries."""
-    name = "vector metrics of RandomState(0).standard_normal(500)"
-    published = json.loads((shared / "reference" / "ww_reference.json").read_text(encoding="utf-8"))["functions"][name]
+    expected = published()["vectors"]
     v = np.random.RandomState(0).standard_normal(500)
     w = torch.from_numpy(np.outer(np.ones(600), v))[None]
     entropy, localization, participation = vector_metrics(w)[:, 0, -1]
-    assert localization == pytest.approx(published["localization_ratio"], rel=1e-9)
-    assert participation == pytest.approx(published["participation_ratio"], rel=1e-9)
-    assert entropy == pytest.approx(published["discrete_entropy"], rel=1e-6)
+    assert localization == pytest.approx(expected["localization_ratio"], rel=1e-9)
+    assert participation == pytest.approx(expected["participation_ratio"], rel=1e-9)
+    assert entropy == pytest.approx(expected["discrete_entropy"], rel=1e-6)

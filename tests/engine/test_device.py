@@ -2,30 +2,24 @@
 
 import gc
 import math
+import sys
+import threading
 import weakref
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from tests.matrices import matrix, normal
+from tests.registries import before_measurement, before_metric
 from tests.stand_in import use_stand_in
-from ww_monitor.engine import Options, analyze_matrices, threads
+from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.matrices import Matrix
-from ww_monitor.metric import MEASUREMENTS
-from ww_monitor.metric import batch as batch_module
 from ww_monitor.spectra.device import Accelerator
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def matrix(name, weights, *, kind="dense"):
-    stack = weights if weights.ndim == 3 else weights[None]
-    return Matrix(name, kind, tuple(stack.shape), lambda: stack)
 
 
 def some_matrices():
@@ -119,7 +113,9 @@ def test_all_slices_of_a_side_count_together(monkeypatch):
 )
 def test_before_2_12_a_batch_needs_nvidias_bindings(monkeypatch, torch_version, nvmath):
     monkeypatch.setattr(torch, "__version__", torch_version)
-    monkeypatch.setattr("ww_monitor.spectra.device._has_nvmath", lambda: nvmath)
+    bindings = ModuleType("nvmath")
+    bindings.__spec__ = ModuleSpec("nvmath", None)
+    monkeypatch.setitem(sys.modules, "nvmath", bindings if nvmath else None)
     device = Accelerator(torch.device("cpu"))
     batches = nvmath or torch_version.startswith("2.13")
     assert [device.batches(768, count) for count in (1, 7, 8, 48)] == [False, False, batches, batches]
@@ -127,13 +123,12 @@ def test_before_2_12_a_batch_needs_nvidias_bindings(monkeypatch, torch_version, 
 
 
 def test_chunks_are_of_one_size_and_the_last_is_filled_up(monkeypatch):
-    """Nineteen matrices where memory allows eight are three chunks of seven, so that the solver keeps its size."""
+    """Twenty-eight matrices where memory allows twelve are three of ten, so that the solver keeps its size."""
     one = 6 * 8 * 130 * 130
-    asked = use_stand_in(monkeypatch, free=int(2 * 8.5 * one))
-    monkeypatch.setattr("ww_monitor.spectra.device.LEAST_BATCH", 2)
-    items = many(19, 140, 130)
+    asked = use_stand_in(monkeypatch, free=int(2 * 12.5 * one))
+    items = many(28, 140, 130)
     found = analyze_matrices(items, Options(metrics=["alpha"], keep_eigenvalues=True))
-    assert asked.batches == [(130, 7)] * 3
+    assert asked.batches == [(130, 10)] * 3
     for layer, item in zip(found.layers, items, strict=True):
         expected = torch.linalg.svdvals(item.load().double()).square().flip(1)[0]
         torch.testing.assert_close(
@@ -208,25 +203,26 @@ def test_it_is_decided_once_for_all_matrices_of_a_device(monkeypatch):
 def test_one_tail_a_short_side_and_two_reads_a_look(monkeypatch):
     """The moments of all matrices, then the numbers of all rows of a short side."""
     asked = use_stand_in(monkeypatch)
-    tails, fit = [], batch_module.fit_tail
-
-    def counted(values, **options):
-        tails.append(tuple(values.shape))
-        return fit(values, **options)
-
-    monkeypatch.setattr(batch_module, "fit_tail", counted)
+    tails = []
+    before_metric(monkeypatch, "alpha", lambda batch: tails.append((batch.tail, tuple(batch.eigenvalues.shape))))
+    before_metric(monkeypatch, "ks", lambda batch: tails.append((batch.tail, tuple(batch.eigenvalues.shape))))
     analyze_matrices([*many(5, 64, 40), *many(4, 90, 40), *many(3, 40, 70), *many(2, 40, 30)], Options())
-    assert sorted(tails) == [(2, 30), (12, 40)]
+    assert sorted(shape for _, shape in tails) == [(2, 30), (2, 30), (12, 40), (12, 40)]
+    assert len({id(tail) for tail, _ in tails}) == 2
     assert len(asked.reads) == 3
 
 
-def test_what_a_device_has_solved_never_enters_the_pool(monkeypatch):
-    submitted = []
-    submit = threads.Workers.submit
-    monkeypatch.setattr(threads.Workers, "submit", lambda *a, **k: (submitted.append(a), submit(*a, **k))[1])
-    use_stand_in(monkeypatch)
+@pytest.mark.parametrize(("refusal", "elsewhere"), [("", False), ("no full-rate float64", True)])
+def test_what_a_device_has_solved_never_enters_the_pool_and_what_it_leaves_to_the_host_does(
+    monkeypatch, allow_threads, refusal, elsewhere
+):
+    measuring = set()
+    before_measurement(monkeypatch, "elements", lambda loaded: measuring.add(threading.current_thread()))
+    use_stand_in(monkeypatch, refusal=refusal)
+    allow_threads(2)
     analyze_matrices(some_matrices(), Options())
-    assert submitted == []
+    assert measuring
+    assert (threading.current_thread() not in measuring) == elsewhere
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("cusolver error")], ids=str)
@@ -243,16 +239,13 @@ def test_a_device_that_fails_leaves_it_to_the_host_and_says_so(monkeypatch, erro
 
 
 def test_a_measurement_that_fails_costs_its_layer_only(monkeypatch):
-    whole = MEASUREMENTS["elements"].function
-
-    def picky(loaded, *args):
+    def picky(loaded):
         if any(one.name == "square" for one in loaded.matrices):
             raise ArithmeticError("no")
-        return whole(loaded, *args)
 
     expected = on_host()
     use_stand_in(monkeypatch)
-    monkeypatch.setitem(MEASUREMENTS, "elements", replace(MEASUREMENTS["elements"], function=picky))
+    before_measurement(monkeypatch, "elements", picky)
     found = analyze_matrices(some_matrices(), Options())
     assert found["square"].status == "error: ArithmeticError: no"
     for layer, other in zip(found.layers, expected.layers, strict=True):

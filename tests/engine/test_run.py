@@ -3,14 +3,16 @@
 import gc
 import math
 import threading
+import time
 import weakref
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from ww_monitor.engine import Options, analyze_matrices, load, rows, run, threads
+from tests.matrices import broken, matrix, normal
+from tests.registries import before_measurement, before_metric
+from ww_monitor.engine import Options, analyze_matrices, run
 from ww_monitor.errors import LayerError
 from ww_monitor.matrices import Matrix, Skipped
 from ww_monitor.metric import MEASUREMENTS, TABLE, measurement
@@ -18,25 +20,10 @@ from ww_monitor.metric.measurements import LEAST_TRAP_SIDE
 from ww_monitor.metric.table import metric
 from ww_monitor.record import SkippedLayer
 from ww_monitor.spectra import host
-from ww_monitor.spectra.traps import shuffled
+from ww_monitor.spectra.elements import elements
+from ww_monitor.spectra.traps import HEADROOM_TO_SHUFFLE, shuffled
 
 NAN = float("nan")
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def matrix(name, weights, *, kind="dense", shape=None):
-    stack = weights if weights.ndim == 3 else weights[None]
-    return Matrix(name, kind, tuple(stack.shape) if shape is None else shape, lambda: stack)
-
-
-def broken(name, error, *, shape=(1, 40, 30)):
-    def load():
-        raise error
-
-    return Matrix(name, "dense", shape, load)
 
 
 def comparable(layer):
@@ -44,16 +31,6 @@ def comparable(layer):
 
 
 KEEP = Options(keep_eigenvalues=True)
-
-
-@pytest.fixture
-def one_thread(monkeypatch):
-    monkeypatch.setattr(threads, "thread_budget", lambda: 1)
-
-
-@pytest.fixture
-def two_threads(monkeypatch):
-    monkeypatch.setattr(threads, "thread_budget", lambda: 2)
 
 
 def test_layers_come_in_model_order_whatever_the_order_of_work():
@@ -83,49 +60,60 @@ def loads():
         def load():
             gc.collect()
             others.append(len(alive))
-            weights = normal(1, *shape, seed=len(others))
-            alive.add(weights)
+            weights = torch.eye(*shape, device="cpu")[None]
+            alive.add(weights.untyped_storage())  # views of it may outlive the tensor
             return weights
 
         return Matrix(name, "dense", (1, *shape), load)
 
-    return lazily, others
+    gc.freeze()  # what is there already need not be looked through at each load
+    yield lazily, others
+    gc.unfreeze()
 
 
-def test_one_matrix_is_in_memory_at_a_time(loads, monkeypatch, one_thread):
+HALF, THIRD = (15_000, 40), (10_000, 40)
+"""Of the elements up to which matrices of one shape are loaded together (`engine.load.TOGETHER`), a little more."""
+
+
+def test_one_matrix_is_in_memory_at_a_time(loads, allow_threads):
+    allow_threads(1)
     lazily, others = loads
-    monkeypatch.setattr(load, "TOGETHER", 40 * 30)
-    analyze_matrices([lazily(str(k)) for k in range(4)], Options(metrics="all"))
-    assert others == [0, 0, 0, 0]
+    analyze_matrices([lazily(str(k), HALF) for k in range(3)], Options(metrics="all"))
+    assert others == [0, 0, 0]
 
 
-def test_small_matrices_are_in_memory_together_up_to_a_limit(loads, monkeypatch, one_thread):
+def test_small_matrices_are_in_memory_together_up_to_a_limit(loads, allow_threads):
+    allow_threads(1)
     lazily, others = loads
-    monkeypatch.setattr(load, "TOGETHER", 2 * 40 * 30)
-    analyze_matrices([lazily(str(k)) for k in range(5)], Options())
+    analyze_matrices([lazily(str(k), THIRD) for k in range(5)], Options(metrics=["alpha"]))
     assert others == [0, 1, 0, 1, 0]
 
 
-def test_threads_hold_one_matrix_each_and_the_next(loads, monkeypatch, two_threads):
-    lazily, others = loads
-    monkeypatch.setattr(load, "TOGETHER", 1)
-    analyze_matrices([lazily(str(k), shape=(120, 100)) for k in range(12)], Options())
-    assert max(others) <= 2
+@pytest.fixture
+def two_slow_threads(allow_threads, monkeypatch):
+    """Two workers that keep a matrix for longer than it takes to load one."""
+    allow_threads(2)
+    before_measurement(monkeypatch, "live_sides", lambda loaded: time.sleep(0.05))
 
 
-def test_what_does_not_fit_beside_another_waits(loads, monkeypatch, two_threads):
+def test_threads_hold_one_matrix_each_and_the_next(loads, two_slow_threads):
     lazily, others = loads
-    monkeypatch.setattr(load, "TOGETHER", 1)
+    analyze_matrices([lazily(str(k), HALF) for k in range(8)], Options(metrics=["alpha"]))
+    assert 1 <= max(others) <= 2
+
+
+def test_what_does_not_fit_beside_another_waits(loads, two_slow_threads, monkeypatch):
+    lazily, others = loads
     monkeypatch.setattr(run, "HOST_MEMORY", 1)
-    analyze_matrices([lazily(str(k), shape=(120, 100)) for k in range(12)], Options())
+    analyze_matrices([lazily(str(k), HALF) for k in range(8)], Options(metrics=["alpha"]))
     assert max(others) <= 1
 
 
-def test_any_number_of_threads_gives_the_same_snapshot(monkeypatch):
+def test_any_number_of_threads_gives_the_same_snapshot(allow_threads):
     items = [matrix(f"{k}", normal(60 + k, 40, seed=k)) for k in range(9)] + [broken("bad", OSError("gone"))]
     found = []
     for count in (1, 3):
-        monkeypatch.setattr(threads, "thread_budget", lambda count=count: count)
+        allow_threads(count)
         found.append(analyze_matrices(items, KEEP))
     alone, together = ([comparable(layer) for layer in snapshot.layers] for snapshot in found)
     assert together == alone
@@ -133,17 +121,15 @@ def test_any_number_of_threads_gives_the_same_snapshot(monkeypatch):
 
 
 @pytest.mark.parametrize("budget", [1, 2])
-def test_rows_of_one_short_side_are_made_once_and_are_those_made_alone(budget, monkeypatch):
+def test_rows_of_one_short_side_are_made_once_and_are_those_made_alone(budget, monkeypatch, allow_threads):
     """Over all shapes and kinds that share it, on the calling thread."""
-    made, make = [], rows._numbers
+    made = []
 
-    def counted(batch, options):
+    def note(batch):
         made.append((threading.current_thread().name, batch.short_side, len(batch)))
-        return make(batch, options)
 
-    monkeypatch.setattr(rows, "_numbers", counted)
-    monkeypatch.setattr(load, "TOGETHER", 1)
-    monkeypatch.setattr(threads, "thread_budget", lambda: budget)
+    before_metric(monkeypatch, "ks", note)
+    allow_threads(budget)
     items = [matrix(str(k), normal(60 + 7 * (k % 3), 40, seed=k)) for k in range(9)]
     items += [matrix("wide", normal(40, 90, seed=10)), matrix("half", normal(50, 40, seed=11).half())]
     found = analyze_matrices([*items, matrix("other", normal(30, 20))], KEEP)
@@ -156,24 +142,23 @@ def test_rows_of_one_short_side_are_made_once_and_are_those_made_alone(budget, m
 
 @pytest.mark.parametrize("bad", [{0}, {7}, {8}, {3, 9}, set(range(10))], ids=str)
 @pytest.mark.parametrize("budget", [1, 2])
-def test_the_rows_beside_layers_that_cannot_be_measured_are_made(bad, budget, monkeypatch):
-    whole = MEASUREMENTS["elements"].function
+def test_the_rows_beside_layers_that_cannot_be_measured_are_made(bad, budget, monkeypatch, allow_threads):
+    """Of chunks of four and of one."""
 
-    def picky(loaded, *args):
+    def picky(loaded):
         if any(int(one.name) in bad for one in loaded.matrices):
             raise ArithmeticError("no")
-        return whole(loaded, *args)
 
-    monkeypatch.setitem(MEASUREMENTS, "elements", replace(MEASUREMENTS["elements"], function=picky))
-    monkeypatch.setattr(load, "TOGETHER", 1)
-    monkeypatch.setattr(threads, "thread_budget", lambda: budget)
-    found = analyze_matrices([matrix(str(k), normal(60, 40, seed=k)) for k in range(10)], KEEP)
+    before_measurement(monkeypatch, "elements", picky)
+    allow_threads(budget)
+    found = analyze_matrices([matrix(str(k), normal(60 + max(k, 3), 40, seed=k)) for k in range(10)], KEEP)
     wrong = [int(layer.name) for layer in found.layers if layer.status == "error: ArithmeticError: no"]
     assert (len(found.layers), set(wrong)) == (10, bad)
     assert all(layer.status == "ok" for layer in found.layers if int(layer.name) not in bad)
 
 
-def test_strict_raises_from_a_thread_too(two_threads):
+def test_strict_raises_from_a_thread_too(allow_threads):
+    allow_threads(2)
     items = [matrix(str(k), normal(60, 40, seed=k)) for k in range(4)] + [matrix("bad", torch.full((50, 30), NAN))]
     with pytest.raises(LayerError, match="layer 'bad': expected finite weights"):
         analyze_matrices(items, Options(strict=True))
@@ -242,10 +227,8 @@ def test_a_metric_that_fails_on_one_row_costs_that_row_only(monkeypatch):
     def picky(batch):
         if (batch.eigenvalues[:, -1] > 1000).any():
             raise ArithmeticError("too large")
-        return batch.eigenvalues[:, -1]
 
-    entry = TABLE["default"]["ks"]
-    monkeypatch.setitem(TABLE["default"], "ks", type(entry)(**{**vars(entry), "function": picky}))
+    before_metric(monkeypatch, "ks", picky)
     items = [matrix(name, scale * normal(40, 30)) for name, scale in (("a", 1), ("b", 10), ("c", 2))]
     snapshot = analyze_matrices(items, Options())
     assert [layer.status for layer in snapshot.layers] == ["ok", "error: ArithmeticError: too large", "ok"]
@@ -320,26 +303,25 @@ def test_only_near_slices_are_shuffled_and_the_entry_keeps_its_address():
     assert layer.trap_entries[0].value == 15.0
 
 
-def test_the_slices_of_a_kernel_share_the_level_of_the_layer(monkeypatch):
-    received = []
-
-    def recording(matrices, stats, **options):
-        received.append(options["significance"])
-        return shuffled(matrices, stats, **options)
-
-    monkeypatch.setattr("ww_monitor.metric.measurements.shuffled_spectra", recording)
+def test_the_slices_of_a_kernel_share_the_level_of_the_layer():
+    """Entries about as large as makes an outlier, so that the level decides over some."""
     kernel = normal(9, 32, 24)
-    kernel[6, 5, 4] = 15.0
-    analyze_matrices([matrix("k", kernel)], Options(significance=0.01))
-    assert 1 - (1 - received[0]) ** 9 == pytest.approx(0.01)
+    kernel[:, 5, 4] = torch.linspace(5.0, 7.0, 9)
+    layer = analyze_matrices([matrix("k", kernel)], Options(significance=0.3))["k"]
+    stats = elements(kernel)
+    near = (stats.headroom >= HEADROOM_TO_SHUFFLE).nonzero().flatten()
+    shared, whole = (
+        shuffled(list(kernel[near]), stats.take(near), seed=0, significance=level).mean_count.sum().item()
+        for level in (1 - 0.7 ** (1 / 9), 0.3)
+    )
+    assert layer.value("num_traps") == pytest.approx(shared)
+    assert shared < whole
 
 
 def test_measurements_that_no_metric_needs_are_not_made(monkeypatch):
     made = []
-    for name, one in list(MEASUREMENTS.items()):
-        function = one.function
-        noting = lambda *args, name=name, function=function: (made.append(name), function(*args))[1]  # noqa: E731
-        monkeypatch.setitem(MEASUREMENTS, name, replace(one, function=noting))
+    for name in list(MEASUREMENTS):
+        before_measurement(monkeypatch, name, lambda loaded, name=name: made.append(name))
     weights = normal(40, 30)
     weights[3, 4] = 50.0
     assert analyze_matrices([matrix("fc", weights)], Options(metrics=["alpha"], strict=True))["fc"].status == "ok"
@@ -351,14 +333,14 @@ def test_measurements_that_no_metric_needs_are_not_made(monkeypatch):
 
 
 def test_a_measurement_is_written_in_one_place_and_its_values_reach_the_batch_by_name(monkeypatch):
-    monkeypatch.setattr("ww_monitor.metric.registry.MEASUREMENTS", entries := dict(MEASUREMENTS))
+    monkeypatch.setitem(MEASUREMENTS, "corners", None)
     monkeypatch.setitem(TABLE["default"], "corner", None)
 
     @measurement()
     def corners(loaded, known, definitions):
         return {"corner": torch.stack([layer[0, 0, 0].double() for layer in loaded.layers])}
 
-    assert list(entries)[-1] == "corners"
+    assert list(MEASUREMENTS)[-1] == "corners"
     metric(source="this test", needs="corners")(corner)
     weights = [normal(40, 30), normal(50, 30, seed=1), torch.full((40, 30), NAN)]
     found = analyze_matrices([matrix(str(k), w) for k, w in enumerate(weights)], Options(metrics=["corner"]))
@@ -413,7 +395,7 @@ def test_slices_too_narrow_for_a_bulk_are_not_called_random():
 
 def test_a_process_is_warmed_up_once(monkeypatch):
     done = []
-    monkeypatch.setattr(run, "analyze_matrices", lambda matrices, options: done.append([m.shape for m in matrices]))
+    before_measurement(monkeypatch, "live_sides", lambda loaded: done.append([m.shape for m in loaded.matrices]))
     run.warm_up.cache_clear()
     run.warm_up()
     run.warm_up()

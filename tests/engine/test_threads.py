@@ -9,17 +9,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from ww_monitor.engine import threads
 from ww_monitor.engine.threads import Workers, hold_to_one_thread, thread_budget, workers
-
-
-@pytest.fixture
-def four_threads():
-    """torch's count for this test, given back after it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
 
 
 def blas_threads():
@@ -34,10 +24,10 @@ def in_a_thread(function):
     return found[0]
 
 
-def test_the_budget_is_torchs_count_and_no_more_than_the_cores(four_threads, monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64), raising=False)
+def test_the_budget_is_torchs_count_and_no_more_than_the_cores(allow_threads):
+    allow_threads(4, cores=64)
     assert thread_budget() == 4
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(3), raising=False)
+    allow_threads(4, cores=3)
     assert thread_budget() == 3
 
 
@@ -45,8 +35,8 @@ def test_the_budget_is_torchs_count_and_no_more_than_the_cores(four_threads, mon
     ("budget", "tasks", "side", "count", "blas"),
     [(4, 9, 768, 4, 1), (4, 2, 768, 2, 2), (4, 1, 768, 1, 4), (4, 1, 500, 1, 1), (1, 5, 768, 1, 1)],
 )
-def test_fewer_large_tasks_than_threads_leave_them_to_blas(monkeypatch, budget, tasks, side, count, blas):
-    monkeypatch.setattr(threads, "thread_budget", lambda: budget)
+def test_fewer_large_tasks_than_threads_leave_them_to_blas(allow_threads, budget, tasks, side, count, blas):
+    allow_threads(budget)
     before = blas_threads()
     with workers(tasks, memory=1, largest_side=side) as pool:
         assert pool.count == count
@@ -54,8 +44,8 @@ def test_fewer_large_tasks_than_threads_leave_them_to_blas(monkeypatch, budget, 
     assert blas_threads() == before
 
 
-def test_thread_counts_are_given_back_after_an_error(monkeypatch):
-    monkeypatch.setattr(threads, "thread_budget", lambda: 2)
+def test_thread_counts_are_given_back_after_an_error(allow_threads):
+    allow_threads(2)
     before, ours = blas_threads(), torch.get_num_threads()
     with pytest.raises(KeyboardInterrupt), workers(3, memory=1, largest_side=768):
         raise KeyboardInterrupt
@@ -63,7 +53,9 @@ def test_thread_counts_are_given_back_after_an_error(monkeypatch):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ww_monitor")]
 
 
-def test_a_held_thread_has_one_torch_thread_and_no_other_thread_notices(four_threads):
+def test_a_held_thread_has_one_torch_thread_and_no_other_thread_notices(allow_threads):
+    allow_threads(4)
+
     def held():
         hold_to_one_thread()
         return torch.get_num_threads(), in_a_thread(torch.get_num_threads)

@@ -100,23 +100,21 @@ def test_a_broken_matrix_leaves_its_neighbours_bit_identical(solve, bad):
     assert torch.equal(solved.values[[0, 2]], clean.values[[0, 2]])
 
 
-@pytest.mark.parametrize("chunk", [1, 100, 64 * 20])
-def test_gram_matrix_summed_in_chunks_is_the_same(monkeypatch, chunk):
-    matrices = draw(2, 65, 20, dtype=torch.float32)
-    expected = eigenvalues(matrices)
-    monkeypatch.setattr(host, "_ROW_CHUNK", chunk)
-    chunked = eigenvalues(matrices)
-    assert_same_spectrum(chunked.values, expected.values)
-    torch.testing.assert_close(chunked.frobenius_sq, expected.frobenius_sq, rtol=1e-13, atol=0)
+@pytest.mark.parametrize("rows", [(1 << 18) // 20, (1 << 18) // 20 + 1, 30_000])
+def test_gram_matrix_summed_in_chunks_is_the_same(rows):
+    """In one of 2 MiB and in more, the last of them of one row or of many."""
+    matrices = draw(2, rows, 20, dtype=torch.float32)
+    whole, found = matrices.double(), eigenvalues(matrices)
+    assert_same_spectrum(found.values, torch.linalg.eigvalsh(whole.mT @ whole))
+    torch.testing.assert_close(found.frobenius_sq, whole.square().sum((1, 2)), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
     ("mkl_side", "library"), [(2048, "numpy"), (8, "numpy"), (2048, "torch")], ids=["SciPy", "torch above", "torch"]
 )
 def test_what_is_solved_in_place_is_what_numpy_gives(monkeypatch, mkl_side, library):
-    matrices = draw(3, 60, 40)
-    by_numpy = eigenvalues(matrices).values
-    monkeypatch.setattr(host, "_IN_PLACE_SIDE", 8)
+    matrices = draw(3, 280, 260)
+    by_numpy = torch.from_numpy(np.linalg.eigvalsh((matrices.mT @ matrices).numpy()))
     monkeypatch.setattr(host, "_MKL_SIDE", mkl_side)
     monkeypatch.setattr(np.linalg, "eigvalsh", None)
     assert_same_spectrum(eigenvalues(matrices, library=library).values, by_numpy)

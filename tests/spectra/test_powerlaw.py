@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ww_monitor.spectra import scan
 from ww_monitor.spectra.powerlaw import fit_tail
 from ww_monitor.spectra.status import Status
 
@@ -73,11 +72,9 @@ def spectra(draw):
 
 
 @settings(deadline=None, max_examples=400)
-@given(case=spectra(), allow_short=st.booleans(), anchors=st.sampled_from([3, 64]))
-def test_equals_the_loop_over_every_candidate(case, allow_short, anchors):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan, "_ANCHORS", anchors)
-        assert_equals_the_loop(*case, allow_short)
+@given(case=spectra(), allow_short=st.booleans())
+def test_equals_the_loop_over_every_candidate(case, allow_short):
+    assert_equals_the_loop(*case, allow_short)
 
 
 def pareto(alpha, size, *, draws=1, seed=0):

@@ -34,7 +34,8 @@ def draw(batch, n, *, seed, distinct=None):
     return log_x, torch.where(candidate, size / total, 0.0), candidate
 
 
-SIZES = [(1, 1), (3, 2), (4, 63), (3, 64), (2, 65), (2, 129), (2, 1000)]
+SIZES = [(1, 1), (3, 2), (4, 63), (3, 64), (2, 65), (2, 129), (2, 1000), (1, 2000)]
+"""The last ones are more than is held at a time: candidates by eigenvalues in two or four parts, by anchors in more."""
 
 
 @pytest.mark.parametrize("distinct", [None, 3])
@@ -54,19 +55,6 @@ def test_both_ways_find_the_first_smallest_distance(batch, n, distinct):
         else:
             assert index[b] == 0
             assert smallest[b] == float("inf")
-
-
-@pytest.mark.parametrize("chunk", [1, 50, 3000, 1 << 20])
-def test_chunk_size_does_not_matter(monkeypatch, chunk):
-    log_x, exponent, candidate = draw(3, 150, seed=1)
-    distances = scan.ks_distances(log_x, exponent)
-    index, smallest = scan.best_candidates(log_x, exponent, candidate)
-    monkeypatch.setattr(scan, "_CHUNK", chunk)
-    monkeypatch.setattr(scan, "_BOUNDS_CHUNK", chunk)
-    assert torch.equal(scan.ks_distances(log_x, exponent), distances)
-    chunked_index, chunked_smallest = scan.best_candidates(log_x, exponent, candidate)
-    assert torch.equal(chunked_index, index)
-    assert torch.equal(chunked_smallest, smallest)
 
 
 @pytest.mark.parametrize("anchors", [1, 2, 7, 1000])

@@ -1,6 +1,7 @@
 """A survey gives the same rows however it reads: at once, spread over steps, or from copies in the background."""
 
 import dataclasses
+import functools
 import math
 import weakref
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.registries import before_measurement, before_summary
 from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.errors import InvalidArgument
+from ww_monitor.matrices import Matrix
 from ww_monitor.schedule import Budget
 from ww_monitor.survey import Survey, stills, survey
 from ww_monitor.survey.stills import still
@@ -42,16 +45,16 @@ def look(watcher, net, step, **options):
 
 @pytest.fixture
 def analysed(monkeypatch):
-    """The names of the matrices of each call of the engine."""
-    calls = []
+    """A function: the names of the matrices that were measured since it was last called."""
+    names = []
+    before_measurement(monkeypatch, "live_sides", lambda loaded: names.extend(one.name for one in loaded.matrices))
 
-    def counted(items, options, **where):
-        items = list(items)
-        calls.append([item.name for item in items if hasattr(item, "load")])
-        return analyze_matrices(items, options, **where)
+    def since():
+        found = sorted(names)
+        names.clear()
+        return found
 
-    monkeypatch.setattr(survey, "analyze_matrices", counted)
-    return calls
+    return since
 
 
 def test_a_look_is_an_analysis_of_all():
@@ -79,8 +82,9 @@ def test_layers_spread_over_steps_keep_the_step_they_were_read_at():
 def test_a_round_that_is_told_to_be_whole_reads_only_what_is_left(analysed):
     net, watcher = make_net(), make_survey(layers_per_step=1)
     look(watcher, net, 1)
+    assert analysed() == ["0"]
     assert look(watcher, net, 2, whole=True) is not None
-    assert analysed == [["0"], ["1", "2", "3"]]
+    assert analysed() == ["1", "2", "3"]
 
 
 def test_auto_takes_as_many_layers_as_a_tenth_of_a_step_allows(analysed):
@@ -92,28 +96,31 @@ def test_auto_takes_as_many_layers_as_a_tenth_of_a_step_allows(analysed):
     for allowed, expected in ((sum(costs[:2]), ["0", "1"]), (0.0, ["2"]), (1e12, ["3"])):
         budget._steps[False], budget._seconds[False] = 1, allowed / survey.STEP_SHARE
         watcher._seconds_per_cost = 1.0
+        analysed()
         look(watcher, net, 1)
-        assert analysed[-1] == expected
+        assert analysed() == expected
 
 
 def test_auto_takes_one_layer_while_nothing_has_been_timed(analysed):
     look(make_survey(layers_per_step="auto"), make_net(), 0)
-    assert analysed == [["0"]]
+    assert analysed() == ["0"]
 
 
 def test_frozen_layers_are_analysed_once_and_again_when_they_change(analysed):
     net, watcher = make_net(), make_survey()
     net[1].requires_grad_(False)
-    for step in (1, 2):
-        snapshot = look(watcher, net, step)
-    assert analysed == [["0", "1", "2", "3"], ["0", "2", "3"]]
+    look(watcher, net, 1)
+    assert analysed() == ["0", "1", "2", "3"]
+    snapshot = look(watcher, net, 2)
+    assert analysed() == ["0", "2", "3"]
     assert [layer.step for layer in snapshot.layers] == [2, 1, 2, 2]
     with torch.no_grad():
         net[1].weight[3, 4] += 1
     look(watcher, net, 3)
+    assert analysed() == ["0", "1", "2", "3"]
     watcher.restart()
     look(watcher, net, 4)
-    assert analysed[2:] == [["0", "1", "2", "3"]] * 2
+    assert analysed() == ["0", "1", "2", "3"]
 
 
 def test_the_background_analyses_the_weights_of_the_step_it_was_given():
@@ -152,11 +159,11 @@ def test_a_whole_look_is_made_now_in_async_mode_too():
 def test_frozen_layers_are_neither_copied_nor_analysed_again_in_the_background(analysed):
     net, watcher = make_net(), make_survey(mode="async")
     net[1].requires_grad_(False)
-    for step in (1, 2):
+    for step, expected in ((1, ["0", "1", "2", "3"]), (2, ["0", "2", "3"])):
         look(watcher, net, step)
         watcher.join(60)
         (snapshot,) = watcher.collect()
-    assert analysed == [["0", "1", "2", "3"], ["0", "2", "3"]]
+        assert analysed() == expected
     assert [layer.step for layer in snapshot.layers] == [2, 1, 2, 2]
     watcher.close(60)
 
@@ -191,10 +198,10 @@ def test_a_weight_that_cannot_be_copied_costs_its_row_only():
 def test_an_analysis_that_fails_in_the_background_raises_when_it_is_collected(monkeypatch):
     watcher = make_survey(mode="async")
 
-    def fail(*arguments, **options):
+    def fail():
         raise MemoryError("no room")
 
-    monkeypatch.setattr(survey, "analyze_matrices", fail)
+    before_summary(monkeypatch, "alpha", fail)
     look(watcher, make_net(), 0)
     watcher.join(60)
     with pytest.raises(MemoryError, match="no room"):
@@ -211,57 +218,71 @@ def test_a_still_is_a_copy_of_everything_that_may_change():
         assert copied.load().untyped_storage().data_ptr() != original.load().untyped_storage().data_ptr()
 
 
+class Cloned(torch.Tensor):
+    """Weights that say of each copy of them whether it is still there."""
+
+    def clone(self, **options):
+        copy = self.as_subclass(torch.Tensor).clone(**options)
+        CLONES.append(weakref.ref(copy.untyped_storage()))
+        return copy
+
+    def detach(self):
+        return self
+
+
+CLONES: list[weakref.ref] = []
+
+
 @pytest.fixture
-def copies(monkeypatch):
-    """Weak references to the copies that a still makes, in the order of the layers."""
-    made = []
-    original = stills._copy
+def items():
+    """The matrices of a net, of four shapes, the most expensive first; their copies are in `CLONES`, in this order."""
+    CLONES.clear()
+    found = sorted(walk(make_net()), key=lambda item: -item.cost)
+    return [dataclasses.replace(item, load=functools.partial(cloned, item)) for item in found]
 
-    def copy(*arguments):
-        weights = original(*arguments)
-        made.append(weakref.ref(weights))
-        return weights
 
-    monkeypatch.setattr(stills, "_copy", copy)
-    return made
+class Unruly(Matrix):
+    """A matrix that ends the analysis before anything is loaded."""
+
+    @property
+    def eigenvalue_factor(self):
+        raise ArithmeticError("no factor")
+
+
+def cloned(item):
+    return item.load().detach().as_subclass(Cloned)
+
+
+def alive():
+    return [copy() is not None for copy in CLONES]
 
 
 @pytest.mark.parametrize("track_delta", [False, True])
-def test_a_copy_is_dead_once_its_layer_was_analysed(monkeypatch, copies, track_delta):
-    alive = []
-
-    def one_by_one(items, options, **where):
-        rows = []
-        for item in items:
-            rows.append(analyze_matrices([item], options, **where))
-            alive.append([copy() is not None for copy in copies])
-        return rows_together(rows)
-
-    def rows_together(rows):
-        return dataclasses.replace(rows[0], layers=tuple(layer for one in rows for layer in one.layers))
-
-    net, watcher = make_net(), make_survey(mode="async", track_delta=track_delta)
-    expected = rows(look(make_survey(), net, 0))
-    monkeypatch.setattr(survey, "analyze_matrices", one_by_one)
-    look(watcher, net, 1)
+def test_a_copy_is_dead_once_its_layer_was_analysed(monkeypatch, items, track_delta):
+    watcher, seen = make_survey(mode="async", track_delta=track_delta), []
+    expected = rows(look(make_survey(), make_net(), 0))
+    before_measurement(monkeypatch, "live_sides", lambda loaded: seen.append(alive()))
+    watcher.look(items, step=1, epoch=None)
     watcher.join(60)
     (snapshot,) = watcher.collect()
     assert [layer.status for layer in snapshot.layers] == ["ok"] * 4
     assert rows(snapshot)["1"]["alpha"] == pytest.approx(expected["1"]["alpha"])
     assert ("delta_norm" in snapshot.summary) == track_delta
-    assert alive == [[False] * (done + 1) + [True] * (3 - done) for done in range(4)]
+    assert seen == [[False] * done + [True] * (4 - done) for done in range(4)]
     watcher.close(60)
 
 
-def test_no_copy_outlives_its_analysis_though_nobody_has_collected_it_or_it_failed(monkeypatch, copies):
+def test_no_copy_outlives_its_analysis_though_nobody_has_collected_it_or_it_failed(items):
     watcher = make_survey(mode="async")
-    look(watcher, make_net(), 0)
+    watcher.look(items, step=0, epoch=None)
     watcher.join(60)
-    assert [copy() for copy in copies] == [None] * 4
-    monkeypatch.setattr(survey, "analyze_matrices", lambda *arguments, **options: 1 / 0)
-    look(watcher, make_net(), 1)
+    assert alive() == [False] * 4
+    last = Unruly(**vars(items.pop()))
+    watcher.look([*items, last], step=1, epoch=None)
     watcher.join(60)
-    assert [copy() for copy in copies] == [None] * 8
+    assert alive() == [False] * 8
+    with pytest.raises(ArithmeticError, match="no factor"):
+        list(watcher.collect())
     watcher.close(60)
 
 
