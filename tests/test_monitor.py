@@ -18,7 +18,7 @@ import torch
 
 from ww_monitor import checkpoint, errors, record, rules, schedule
 from ww_monitor.engine import Options
-from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.matrix import Matrix, Select, Skipped
 from ww_monitor.monitor import Monitor
 from ww_monitor.sinks.console import table
 from ww_monitor.sinks.memory import Memory

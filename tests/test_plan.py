@@ -8,7 +8,7 @@ from torch import nn
 
 import ww_monitor
 from ww_monitor.errors import InvalidArgument, MissingDependency
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.plan import Rates, describe, description, measured_rates, operations, plan_matrices
 
 RATES = Rates(gram=1e9, solve=1e8)

@@ -17,7 +17,7 @@ from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.engine import run as engine
 from ww_monitor.engine.measure import Loaded
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.plan import BUILT_IN, Laid, Rates, architecture, plan_ranks, ranks, tables
 from ww_monitor.walk.torch import walk
 

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 
 import ww_monitor
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.spectra.elements import elements
 from ww_monitor.transforms import _trap_directions, svd_sharpen, svd_smooth, transform_matrices
 

@@ -11,7 +11,7 @@ from ww_monitor.baseline import Baseline
 from ww_monitor.compare import Distances, distances
 from ww_monitor.engine import Options
 from ww_monitor.errors import InvalidArgument, LayerError, MissingDependency, SpectralWarning, WWMonitorError
-from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.matrix import Matrix, Select, Skipped
 from ww_monitor.metric import metrics
 from ww_monitor.monitor import Monitor
 from ww_monitor.plan import Description, describe

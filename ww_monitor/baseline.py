@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from ww_monitor.errors import check_positive_int
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.spectra.subspaces import rotation, subspace
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import torch
 
 from ww_monitor.baseline import TOP
 from ww_monitor.errors import LayerError, MissingDependency, check_choice, check_positive_int
-from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.matrix import Matrix, Select, Skipped
 from ww_monitor.spectra.subspaces import cka, overlap, subspace
 from ww_monitor.walk.delta import pair
 from ww_monitor.walk.sources import Source, walk_source

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ww_monitor.errors import MissingDependency, check_positive_int
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.record import History, Layer, Snapshot
 from ww_monitor.spectra.eigenvalues import eigenvalues
 from ww_monitor.spectra.elements import elements

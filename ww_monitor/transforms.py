@@ -12,7 +12,7 @@ import torch
 
 from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.errors import InvalidArgument, check_choice
-from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.matrix import Matrix, Select, Skipped
 from ww_monitor.spectra.elements import elements
 from ww_monitor.spectra.erg import correlation_space
 from ww_monitor.spectra.marchenko_pastur import bulk

@@ -30,7 +30,7 @@ from tests.distributed import models
 from ww_monitor.distributed import analyze_on_ranks
 from ww_monitor.engine import Options
 from ww_monitor.errors import WWMonitorError
-from ww_monitor.matrices import Matrix
+from ww_monitor.matrix import Matrix
 from ww_monitor.walk.torch import walk
 
 PLAN = {"embedding": RowwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}

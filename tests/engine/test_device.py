@@ -13,7 +13,7 @@ import torch
 
 from tests.stand_in import use_stand_in
 from ww_monitor.engine import Options, analyze_matrices, threads
-from ww_monitor.matrices import Matrix
+from ww_monitor.matrix import Matrix
 from ww_monitor.metric import MEASUREMENTS
 from ww_monitor.metric import batch as batch_module
 from ww_monitor.spectra.device import Accelerator

@@ -12,7 +12,7 @@ import torch
 
 from ww_monitor.engine import Options, analyze_matrices, load, rows, run, threads
 from ww_monitor.errors import LayerError
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.metric import MEASUREMENTS, TABLE, measurement
 from ww_monitor.metric.measurements import LEAST_TRAP_SIDE
 from ww_monitor.metric.table import metric

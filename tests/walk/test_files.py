@@ -13,7 +13,7 @@ from torch import nn
 from tests.processes import run_python
 from ww_monitor import analyze
 from ww_monitor.errors import InvalidArgument, MissingDependency, WWMonitorError
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import files
 from ww_monitor.walk.files import walk_files
 from ww_monitor.walk.torch import walk

@@ -8,7 +8,7 @@ from torch import nn
 
 from ww_monitor import analyze
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import state_dict
 from ww_monitor.walk.state_dict import walk_state_dict
 from ww_monitor.walk.torch import walk

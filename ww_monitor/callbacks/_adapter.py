@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from ww_monitor.engine import Options
-from ww_monitor.matrices import Select
+from ww_monitor.matrix import Select
 from ww_monitor.monitor import Monitor
 from ww_monitor.record import Snapshot
 from ww_monitor.rules import TRAINING_RULES, Rule

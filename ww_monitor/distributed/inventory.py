@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from ww_monitor.errors import WWMonitorError
-from ww_monitor.matrices import Index, Matrix, Piece, Skipped
+from ww_monitor.matrix import Index, Matrix, Piece, Skipped
 from ww_monitor.record import SkippedLayer
 
 SUMS = 5

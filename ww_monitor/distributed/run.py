@@ -20,7 +20,7 @@ from ww_monitor.engine import Options, analyze_matrices, snapshot_of
 from ww_monitor.engine.rows import failed_layer
 from ww_monitor.engine.sums import layer_of_gram
 from ww_monitor.errors import LayerError, RankFailed, WWMonitorError
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.record import Layer, Snapshot
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ww_monitor.distributed.ranks import Ranks
-from ww_monitor.matrices import Index, Matrix, Piece
+from ww_monitor.matrix import Index, Matrix, Piece
 
 _BLOCK = 1 << 18
 """Entries of a Gram matrix that are summed at a time, of a part that are held in float64 and of one that are sent (2

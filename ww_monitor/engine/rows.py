@@ -11,7 +11,7 @@ import torch
 
 from ww_monitor.engine.options import Options
 from ww_monitor.errors import LayerError
-from ww_monitor.matrices import Matrix
+from ww_monitor.matrix import Matrix
 from ww_monitor.metric import PHASES, VERDICTS, Batch, Metric, phases, statuses, verdicts
 from ww_monitor.record import NAN, Histogram, Layer, SkippedLayer, Snapshot, TrapEntry
 from ww_monitor.spectra.device import accelerator_of

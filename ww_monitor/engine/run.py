@@ -14,7 +14,7 @@ from ww_monitor.engine.options import Options
 from ww_monitor.engine.rows import failed_layer, layers_of, snapshot_of
 from ww_monitor.engine.solve import DeviceQueue, on_host
 from ww_monitor.engine.threads import alone, workers
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.metric import Batch, Loaded
 from ww_monitor.record import Layer, SkippedLayer, Snapshot
 from ww_monitor.spectra.device import accelerator_of

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ww_monitor.errors import InvalidArgument, WWMonitorError
-from ww_monitor.matrices import Matrix
+from ww_monitor.matrix import Matrix
 from ww_monitor.walk.roles import infer_role
 
 Config = Mapping[str, Any]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ww_monitor.errors import MissingDependency
-from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.matrix import Matrix, Select, Skipped
 from ww_monitor.walk.sources import Source, walk_source
 
 if TYPE_CHECKING:

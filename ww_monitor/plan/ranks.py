@@ -19,7 +19,7 @@ import torch
 from ww_monitor.distributed import deal
 from ww_monitor.distributed.inventory import Held
 from ww_monitor.errors import check_choice, check_positive_int
-from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.matrix import Matrix, Select, Skipped
 from ww_monitor.plan.architectures import Config, Laid, architecture
 from ww_monitor.plan.description import Rates, measured_rates, operations
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix, Shards, Skipped
+from ww_monitor.matrix import Matrix, Shards, Skipped
 
 _MOST_NAMED = 20
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ww_monitor.errors import MissingDependency, WWMonitorError
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.parts import Split, check_split
 from ww_monitor.walk.state_dict import Scaling, Unread, unread, walk_unread
 

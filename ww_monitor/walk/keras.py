@@ -16,7 +16,7 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from ww_monitor.errors import MissingDependency, WWMonitorError
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.parts import WHOLE, Part, Split, blocks, check_split, matrix, split_parts, unfit
 from ww_monitor.walk.reading import tied_to
 from ww_monitor.walk.roles import infer_role

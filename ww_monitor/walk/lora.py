@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.parts import Part, variant
 
 CHOICES = ("base", "delta", "merged")

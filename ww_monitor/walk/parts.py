@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix, Shards
+from ww_monitor.matrix import Matrix, Shards
 from ww_monitor.walk.sharded import whole
 
 LEAST_EXPERT_SIDE = 8

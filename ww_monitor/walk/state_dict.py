@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import fused
 from ww_monitor.walk.lora import low_rank
 from ww_monitor.walk.parts import (

@@ -14,7 +14,7 @@ from torch.nn.parameter import Parameter, is_lazy
 from torch.nn.utils import parametrize
 
 from ww_monitor.errors import InvalidArgument, check_choice
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import fused
 from ww_monitor.walk import lora as adapters
 from ww_monitor.walk.parts import KERNEL, WHOLE, Part, Split, blocks, check_split, is_expert_stack, matrix, split_parts
