@@ -73,7 +73,7 @@ OTHERS = [
         (4, 1),
         "stored before pruning or a parametrization, which needs the model",
     ),
-    ("deep.weight", (2, 2, 2, 2, 2, 2), "6-dimensional where a conv weight has 3 to 5"),
+    ("deep.weight", (2, 2, 2, 2, 2, 2), "6-dimensional where convolution kernels have 3 to 5"),
     ("none.weight", (0, 4), r"empty: a zero in the shape (0, 4)"),
 ]
 

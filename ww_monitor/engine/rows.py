@@ -61,7 +61,7 @@ def failed_layer(matrix: Matrix, error: Exception, options: Options, *, step: in
     logger.debug("analysis of layer %s failed", matrix.name, exc_info=error)
     metrics = {metric.name: NAN for metric in options.chosen}
     status = f"error: {type(error).__name__}: {error}"
-    return Layer(matrix.name, matrix.kind, matrix.shape, status, "error", metrics, role=matrix.role, step=step)
+    return Layer(matrix.name, str(matrix.kind), matrix.shape, status, "error", metrics, role=matrix.role, step=step)
 
 
 def _numbers(batch: Batch, options: Options) -> list[np.ndarray]:
@@ -82,7 +82,7 @@ def _layers(batch: Batch, numbers: Sequence[np.ndarray], options: Options, step:
     return [
         Layer(
             matrix.name,
-            matrix.kind,
+            str(matrix.kind),  # records are plain data, also where a checkpoint pickles them
             matrix.shape,
             Status(int(status)).label,
             VERDICTS[int(verdict)],

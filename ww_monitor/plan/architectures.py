@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ww_monitor.errors import InvalidArgument, WWMonitorError
+from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix
 from ww_monitor.walk.roles import infer_role
 
@@ -132,11 +133,11 @@ class _Config:
 
 
 def _dense(name: str, rows: int, columns: int) -> Laid:
-    return Laid(Matrix(name, "dense", (1, rows, columns), _nothing, infer_role(name, "dense")))
+    return Laid(Matrix(name, Kind.DENSE, (1, rows, columns), _nothing, infer_role(name, Kind.DENSE)))
 
 
 def _table(name: str, rows: int, columns: int) -> Laid:
-    return Laid(Matrix(name, "embedding", (1, rows, columns), _nothing, "embed"))
+    return Laid(Matrix(name, Kind.EMBEDDING, (1, rows, columns), _nothing, infer_role(name, Kind.EMBEDDING)))
 
 
 def _nothing() -> torch.Tensor:
@@ -154,7 +155,7 @@ def _gpt2(config: _Config) -> Iterator[Laid]:
     for block in range(blocks):
         here = f"transformer.h.{block}"
         for part in "qkv":
-            yield Laid(Matrix(f"{here}.attn.c_attn.{part}", "dense", (1, width, width), _nothing, part))
+            yield Laid(Matrix(f"{here}.attn.c_attn.{part}", Kind.DENSE, (1, width, width), _nothing, part))
         yield _dense(f"{here}.attn.c_proj", width, width)
         yield _dense(f"{here}.mlp.c_fc", width, inner)
         yield _dense(f"{here}.mlp.c_proj", inner, width)
@@ -221,4 +222,4 @@ def _mixture(config: _Config, here: str, family: str) -> Iterator[Laid]:
 
 def _stack(name: str, role: str, experts: int, shape: tuple[int, int, int]) -> Iterator[Laid]:
     for place in range(experts):
-        yield Laid(Matrix(f"{name}.{place}", "dense", shape, _nothing, role), (place, experts))
+        yield Laid(Matrix(f"{name}.{place}", Kind.DENSE, shape, _nothing, role), (place, experts))

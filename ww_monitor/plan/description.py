@@ -182,7 +182,7 @@ def _planned(matrix: Matrix, rates: Rates) -> Planned:
     gram, solve = operations(matrix.shape)
     return Planned(
         matrix.name,
-        matrix.kind,
+        str(matrix.kind),
         matrix.role,
         matrix.shape,
         matrix.long_side,

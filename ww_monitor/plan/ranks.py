@@ -308,13 +308,13 @@ def _told(items: Sequence[_Item], shares: Sequence[RankShare], world: int) -> fl
 def _held(item: _Item) -> Held:
     """What the first rank says of a matrix."""
     matrix = item.matrix
-    plain = Held(matrix.name, matrix.kind, matrix.shape, matrix.role, ranks=(0,), content=1 << 60)
+    plain = Held(matrix.name, str(matrix.kind), matrix.shape, matrix.role, ranks=(0,), content=1 << 60)
     if not item.sharded:
         return plain
     slices, _, columns = matrix.shape
     return Held(
         matrix.name,
-        matrix.kind,
+        str(matrix.kind),
         matrix.shape,
         matrix.role,
         ranks=tuple(range(item.world)),

@@ -16,6 +16,7 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from ww_monitor.errors import MissingDependency, WWMonitorError
+from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.parts import WHOLE, Part, Split, blocks, check_split, matrix, split_parts, unfit
 from ww_monitor.walk.reading import tied_to
@@ -23,12 +24,11 @@ from ww_monitor.walk.roles import infer_role
 
 _PLAIN = ("kernel", "embeddings")  # what a name does not end with, where the layer has one weight
 _OF_ATTENTION = {  # name of a layer inside an attention layer → kind and role
-    "query": ("attention", "q"),
-    "key": ("attention", "k"),
-    "value": ("attention", "v"),
-    "attention_output": ("dense", "o"),
+    "query": (Kind.ATTENTION, "q"),
+    "key": (Kind.ATTENTION, "k"),
+    "value": (Kind.ATTENTION, "v"),
+    "attention_output": (Kind.DENSE, "o"),
 }
-_OTHER = "other"  # the kind of a `Skipped` that no known layer owns
 
 
 def load_keras_file(path: str | Path) -> Any:
@@ -109,7 +109,7 @@ class _Layout:
     """
 
     classes: tuple[type, ...]
-    kind: str
+    kind: Kind
     attributes: tuple[str, ...] = ("kernel",)
     gates: str = ""
 
@@ -119,13 +119,13 @@ def _layouts() -> tuple[_Layout, ...]:
 
     convolutions = (k.Conv1D, k.Conv2D, k.Conv3D, k.Conv1DTranspose, k.Conv2DTranspose, k.Conv3DTranspose)
     return (
-        _Layout((k.Dense, k.EinsumDense), "dense"),
-        _Layout((k.Embedding,), "embedding", ("embeddings", "reverse_embeddings")),
-        _Layout((*convolutions, k.DepthwiseConv1D, k.DepthwiseConv2D), "conv"),
-        _Layout((k.SeparableConv1D, k.SeparableConv2D), "conv", ("depthwise_kernel", "pointwise_kernel")),
-        _Layout((k.LSTMCell,), "recurrent", ("kernel", "recurrent_kernel"), "ifco"),
-        _Layout((k.GRUCell,), "recurrent", ("kernel", "recurrent_kernel"), "zrh"),
-        _Layout((k.SimpleRNNCell,), "recurrent", ("kernel", "recurrent_kernel")),
+        _Layout((k.Dense, k.EinsumDense), Kind.DENSE),
+        _Layout((k.Embedding,), Kind.EMBEDDING, ("embeddings", "reverse_embeddings")),
+        _Layout((*convolutions, k.DepthwiseConv1D, k.DepthwiseConv2D), Kind.CONV),
+        _Layout((k.SeparableConv1D, k.SeparableConv2D), Kind.CONV, ("depthwise_kernel", "pointwise_kernel")),
+        _Layout((k.LSTMCell,), Kind.RECURRENT, ("kernel", "recurrent_kernel"), "ifco"),
+        _Layout((k.GRUCell,), Kind.RECURRENT, ("kernel", "recurrent_kernel"), "zrh"),
+        _Layout((k.SimpleRNNCell,), Kind.RECURRENT, ("kernel", "recurrent_kernel")),
     )
 
 
@@ -156,7 +156,7 @@ def _layers(model: Any) -> Iterator[tuple[Any, _Layout, str]]:
             yield layer, layout, path
 
 
-def _inside_attention(model: Any) -> dict[int, tuple[str, str]]:
+def _inside_attention(model: Any) -> dict[int, tuple[Kind, str]]:
     """Kind and role of the projections of attention layers, by identity."""
     from keras import layers as k
 
@@ -206,21 +206,21 @@ def _others(model: Any) -> Iterator[Skipped]:
     for variable in model.weights:
         if id(variable) not in known and len(variable.shape) > 1 and variable.name != "bias":
             reason = "belongs to no layer of a class whose layout is known"
-            yield Skipped(variable.path.replace("/", "."), _OTHER, tuple(variable.shape), reason)
+            yield Skipped(variable.path.replace("/", "."), Kind.OTHER, tuple(variable.shape), reason)
 
 
 def _name(path: str, attribute: str, layout: _Layout) -> str:
-    plain = attribute in _PLAIN and layout.kind != "recurrent"
+    plain = attribute in _PLAIN and layout.kind is not Kind.RECURRENT
     return path if plain else f"{path}.{attribute}"
 
 
-def _defect(variable: Any, mode: str | None, kind: str, parts: Sequence[Part]) -> str:
+def _defect(variable: Any, mode: str | None, kind: Kind, parts: Sequence[Part]) -> str:
     """Why a variable has no spectrum, or `""`; a float8 layer keeps its kernel in floating point."""
     if mode not in (None, "float8"):
         return f"quantized to {mode}"
     if not parts:
         return "its equation does not make it a matrix from summed to new axes"
-    shape = variable.shape if kind == "conv" else parts[0].shape(variable.shape)[1:]
+    shape = variable.shape if kind is Kind.CONV else parts[0].shape(variable.shape)[1:]
     return unfit(getattr(torch, variable.dtype), shape, kind)
 
 
@@ -230,14 +230,14 @@ def _defect(variable: Any, mode: str | None, kind: str, parts: Sequence[Part]) -
 def _parts(layer: Any, layout: _Layout, name: str, shape: Sequence[int], split: Split | None) -> Sequence[Part]:
     """What a weight is cut into; nothing where it is no matrix."""
     equation = getattr(layer, "equation", None)
-    if layout.kind == "conv":
+    if layout.kind is Kind.CONV:
         return (Part("", _kernel),)
     if layout.gates:
         return blocks(layout.gates, (layer.units,) * len(layout.gates), axis=1)
     if equation is not None:
         rows = _summed_axes(equation)
         return (Part("", partial(_flat, axes=rows)),) if rows else ()
-    return (split_parts(split, name, shape, 1) if layout.kind == "dense" else ()) or WHOLE
+    return (split_parts(split, name, shape, 1) if layout.kind is Kind.DENSE else ()) or WHOLE
 
 
 def _kernel(tensor: Tensor) -> Tensor:

@@ -15,13 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ww_monitor.errors import InvalidArgument
+from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.parts import Part, variant
 
 CHOICES = ("base", "delta", "merged")
 _HOME = "peft.tuners.lora.layer"
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-_INSIDE = (*_FACTORS, "lora_dropout", "lora_magnitude_vector")
+INSIDE = (*_FACTORS, "lora_dropout", "lora_magnitude_vector")
+"""Names of the modules in a LoRA layer that belong to the adapters, not to the adapted module."""
+
 
 Adapters = Mapping["tuple[int, str]", Any]
 """The LoRA layer around a weight, by the identity of the module that holds the weight and its attribute."""
@@ -63,20 +66,13 @@ def _is(layer: object, *names: str) -> bool:
     return any(isinstance(layer, loaded(_HOME, name)) for name in names)
 
 
-def inner_modules(layer: nn.Module) -> Iterator[nn.Module]:
-    """The modules inside a LoRA layer that hold its factors, without the adapted module."""
-    for name, child in layer.named_children():
-        if name in _INSIDE:
-            yield from child.modules()
-
-
 def factors(layer: nn.Module, path: str) -> Iterator[Skipped]:
     """The factors of a LoRA layer, which have no spectrum of interest of their own."""
     for name, child in layer.named_children():
         for inner, parameter in child.named_parameters() if name in _FACTORS else ():
             inner = inner.removesuffix(".weight")
             reason = f"factor of lora[{inner}]"
-            yield Skipped(f"{path}.{name}.{inner}", "other", tuple(parameter.shape), reason)
+            yield Skipped(f"{path}.{name}.{inner}", Kind.OTHER, tuple(parameter.shape), reason)
 
 
 def weight_shape(layer: Any) -> tuple[int, ...]:
@@ -100,24 +96,26 @@ def adapted(
     """
     variants = [adapter for adapter in _adapters(layer) if adapter in getattr(layer, "lora_variant", {})]
     inside = [adapter for adapter in layer.merged_adapters if adapter in variants]
+    active = [] if layer.merged else _active(layer)
+    computed = [adapter for adapter in active if adapter in variants]
     if "base" in lora:
-        reason = defect or (f"merged with lora[{inside[0]}], which is more than a sum" if inside else "")
         base = variant(item, "", partial(_base, layer, read), part)
-        yield _skip(base, reason) if reason else base
+        reason = f"merged with lora[{inside[0]}], which is more than a sum" if inside else ""
+        yield _unless(defect or reason, base)
     else:
-        yield _skip(item, "base weight of an adapter: not in lora")
+        yield _unless("base weight of an adapter: not in lora", item)
     if "delta" in lora:
         for adapter in _adapters(layer):
             yield variant(item, f"lora[{adapter}]", partial(_delta, layer, adapter), part)
     if "merged" in lora:
         merged = variant(item, "merged", partial(_merged, layer, read), part)
-        active = [adapter for adapter in _active(layer) if adapter in variants and not layer.merged]
-        reason = defect or (f"lora[{active[0]}] is more than a sum of base and delta" if active else "")
-        yield _skip(merged, reason) if reason else merged
+        yield _unless(
+            defect or (f"lora[{computed[0]}] is more than a sum of base and delta" if computed else ""), merged
+        )
 
 
-def _skip(item: Matrix, reason: str) -> Skipped:
-    return Skipped(item.name, item.kind, item.shape, reason)
+def _unless(reason: str, item: Matrix) -> Matrix | Skipped:
+    return Skipped(item.name, item.kind, item.shape, reason) if reason else item
 
 
 def _adapters(layer: Any) -> list[str]:

@@ -14,6 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ww_monitor.kind import Kind
 from ww_monitor.walk.parts import unfit
 from ww_monitor.walk.sharded import like_whole, read_whole
 
@@ -144,7 +145,7 @@ def shape(tensor: Tensor) -> tuple[int, ...]:
     return () if is_lazy(tensor) else tuple(tensor.shape)
 
 
-def defect(weight: Tensor, kind: str) -> str:
+def defect(weight: Tensor, kind: Kind) -> str:
     """Why `weight` has no spectrum, or `""`."""
     if is_lazy(weight):
         return "not initialised: a lazy module before its first forward pass"

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ww_monitor.errors import InvalidArgument
+from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import fused
 from ww_monitor.walk.lora import low_rank
 from ww_monitor.walk.parts import (
     KERNEL,
     WHOLE,
+    WRAPPERS,
     Part,
     Split,
     blocks,
@@ -29,12 +31,10 @@ from ww_monitor.walk.parts import (
 from ww_monitor.walk.reading import identity, tied_to
 from ww_monitor.walk.roles import infer_role
 
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _EMBEDDING = re.compile(r"(.*_)?(embed(ding)?s?|emb|wte|wpe)(_(?!out).*)?|[a-z]*embed", re.IGNORECASE)
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
 _LORA = re.compile(r"(?P<name>.*)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.weight")
 _COMPUTED = re.compile(r"(.*\.)?(parametrizations\..*|weight\w*_(orig|g|v))")
-_OTHER = "other"
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,12 @@ def walk_state_dict(tensors: Mapping[str, Tensor], *, split: Split | None = None
         raise InvalidArgument(
             f"walk_state_dict: every value must be a tensor; got {type(tensors[wrong]).__name__} for {wrong!r}"
         )
-    return walk_unread({key: unread(tensor, partial(_self, tensor)) for key, tensor in tensors.items()}, split)
+    return walk_unread({key: unread(tensor, tensor.detach) for key, tensor in tensors.items()}, split)
 
 
 def unread(tensor: Tensor, read: Callable[[], Tensor]) -> Unread:
     """The description of a tensor that `read` reads."""
     return Unread(tuple(tensor.shape), tensor.dtype, read, identity(tensor))
-
-
-def _self(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def walk_unread(
@@ -115,7 +111,7 @@ def walk_unread(
             continue
         own = value.identity is None or _LORA.fullmatch(key)  # a factor may serve several layers: each has its delta
         if not own and value.identity in seen:
-            yield Skipped(_name(key), _OTHER, value.shape, tied_to(seen[value.identity]))
+            yield Skipped(_name(key), Kind.OTHER, value.shape, tied_to(seen[value.identity]))
             continue
         items = list(_items(key, value, tensors, split, scaling))
         if not own and any(isinstance(item, Matrix) for item in items):
@@ -125,7 +121,7 @@ def walk_unread(
 
 def _cleaned(tensors: Mapping[str, Unread]) -> dict[str, Unread]:
     """The tensors by their names without wrappers; `module.` goes where every name starts with it."""
-    dropped = (*_WRAPPERS, "base_layer") if any(_LORA.fullmatch(key) for key in tensors) else _WRAPPERS
+    dropped = (*WRAPPERS, "base_layer") if any(_LORA.fullmatch(key) for key in tensors) else WRAPPERS
     found = {".".join(part for part in key.split(".") if part not in dropped): tensors[key] for key in tensors}
     parallel = all(key.startswith("module.") for key in found)
     return {key.removeprefix("module.") if parallel else key: value for key, value in found.items()}
@@ -149,37 +145,37 @@ def _items(
     if reason:
         yield Skipped(_name(key), kind, value.shape, reason)
         return
-    name = key.rpartition(".")[0] if kind == "attention" else _name(key)
+    name = key.rpartition(".")[0] if kind is Kind.ATTENTION else _name(key)
     for part in parts:
         yield matrix(name, kind, part, value.shape, value.read, infer_role(name, kind))
 
 
 def _meaning(
     key: str, value: Unread, tensors: Mapping[str, Unread], split: Split | None
-) -> tuple[str, tuple[Part, ...], str]:
+) -> tuple[Kind, tuple[Part, ...], str]:
     """The kind of a tensor, its parts, and why it is no weight if it is none."""
     path, _, attribute = key.rpartition(".")
     rows, ndim = value.shape[0], len(value.shape)
     if _COMPUTED.fullmatch(key):
-        return _OTHER, (), "stored before pruning or a parametrization, which needs the model"
+        return Kind.OTHER, (), "stored before pruning or a parametrization, which needs the model"
     if _RECURRENT.fullmatch(attribute):
-        return "recurrent", WHOLE, ""
+        return Kind.RECURRENT, WHOLE, ""
     if attribute == "in_proj_weight" and ndim == 2 and rows % 3 == 0:
-        return "attention", blocks("qkv", (rows // 3,) * 3), ""
+        return Kind.ATTENTION, blocks("qkv", (rows // 3,) * 3), ""
     if attribute in ("q_proj_weight", "k_proj_weight", "v_proj_weight") and ndim == 2:
-        return "attention", blocks(attribute[0], (rows,)), ""
+        return Kind.ATTENTION, blocks(attribute[0], (rows,)), ""
     if attribute != "weight" and is_expert_stack(path, value.shape):
         beside = tensors.get(f"{path}.down_proj")
         layout = fused.layout_beside(value.shape, beside.shape if beside else None)
         declared = None if f"{key}_bias" in tensors else layout  # with a bias the two may alternate, as in GPT-OSS
-        return "dense", fused.expert_parts(attribute, value.shape, declared, separate=True), ""
+        return Kind.DENSE, fused.expert_parts(attribute, value.shape, declared, separate=True), ""
     if attribute != "weight":
-        return _OTHER, (), "its name is none of a known weight"
+        return Kind.OTHER, (), "its name is none of a known weight"
     if ndim > 2:
-        return "conv", KERNEL, ""
+        return Kind.CONV, KERNEL, ""
     if _EMBEDDING.fullmatch(path.rpartition(".")[2]):
-        return "embedding", WHOLE, ""
-    return "dense", _dense_parts(path, value.shape, split), ""
+        return Kind.EMBEDDING, WHOLE, ""
+    return Kind.DENSE, _dense_parts(path, value.shape, split), ""
 
 
 def _dense_parts(name: str, shape: tuple[int, ...], split: Split | None) -> tuple[Part, ...]:
@@ -195,7 +191,7 @@ def _delta(
     name, adapter = factor["name"], factor["adapter"]
     ends = [f"{name}.lora_{which}{f'.{adapter}' if adapter else ''}.weight" for which in "AB"]
     label = f"lora[{adapter or 'default'}]"
-    yield Skipped(_name(key), _OTHER, tensors[key].shape, f"factor of {label}")
+    yield Skipped(_name(key), Kind.OTHER, tensors[key].shape, f"factor of {label}")
     if factor["factor"] == "B" or not all(end in tensors for end in ends):
         return
     right, left = (tensors[end] for end in ends)
@@ -203,8 +199,8 @@ def _delta(
         return
     scale = scaling(name, right.shape[0]) if scaling else 1.0
     shape = (left.shape[0], right.shape[1])
-    role = infer_role(name, "dense")
-    yield matrix(f"{name}.{label}", "dense", WHOLE[0], shape, partial(_product, left, right, scale), role)
+    role = infer_role(name, Kind.DENSE)
+    yield matrix(f"{name}.{label}", Kind.DENSE, WHOLE[0], shape, partial(_product, left, right, scale), role)
 
 
 def _product(left: Unread, right: Unread, scaling: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
@@ -14,10 +14,24 @@ from torch.nn.parameter import Parameter, is_lazy
 from torch.nn.utils import parametrize
 
 from ww_monitor.errors import InvalidArgument, check_choice
+from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import fused
 from ww_monitor.walk import lora as adapters
-from ww_monitor.walk.parts import KERNEL, WHOLE, Part, Split, blocks, check_split, is_expert_stack, matrix, split_parts
+from ww_monitor.walk.parts import (
+    KERNEL,
+    WHOLE,
+    WRAPPERS,
+    Part,
+    Split,
+    blocks,
+    check_split,
+    is_expert_stack,
+    joined,
+    matrix,
+    split_parts,
+    unique,
+)
 from ww_monitor.walk.reading import (
     defect,
     dequantized_shape,
@@ -35,20 +49,13 @@ from ww_monitor.walk.reading import (
 from ww_monitor.walk.roles import infer_role
 from ww_monitor.walk.sharded import by_unit, like_whole, shards_of, units
 
-_KINDS: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.Linear, "dense"),
-    (nn.Bilinear, "dense"),
-    (nn.Embedding, "embedding"),
-    (nn.EmbeddingBag, "embedding"),
-    (nn.Conv1d, "conv"),
-    (nn.Conv2d, "conv"),
-    (nn.Conv3d, "conv"),
-    (nn.ConvTranspose1d, "conv"),
-    (nn.ConvTranspose2d, "conv"),
-    (nn.ConvTranspose3d, "conv"),
-)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_KINDS: Mapping[Kind, tuple[type[nn.Module], ...]] = {
+    Kind.DENSE: (nn.Linear, nn.Bilinear),
+    Kind.EMBEDDING: (nn.Embedding, nn.EmbeddingBag),
+    Kind.CONV: _CONVOLUTIONS,
+}
 _GATES = (((nn.LSTM, nn.LSTMCell), "ifgo"), ((nn.GRU, nn.GRUCell), "rzn"))
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _QUANTIZED = (
     ("torch.ao.nn.quantized.modules.utils", "WeightedQuantizedModule"),
     ("torch.ao.nn.quantized.modules.embedding_ops", "Embedding"),
@@ -57,7 +64,6 @@ _QUANTIZED = (
 )
 _ROUTER = re.compile("[Rr]outer|Gate(?!d)|(?<![a-z])gate")  # class names of what sends tokens to experts
 _PACKED = ("weight", "qweight", "W_q")  # where quantised modules keep their integers
-_OTHER = "other"  # the kind of a `Skipped` that no known module owns
 
 
 def walk(
@@ -126,9 +132,8 @@ class _Walk:
 
 
 def _walk(root: nn.Module, this: _Walk) -> Iterator[Matrix | Skipped]:
-    taken: set[str] = set()
-    for item in by_unit(_modules(root), this.units, partial(_items_of, this)):
-        yield replace(item, name=_unique(item.name or _class_name(root), taken))
+    found = by_unit(_modules(root, "", set()), this.units, partial(_items_of, this))
+    return unique(replace(item, name=item.name or _class_name(root)) for item in found)
 
 
 def _items_of(this: _Walk, path: str, module: nn.Module) -> list[Matrix | Skipped]:
@@ -146,46 +151,30 @@ def _unwrap(model: nn.Module) -> nn.Module:
     """The user's own root module, without the wrappers around it."""
     while True:
         parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-        wrapper = "module" if parallel else next((w for w in _WRAPPERS if w in dict(model.named_children())), "")
+        wrapper = "module" if parallel else next((w for w in WRAPPERS if w in dict(model.named_children())), "")
         if not wrapper:
             return model
         model = model.get_submodule(wrapper)
 
 
-def _modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once with its cleaned path, except those that compute a parametrization or a LoRA delta."""
-    inside: set[int] = set()
-    adapted: set[str] = set()
-    for path, module in root.named_modules():
-        if parametrize.is_parametrized(module):
-            inside.update(map(id, module.get_submodule("parametrizations").modules()))
-        if adapters.is_lora(module):
-            inside.update(map(id, adapters.inner_modules(module)))
-            adapted.add(f"{path}.base_layer".lstrip("."))
-        if id(module) not in inside:
-            yield _clean(path, adapted), module
+def _modules(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once with its path, which wrappers and the `base_layer` of adapters leave no mark on.
 
-
-def _clean(path: str, adapted: set[str]) -> str:
-    """`path` without wrappers and without the `base_layer` of adapters."""
-    parts = path.split(".")
-    ends = [".".join(parts[: i + 1]) for i in range(len(parts))] if adapted else parts
-    return ".".join(part for part, end in zip(parts, ends, strict=True) if part not in _WRAPPERS and end not in adapted)
+    What computes a parametrization or a LoRA delta is part of the weight it makes, and left out.
+    """
+    seen.add(id(module))  # modules may define ==, and one that is used twice is listed once
+    yield path, module
+    adapted = adapters.is_lora(module)
+    inside = adapters.INSIDE if adapted else ("parametrizations",) if parametrize.is_parametrized(module) else ()
+    for name, child in module.named_children():
+        if id(child) not in seen and name not in inside:
+            plain = name in WRAPPERS or (adapted and name == "base_layer")
+            yield from _modules(child, path if plain else joined(path, name), seen)
 
 
 def _join(path: str, attribute: str) -> str:
     """The dotted name of a parameter, without the plain `weight`."""
-    return ".".join(part for part in (path, "" if attribute == "weight" else attribute) if part)
-
-
-def _unique(name: str, taken: set[str]) -> str:
-    """`name`, or `name#2`, `name#3`, … where it is already taken."""
-    candidate, number = name, 1
-    while candidate in taken:
-        number += 1
-        candidate = f"{name}#{number}"
-    taken.add(candidate)
-    return candidate
+    return joined(path, "" if attribute == "weight" else attribute)
 
 
 def _class_name(module: nn.Module) -> str:
@@ -209,7 +198,7 @@ class _Weight:
     """
 
     attribute: str
-    kind: str
+    kind: Kind
     parts: tuple[Part, ...] | None = WHOLE
     stem: str | None = None
     axis: int = 0
@@ -219,14 +208,15 @@ def _weights(module: nn.Module, path: str) -> Iterator[_Weight]:
     """The weights that a module has by its class, absent ones included, and the stacks of experts it holds itself."""
     if isinstance(module, nn.MultiheadAttention):
         embed_dim = module.embed_dim
-        yield _Weight("in_proj_weight", "attention", blocks("qkv", (embed_dim,) * 3), "")
-        yield from (_Weight(f"{part}_proj_weight", "attention", blocks(part, (embed_dim,)), "") for part in "qkv")
+        yield _Weight("in_proj_weight", Kind.ATTENTION, blocks("qkv", (embed_dim,) * 3), "")
+        for part in "qkv":  # instead of the one above where keys or values have another width
+            yield _Weight(f"{part}_proj_weight", Kind.ATTENTION, blocks(part, (embed_dim,)), "")
     elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         yield from _recurrent_weights(module)
     elif isinstance(module, adapters.loaded("transformers.pytorch_utils", "Conv1D")):
-        yield _Weight("weight", "dense", None, axis=1)
-    elif kind := next((kind for known, kind in _KINDS if isinstance(module, known)), ""):
-        fixed = None if isinstance(module, nn.Linear) else KERNEL if kind == "conv" else WHOLE
+        yield _Weight("weight", Kind.DENSE, None, axis=1)
+    elif kind := next((kind for kind, known in _KINDS.items() if isinstance(module, known)), None):
+        fixed = None if isinstance(module, nn.Linear) else KERNEL if kind is Kind.CONV else WHOLE
         yield _Weight("weight", kind, fixed)
     else:
         yield from _bare_weights(module, path)
@@ -242,7 +232,7 @@ def _recurrent_weights(module: nn.RNNBase | nn.RNNCellBase) -> Iterator[_Weight]
         ends = [f"_l{layer}{direction}" for layer in range(module.num_layers) for direction in directions]
     for end in ends:
         for stem in ("weight_ih", "weight_hh", "weight_hr"):
-            yield _Weight(stem + end, "recurrent", WHOLE if stem == "weight_hr" else cut)
+            yield _Weight(stem + end, Kind.RECURRENT, WHOLE if stem == "weight_hr" else cut)
 
 
 def _bare_weights(module: nn.Module, path: str) -> Iterator[_Weight]:
@@ -254,11 +244,11 @@ def _bare_weights(module: nn.Module, path: str) -> Iterator[_Weight]:
             continue
         size = shape(like_whole(tensor))
         if attribute in _PACKED and is_packed(module, tensor):
-            yield _Weight(attribute, "dense", None, stem="")
+            yield _Weight(attribute, Kind.DENSE, None, stem="")
         elif isinstance(tensor, Parameter) and tensor.is_floating_point():
             routes = attribute == "weight" and len(size) == 2 and _ROUTER.search(class_name)
             if routes or is_expert_stack(f"{path}.{class_name}", size):
-                yield _Weight(attribute, "dense", None)
+                yield _Weight(attribute, Kind.DENSE, None)
 
 
 # --- from attributes to items
@@ -267,7 +257,7 @@ def _bare_weights(module: nn.Module, path: str) -> Iterator[_Weight]:
 def _items(module: nn.Module, path: str, this: _Walk) -> Iterator[Matrix | Skipped]:
     """The matrices of one module, then its parameters of two or more dimensions that are no known weight."""
     if any(isinstance(module, adapters.loaded(home, name)) for home, name in _QUANTIZED):
-        yield Skipped(path, _OTHER, (), "a quantized module: no floating-point weight")
+        yield Skipped(path, Kind.OTHER, (), "a quantized module: no floating-point weight")
         return
     if adapters.is_lora(module):
         yield from adapters.factors(module, path)
@@ -281,22 +271,25 @@ def _items(module: nn.Module, path: str, this: _Walk) -> Iterator[Matrix | Skipp
 @torch.no_grad()
 def _cut_weight(module: nn.Module, path: str, weight: _Weight, this: _Walk) -> list[Matrix | Skipped]:
     """The matrices of one weight, or the reason why there are none; nothing for an optional weight that is absent."""
-    name = _join(path, weight.attribute)
+    attribute, name = weight.attribute, _join(path, weight.attribute)
     size: tuple[int, ...] = ()
     try:
-        like = stand_in(module, weight.attribute)
+        like = stand_in(module, attribute)
         if like is None:
             absent = Skipped(name, weight.kind, (), "no weight tensor in the module: packed or sharded elsewhere")
-            return [absent] if weight.attribute == "weight" else []
+            return [absent] if attribute == "weight" else []
         dense = dequantized_shape(module, like)
         size = dense or shape(like)
-        key = this.identity(module, own_tensors(module).get(weight.attribute))
+        key = this.identity(module, own_tensors(module).get(attribute))
         reason = "" if dense else defect(like, weight.kind)
-        layer = this.adapters.get((id(module), weight.attribute))
+        layer = this.adapters.get((id(module), attribute))
         if (reason and layer is None) or key in this.seen:
             return [Skipped(name, weight.kind, size, reason or tied_to(this.seen.get(key)))]
         size = adapters.weight_shape(layer) if reason else size
-        items = list(_parts(module, path, weight, size, this, reason))
+        items: list[Matrix | Skipped] = []
+        load = partial(read_dense, module, attribute)
+        for item, part in _parts(module, path, weight, size, this):
+            items += [item] if layer is None else adapters.adapted(item, part, layer, load, this.lora, reason)
     except InvalidArgument:
         raise
     except Exception as error:  # noqa: BLE001 - the user's code runs here, and one broken layer must not end the walk
@@ -307,21 +300,15 @@ def _cut_weight(module: nn.Module, path: str, weight: _Weight, this: _Walk) -> l
 
 
 def _parts(
-    module: nn.Module, path: str, weight: _Weight, size: tuple[int, ...], this: _Walk, reason: str
-) -> Iterator[Matrix | Skipped]:
-    """The matrices of a weight of shape `size`, and those of its adapters."""
+    module: nn.Module, path: str, weight: _Weight, size: tuple[int, ...], this: _Walk
+) -> Iterator[tuple[Matrix, Part]]:
+    """The matrices of a weight of shape `size`, each with the part of the weight that it is."""
     name = _join(path, weight.attribute if weight.stem is None else weight.stem)
-    parts = weight.parts or _cut(module, name, weight, size, this)
     load, role = partial(read_dense, module, weight.attribute), infer_role(name, weight.kind)
-    layer = this.adapters.get((id(module), weight.attribute))
     stored, computed = stored_tensors(module, weight.attribute), is_computed(module, weight.attribute)
-    for part in parts:
+    for part in weight.parts or _cut(module, name, weight, size, this):
         shards = shards_of(stored, part.stack, size, computed=computed)
-        item = matrix(name, weight.kind, part, size, load, role, shards)
-        if layer is None:
-            yield item
-        else:
-            yield from adapters.adapted(item, part, layer, load, this.lora, reason)
+        yield matrix(name, weight.kind, part, size, load, role, shards), part
 
 
 def _cut(module: nn.Module, name: str, weight: _Weight, size: tuple[int, ...], this: _Walk) -> tuple[Part, ...]:
@@ -352,4 +339,4 @@ def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk
         elif attribute in ("weight", "qweight") and not tensor.is_floating_point():
             reason = "integer weights"
         if reason:
-            yield Skipped(_join(path, attribute), _OTHER, shape(tensor), reason)
+            yield Skipped(_join(path, attribute), Kind.OTHER, shape(tensor), reason)
