@@ -190,7 +190,11 @@ def _same(of: int, reason: str) -> _Change:
 
 def _smooth(matrix: Matrix, weights: torch.Tensor, keep: str | int | float) -> _Change:
     components = matrix.num_eigenvalues
-    count, verdict = _pooled_count(matrix, keep) if isinstance(keep, str) else (_slice_count(matrix, keep), "")
+    if isinstance(keep, str):
+        count, verdict = _pooled_count(matrix, keep)
+    else:
+        count = keep if isinstance(keep, int) else max(1, math.floor(keep * matrix.short_side + 1e-9))
+        verdict = ""
     if not count >= 1:
         return _same(components, f"keep={keep!r} gives no number of components: {verdict}")
     u, s, vh = torch.linalg.svd(weights.double(), full_matrices=False)
@@ -214,12 +218,6 @@ def _pooled_count(matrix: Matrix, keep: str) -> tuple[float, str]:
         return layer.value(metric), layer.verdict
     spectrum = torch.tensor(layer.eigenvalues or [float("nan")], dtype=torch.float64, device="cpu")
     return float(correlation_space(spectrum[None]).size), layer.verdict
-
-
-def _slice_count(matrix: Matrix, keep: int | float) -> int:
-    if isinstance(keep, int):
-        return min(keep, matrix.short_side)
-    return max(1, math.floor(keep * matrix.short_side + 1e-9))
 
 
 def _sharpen(matrix: Matrix, weights: torch.Tensor, method: str, seed: int) -> _Change:
@@ -275,7 +273,7 @@ def _transform(
         raise InvalidArgument(
             f"transform: model must be a torch.nn.Module or its state dict; got {type(model).__name__}"
         )
-    live = dict(model.state_dict() if isinstance(model, torch.nn.Module) else model)
+    live = model.state_dict() if isinstance(model, torch.nn.Module) else model
     return transform_matrices(select.apply(walk_source(model)), live, change, inplace=inplace)
 
 
