@@ -34,21 +34,6 @@ _RECOGNISED = (
     f"a .safetensors file, a torch file ({', '.join(_TORCH)}), a Keras file ({', '.join(_KERAS)}), "
     f"or a directory with {', '.join(_IN_FOLDER)}"
 )
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def walk_files(path: str | Path, *, split: Split | None = None) -> Iterator[Matrix | Skipped]:
@@ -147,11 +132,19 @@ def _safetensors(path: Path) -> dict[str, Unread]:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - the handle is no mapping
                 header = file.get_slice(key)
-                dtype = _DTYPES.get(header.get_dtype())
-                found[key] = Unread(tuple(header.get_shape()), dtype, partial(_from_safetensors, path, key))
+                found[key] = Unread(tuple(header.get_shape()), _dtype(header), partial(_from_safetensors, path, key))
     except SafetensorError as error:
         raise WWMonitorError(f"walk_files: {path} is no readable safetensors file: {error}") from error
     return found
+
+
+def _dtype(header: Any) -> torch.dtype | None:
+    """As torch reads no row of it; `None` for a type that torch lacks, and for a scalar, which has no rows."""
+    try:
+        dtype: torch.dtype = header[:0].dtype
+        return dtype
+    except Exception:  # noqa: BLE001 - an unknown type raises an error of safetensors, of torch, or another
+        return None
 
 
 def _from_safetensors(path: Path, key: str) -> Tensor:

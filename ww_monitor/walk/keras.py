@@ -6,8 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, count
-from math import prod
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from ww_monitor.errors import MissingDependency, WWMonitorError
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.walk.parts import WHOLE, Part, Split, blocks, check_split, matrix, split_parts, unfit
+from ww_monitor.walk.parts import WHOLE, Part, Split, blocks, check_split, matrix, split_parts, unfit, unique
 from ww_monitor.walk.reading import tied_to
 from ww_monitor.walk.roles import infer_role
 
@@ -83,15 +82,7 @@ def walk_keras(model: Any, *, split: Split | None = None) -> Iterator[Matrix | S
         InvalidArgument: if `split` is malformed.
     """
     check_split("walk_keras", split)
-    return _walk(model, split)
-
-
-def _walk(model: Any, split: Split | None) -> Iterator[Matrix | Skipped]:
-    taken: set[str] = set()
-    for item in chain(_known(model, split), _others(model)):
-        name = next(n for n in chain([item.name], (f"{item.name}#{i}" for i in count(2))) if n not in taken)
-        taken.add(name)
-        yield replace(item, name=name)
+    return unique(chain(_known(model, split), _others(model)))
 
 
 # --- which variables of a layer are weights
@@ -138,14 +129,14 @@ def _nested(layer: Any, path: str, seen: set[int]) -> Iterator[tuple[Any, str]]:
         return
     seen.add(id(layer))
     yield layer, path or layer.name
-    for inner in layer._flatten_layers(include_self=False, recursive=False):
+    for inner in layer._flatten_layers(include_self=False, recursive=False):  # the public `layers` lacks wrapped ones
         yield from _nested(inner, f"{path}.{inner.name}".lstrip("."), seen)
 
 
 def _layers(model: Any) -> Iterator[tuple[Any, _Layout, str]]:
     """Every layer of a known class, once, in the order of the model's weights; those that are not built come last."""
     layouts = _layouts()
-    places = {id(variable): place for place, variable in enumerate(model.weights)}
+    places = {id(variable): place for place, variable in enumerate(model.weights)}  # variables compare by value
 
     def place(found: tuple[Any, str]) -> int:
         return min((places[id(variable)] for variable in found[0].weights), default=len(places))
@@ -184,20 +175,19 @@ def _known(model: Any, split: Split | None) -> Iterator[Matrix | Skipped]:
             reason = f"quantized to {mode}" if layer.built else "not built: no weights before the first call"
             yield Skipped(path, kind, (), reason)
             continue
-        for attribute in layout.attributes:
-            variable = variables.get(attribute)
-            if variable is None:
-                continue
-            name, shape = _name(path, attribute, layout), tuple(variable.shape)
+        for attribute in filter(variables.__contains__, layout.attributes):
+            variable = variables[attribute]
+            plain = attribute in _PLAIN and layout.kind is not Kind.RECURRENT
+            name, shape = path if plain else f"{path}.{attribute}", tuple(variable.shape)
             parts = _parts(layer, layout, name, shape, split)
             reason = _defect(variable, mode, kind, parts) or tied_to(seen.get(id(variable)))
             if reason:
                 yield Skipped(name, kind, shape, reason)
                 continue
             seen[id(variable)] = name
-            role = infer_role(name, kind) if role is None else role
+            of_name = infer_role(name, kind) if role is None else role
             load, frozen = partial(_read, layer, attribute), not layer.trainable_weights
-            yield from (replace(matrix(name, kind, part, shape, load, role), frozen=frozen) for part in parts)
+            yield from (replace(matrix(name, kind, part, shape, load, of_name), frozen=frozen) for part in parts)
 
 
 def _others(model: Any) -> Iterator[Skipped]:
@@ -207,11 +197,6 @@ def _others(model: Any) -> Iterator[Skipped]:
         if id(variable) not in known and len(variable.shape) > 1 and variable.name != "bias":
             reason = "belongs to no layer of a class whose layout is known"
             yield Skipped(variable.path.replace("/", "."), Kind.OTHER, tuple(variable.shape), reason)
-
-
-def _name(path: str, attribute: str, layout: _Layout) -> str:
-    plain = attribute in _PLAIN and layout.kind is not Kind.RECURRENT
-    return path if plain else f"{path}.{attribute}"
 
 
 def _defect(variable: Any, mode: str | None, kind: Kind, parts: Sequence[Part]) -> str:
@@ -231,7 +216,7 @@ def _parts(layer: Any, layout: _Layout, name: str, shape: Sequence[int], split: 
     """What a weight is cut into; nothing where it is no matrix."""
     equation = getattr(layer, "equation", None)
     if layout.kind is Kind.CONV:
-        return (Part("", _kernel),)
+        return (Part("", partial(torch.flatten, end_dim=-3)),)  # [*k, a, b] → [prod(k), a, b]
     if layout.gates:
         return blocks(layout.gates, (layer.units,) * len(layout.gates), axis=1)
     if equation is not None:
@@ -240,14 +225,9 @@ def _parts(layer: Any, layout: _Layout, name: str, shape: Sequence[int], split: 
     return (split_parts(split, name, shape, 1) if layout.kind is Kind.DENSE else ()) or WHOLE
 
 
-def _kernel(tensor: Tensor) -> Tensor:
-    """`[*k, a, b]` → `[prod(k), a, b]`."""
-    return tensor.flatten(0, -3)
-
-
 def _flat(tensor: Tensor, axes: int) -> Tensor:
     """The first `axes` axes × the others."""
-    return tensor.reshape(prod(tensor.shape[:axes]), prod(tensor.shape[axes:]))
+    return tensor.flatten(axes).flatten(0, axes - 1)
 
 
 def _summed_axes(equation: str) -> int:
