@@ -49,11 +49,8 @@ def is_lora(module: nn.Module) -> bool:
 
 def find_adapters(root: nn.Module) -> Adapters:
     """The LoRA layers of a model by the weight they adapt."""
-    return {
-        (id(layer.get_base_layer()), _attribute(layer)): layer  # type: ignore[operator]
-        for layer in root.modules()
-        if is_lora(layer)
-    }
+    layers: list[Any] = [module for module in root.modules() if is_lora(module)]
+    return {(id(layer.get_base_layer()), _attribute(layer)): layer for layer in layers}
 
 
 def _attribute(layer: Any) -> str:

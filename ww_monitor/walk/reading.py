@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,11 @@ from ww_monitor.walk.parts import unfit
 from ww_monitor.walk.sharded import like_whole, read_whole
 
 
-def read(module: nn.Module, attribute: str) -> Tensor:
+def read(module: nn.Module, attribute: str) -> Any:
     """The weight the module computes with: the tensor itself, or computed from what is stored now."""
     if parametrize.is_parametrized(module, attribute):
         return _evaluate(module.get_submodule(f"parametrizations.{attribute}"))
-    _, compute = _hook(module, attribute)
-    tensor: Tensor = compute()
-    return tensor
+    return _hook(module, attribute)[1]()
 
 
 def read_dense(module: nn.Module, attribute: str) -> Tensor:
@@ -35,12 +34,12 @@ def read_dense(module: nn.Module, attribute: str) -> Tensor:
 
 def _read_dense(module: nn.Module, attribute: str) -> Tensor:
     tensor = read(module, attribute)
-    if _offers_dequantize(tensor):
-        return tensor.dequantize()
-    if not tensor.is_floating_point() and _offers_dequantize(module):
-        dense: Tensor = module.dequantize()  # type: ignore[operator]
-        return dense
-    return tensor
+    return _dequantized(module, tensor) if is_packed(module, tensor) else tensor
+
+
+def _dequantized(module: nn.Module, packed: Tensor) -> Tensor:
+    dense: Tensor = (packed if _offers_dequantize(packed) else module).dequantize()  # type: ignore[operator]
+    return dense
 
 
 def is_packed(module: nn.Module, stored: Tensor) -> bool:
@@ -59,8 +58,7 @@ def dequantized_shape(module: nn.Module, stored: Tensor) -> tuple[int, ...] | No
     features = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if all(isinstance(size, int) for size in features):
         return features  # type: ignore[return-value]
-    dense: Tensor = (stored if _offers_dequantize(stored) else module).dequantize()  # type: ignore[operator]
-    return tuple(dense.shape)
+    return tuple(_dequantized(module, stored).shape)
 
 
 def _offers_dequantize(owner: Tensor | nn.Module) -> bool:
@@ -73,16 +71,14 @@ def _offers_dequantize(owner: Tensor | nn.Module) -> bool:
 def stand_in(module: nn.Module, attribute: str) -> Tensor | None:
     """A tensor with the shape, dtype, layout and device of the weight, computed only where they cannot be known."""
     if not parametrize.is_parametrized(module, attribute):
-        stored, _ = _hook(module, attribute)
-        tensor: Tensor | None = like_whole(getattr(module, stored, None))
-        return tensor
+        return like_whole(getattr(module, _hook(module, attribute)[0], None))  # type: ignore[no-any-return]
     functions = module.get_submodule(f"parametrizations.{attribute}")
     of_torch = all(type(function).__module__ == parametrizations.__name__ for function in functions.children())
     checked = not functions.unsafe and not any(hasattr(function, "right_inverse") for function in functions.children())
     return originals(functions)[-1] if of_torch or checked else _evaluate(functions)
 
 
-def _hook(module: nn.Module, attribute: str) -> tuple[str, Callable[[], Tensor]]:
+def _hook(module: nn.Module, attribute: str) -> tuple[str, Callable[[], Any]]:
     """The attribute that stores the weight and a function that computes it: pruning and norms of the older kind."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod) and hook._tensor_name == attribute:

@@ -175,13 +175,9 @@ def _meaning(
         return Kind.CONV, KERNEL, ""
     if _EMBEDDING.fullmatch(path.rpartition(".")[2]):
         return Kind.EMBEDDING, WHOLE, ""
-    return Kind.DENSE, _dense_parts(path, value.shape, split), ""
-
-
-def _dense_parts(name: str, shape: tuple[int, ...], split: Split | None) -> tuple[Part, ...]:
-    transposed = name.endswith("c_attn") and shape[1] in (2 * shape[0], 3 * shape[0])  # GPT-2 stores [in, out]
-    wished = split_parts(split, name, shape, int(transposed))
-    return wished or fused.fused_parts(name, shape, int(transposed), None) or WHOLE
+    transposed = path.endswith("c_attn") and value.shape[1] in (2 * rows, 3 * rows)  # GPT-2 stores [in, out]
+    wished = split_parts(split, path, value.shape, int(transposed))
+    return Kind.DENSE, wished or fused.fused_parts(path, value.shape, int(transposed), None) or WHOLE, ""
 
 
 def _delta(
@@ -197,10 +193,9 @@ def _delta(
     right, left = (tensors[end] for end in ends)
     if len(right.shape) != 2 or len(left.shape) != 2 or right.shape[0] != left.shape[1]:
         return
-    scale = scaling(name, right.shape[0]) if scaling else 1.0
-    shape = (left.shape[0], right.shape[1])
-    role = infer_role(name, Kind.DENSE)
-    yield matrix(f"{name}.{label}", Kind.DENSE, WHOLE[0], shape, partial(_product, left, right, scale), role)
+    scale, shape = scaling(name, right.shape[0]) if scaling else 1.0, (left.shape[0], right.shape[1])
+    read, role = partial(_product, left, right, scale), infer_role(name, Kind.DENSE)
+    yield matrix(f"{name}.{label}", Kind.DENSE, WHOLE[0], shape, read, role)
 
 
 def _product(left: Unread, right: Unread, scaling: float) -> Tensor:
