@@ -150,22 +150,20 @@ class Select:
         if self.min_size < 1:
             raise InvalidArgument(f"Select: min_size must be >= 1; got {self.min_size!r}")
         if self.max_size is not None and self.max_size < self.min_size:
-            raise InvalidArgument(
-                f"Select: max_size must be None or >= min_size={self.min_size}; got {self.max_size!r}"
-            )
+            wanted = f"None or >= min_size={self.min_size}"
+            raise InvalidArgument(f"Select: max_size must be {wanted}; got {self.max_size!r}")
 
     def reason_to_skip(self, matrix: Matrix) -> str:
         """Why `matrix` is left out, or `""` if it is analysed."""
-        if self.include and not any(fnmatchcase(matrix.name, p) for p in self.include):
+        size, excluded = matrix.num_eigenvalues, [p for p in self.exclude if fnmatchcase(matrix.name, p)]
+        if self.include and not any(fnmatchcase(matrix.name, pattern) for pattern in self.include):
             return "matches no include pattern"
-        for pattern in self.exclude:
-            if fnmatchcase(matrix.name, pattern):
-                return f"excluded by pattern {pattern!r}"
-        if matrix.num_eigenvalues < self.min_size:
-            return f"{matrix.num_eigenvalues} eigenvalues, fewer than min_size={self.min_size}"
-        if self.max_size is not None and matrix.num_eigenvalues > self.max_size:
-            return f"{matrix.num_eigenvalues} eigenvalues, more than max_size={self.max_size}"
-        return ""
+        if excluded:
+            return f"excluded by pattern {excluded[0]!r}"
+        if size < self.min_size:
+            return f"{size} eigenvalues, fewer than min_size={self.min_size}"
+        too_large = self.max_size is not None and size > self.max_size
+        return f"{size} eigenvalues, more than max_size={self.max_size}" if too_large else ""
 
     def apply(self, items: Iterable[Matrix | Skipped]) -> Iterator[Matrix | Skipped]:
         """The same items in the same order, with every matrix that is not wanted turned into a `Skipped`."""

@@ -161,19 +161,16 @@ def _from_safetensors(path: Path, key: str) -> Tensor:
 
 def _torch_file(path: Path) -> dict[str, Unread]:
     """The tensors of a torch file. A file of torch >= 1.6 is mapped, and mapped anew for every tensor that is read."""
-    found = _tensors(_torch_load(path), path)
-    read = partial(_from_torch, path) if zipfile.is_zipfile(path) else found.__getitem__
+    found = _torch_load(path)
+    mapped = zipfile.is_zipfile(path)
+    read = (lambda key: _torch_load(path)[key]) if mapped else found.__getitem__
     described = {key: unread(tensor, partial(read, key)) for key, tensor in found.items()}
     return {key: replace(item, identity=(path, item.identity)) for key, item in described.items()}
 
 
-def _from_torch(path: Path, key: str) -> Tensor:
-    return _tensors(_torch_load(path), path)[key]
-
-
-def _torch_load(path: Path) -> object:
+def _torch_load(path: Path) -> dict[str, Tensor]:
     try:
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise WWMonitorError(
             f"walk_files: {path} is damaged or holds pickled Python objects, which can run any code when they are "
@@ -181,6 +178,7 @@ def _torch_load(path: Path) -> object:
         ) from error
     except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise WWMonitorError(f"walk_files: {path} is no readable torch file: {_first_line(error)}") from error
+    return _tensors(content, path)
 
 
 def _first_line(error: Exception) -> str:
@@ -189,11 +187,9 @@ def _first_line(error: Exception) -> str:
 
 def _tensors(content: object, path: Path) -> dict[str, Tensor]:
     """The named tensors of a checkpoint, out of the mapping that training scripts and Lightning put around them."""
-    while isinstance(content, Mapping):
-        inner = next((content[key] for key in _INSIDE if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
+    inner = content
+    while isinstance(inner, Mapping):
+        content, inner = inner, next((inner[key] for key in _INSIDE if isinstance(inner.get(key), Mapping)), None)
     found = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not found:
         raise WWMonitorError(
@@ -216,9 +212,10 @@ def _lora_scaling(folder: Path) -> Scaling | None:
         patterns, alpha = dict(config.get("alpha_pattern") or {}), float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WWMonitorError(f"walk_files: expected a LoRA configuration with `lora_alpha` in {file}") from error
-    return partial(_scaling, patterns=patterns, alpha=alpha, root=bool(config.get("use_rslora")))
+    root = bool(config.get("use_rslora"))
 
+    def scaling(name: str, rank: int) -> float:
+        own = next((a for pattern, a in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", name)), alpha)
+        return float(own) / (math.sqrt(rank) if root else rank)
 
-def _scaling(name: str, rank: int, patterns: Mapping[str, Any], alpha: float, root: bool) -> float:
-    own = next((a for pattern, a in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", name)), alpha)
-    return float(own) / (math.sqrt(rank) if root else rank)
+    return scaling

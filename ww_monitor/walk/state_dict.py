@@ -146,8 +146,7 @@ def _items(
         yield Skipped(_name(key), kind, value.shape, reason)
         return
     name = key.rpartition(".")[0] if kind is Kind.ATTENTION else _name(key)
-    for part in parts:
-        yield matrix(name, kind, part, value.shape, value.read, infer_role(name, kind))
+    yield from (matrix(name, kind, part, value.shape, value.read, infer_role(name, kind)) for part in parts)
 
 
 def _meaning(
