@@ -39,7 +39,7 @@ class TransformedLayer:
     """What became of one layer.
 
     Attributes:
-        name: Of the layer.
+        name: Name of the layer.
         kept: Singular components that stay, over all slices; with `method="clip"` entries that stay.
         of: Singular components (entries) there were.
         reason: Why the layer is unchanged, bit for bit, or `""` if it changed.
@@ -56,8 +56,7 @@ class Transformed:
     """A transformed model.
 
     Attributes:
-        state_dict: The model's own keys. Copies that share nothing with the model, or with `inplace=True` the live
-            tensors.
+        state_dict: The model's own keys: copies that share nothing with it, or with `inplace=True` the live tensors.
         layers: One a weight of the model.
     """
 
@@ -184,6 +183,10 @@ class _Change:
     reason: str = ""
 
 
+Change = Callable[[Matrix, torch.Tensor], _Change]
+"""The transform of one layer: the matrix and its weights → what becomes of it."""
+
+
 def _same(of: int, reason: str) -> _Change:
     return _Change(None, of, of, reason)
 
@@ -262,28 +265,9 @@ def _trap_directions(w: torch.Tensor, traps: torch.Tensor, most: int) -> tuple[t
 # --- one model
 
 
-def _transform(
-    model: torch.nn.Module | Mapping[str, Any],
-    change: Callable[[Matrix, torch.Tensor], _Change],
-    *,
-    inplace: bool,
-    select: Select,
-) -> Transformed:
-    if not isinstance(model, (torch.nn.Module, Mapping)):
-        raise InvalidArgument(
-            f"transform: model must be a torch.nn.Module or its state dict; got {type(model).__name__}"
-        )
-    live = model.state_dict() if isinstance(model, torch.nn.Module) else model
-    return transform_matrices(select.apply(walk_source(model)), live, change, inplace=inplace)
-
-
 @torch.no_grad()
 def transform_matrices(
-    items: Iterable[Matrix | Skipped],
-    live: Mapping[str, Any],
-    change: Callable[[Matrix, torch.Tensor], _Change],
-    *,
-    inplace: bool,
+    items: Iterable[Matrix | Skipped], live: Mapping[str, Any], change: Change, *, inplace: bool
 ) -> Transformed:
     """Write `change(matrix, weights)` where the weights are a view of one of the tensors `live`.
 
@@ -311,7 +295,16 @@ def transform_matrices(
     return Transformed(written, tuple(rows))
 
 
-def _apply(matrix: Matrix, change: Callable[[Matrix, torch.Tensor], _Change], homes: Homes) -> _Change:
+def _transform(model: Any, change: Change, *, inplace: bool, select: Select) -> Transformed:
+    if not isinstance(model, (torch.nn.Module, Mapping)):
+        raise InvalidArgument(
+            f"transform: model must be a torch.nn.Module or its state dict; got {type(model).__name__}"
+        )
+    live = model.state_dict() if isinstance(model, torch.nn.Module) else model
+    return transform_matrices(select.apply(walk_source(model)), live, change, inplace=inplace)
+
+
+def _apply(matrix: Matrix, change: Change, homes: Homes) -> _Change:
     """Change one layer where it is stored."""
     weights, size = matrix.load().detach(), matrix.num_eigenvalues
     home = homes.get(_place(weights)) if _has_address(weights) else None

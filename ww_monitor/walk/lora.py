@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,10 +93,9 @@ def adapted(
     """
     variants = [adapter for adapter in _adapters(layer) if adapter in getattr(layer, "lora_variant", {})]
     inside = [adapter for adapter in layer.merged_adapters if adapter in variants]
-    active = [] if layer.merged else _active(layer)
-    computed = [adapter for adapter in active if adapter in variants]
+    computed = [adapter for adapter in _active(layer) if adapter in variants]
     if "base" in lora:
-        base = variant(item, "", partial(_base, layer, read), part)
+        base = variant(item, "", partial(_combined, layer, read, base=True), part)
         reason = f"merged with lora[{inside[0]}], which is more than a sum" if inside else ""
         yield _unless(defect or reason, base)
     else:
@@ -105,7 +104,7 @@ def adapted(
         for adapter in _adapters(layer):
             yield variant(item, f"lora[{adapter}]", partial(_delta, layer, adapter), part)
     if "merged" in lora:
-        merged = variant(item, "merged", partial(_merged, layer, read), part)
+        merged = variant(item, "merged", partial(_combined, layer, read, base=False), part)
         yield _unless(
             defect or (f"lora[{computed[0]}] is more than a sum of base and delta" if computed else ""), merged
         )
@@ -120,23 +119,18 @@ def _adapters(layer: Any) -> list[str]:
 
 
 def _active(layer: Any) -> list[str]:
-    return [adapter for adapter in layer.active_adapters if adapter in _adapters(layer)]
+    """The adapters that the layer adds as it computes: none where they were merged into what is stored."""
+    return [] if layer.merged else [adapter for adapter in layer.active_adapters if adapter in _adapters(layer)]
 
 
-def _base(layer: Any, read: Callable[[], Tensor]) -> Tensor:
-    """W, without the adapters that were merged into what is stored."""
-    return reduce(lambda weight, adapter: _add(weight, -_delta(layer, adapter)), layer.merged_adapters, read())
-
-
-def _merged(layer: Any, read: Callable[[], Tensor]) -> Tensor:
-    """W + Σ s·B·A over the active adapters; what is stored if adapters were merged into it."""
-    active = [] if layer.merged else _active(layer)
-    return reduce(lambda weight, adapter: _add(weight, _delta(layer, adapter)), active, read())
-
-
-def _add(weight: Tensor, delta: Tensor) -> Tensor:
-    precision = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
-    return weight.to(precision) + delta.to(precision)
+def _combined(layer: Any, read: Callable[[], Tensor], *, base: bool) -> Tensor:
+    """W without the adapters that were merged into it (`base`), or W + Σ s·B·A over the active adapters."""
+    weight = read()
+    for adapter in layer.merged_adapters if base else _active(layer):
+        delta = _delta(layer, adapter)
+        precision = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
+        weight = torch.add(weight.to(precision), delta.to(precision), alpha=-1 if base else 1)
+    return weight
 
 
 def _delta(layer: Any, adapter: str) -> Tensor:

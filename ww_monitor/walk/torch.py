@@ -16,36 +16,9 @@ from torch.nn.utils import parametrize
 from ww_monitor.errors import InvalidArgument, check_choice
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.walk import fused
+from ww_monitor.walk import fused, parts, reading
 from ww_monitor.walk import lora as adapters
-from ww_monitor.walk.parts import (
-    KERNEL,
-    WHOLE,
-    WRAPPERS,
-    Part,
-    Split,
-    blocks,
-    check_split,
-    is_expert_stack,
-    joined,
-    matrix,
-    split_parts,
-    unique,
-)
-from ww_monitor.walk.reading import (
-    defect,
-    dequantized_shape,
-    identity,
-    is_computed,
-    is_packed,
-    originals,
-    own_tensors,
-    read_dense,
-    shape,
-    stand_in,
-    stored_tensors,
-    tied_to,
-)
+from ww_monitor.walk.parts import KERNEL, WHOLE, WRAPPERS, Part, Split
 from ww_monitor.walk.roles import infer_role
 from ww_monitor.walk.sharded import by_unit, like_whole, shards_of, units
 
@@ -104,7 +77,7 @@ def walk(
     >>> [(matrix.name, matrix.kind, matrix.shape) for matrix in walk(net)]
     [('0', 'dense', (1, 4, 8)), ('2', 'conv', (9, 6, 4))]
     """
-    check_split("walk", split)
+    parts.check_split("walk", split)
     check_choice("walk", "experts", experts, ("separate", "pooled"))
     adapters.check_lora("walk", lora)
     root = _unwrap(model)
@@ -127,13 +100,13 @@ class _Walk:
         """What tied weights have in common: of a unit that is gathered again and again, the place in its storage."""
         unit = self.units.get(id(module))
         if unit is None or stored is None:
-            return identity(stored)
+            return reading.identity(stored)
         return id(unit), stored.storage_offset(), stored.shape, stored.stride()
 
 
 def _walk(root: nn.Module, this: _Walk) -> Iterator[Matrix | Skipped]:
     found = by_unit(_modules(root, "", set()), this.units, partial(_items_of, this))
-    return unique(replace(item, name=item.name or _class_name(root)) for item in found)
+    return parts.unique(replace(item, name=item.name or _class_name(root)) for item in found)
 
 
 def _items_of(this: _Walk, path: str, module: nn.Module) -> list[Matrix | Skipped]:
@@ -169,12 +142,12 @@ def _modules(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str
     for name, child in module.named_children():
         if id(child) not in seen and name not in inside:
             plain = name in WRAPPERS or (adapted and name == "base_layer")
-            yield from _modules(child, path if plain else joined(path, name), seen)
+            yield from _modules(child, path if plain else parts.joined(path, name), seen)
 
 
 def _join(path: str, attribute: str) -> str:
     """The dotted name of a parameter, without the plain `weight`."""
-    return joined(path, "" if attribute == "weight" else attribute)
+    return parts.joined(path, "" if attribute == "weight" else attribute)
 
 
 def _class_name(module: nn.Module) -> str:
@@ -208,9 +181,9 @@ def _weights(module: nn.Module, path: str) -> Iterator[_Weight]:
     """The weights that a module has by its class, absent ones included, and the stacks of experts it holds itself."""
     if isinstance(module, nn.MultiheadAttention):
         embed_dim = module.embed_dim
-        yield _Weight("in_proj_weight", Kind.ATTENTION, blocks("qkv", (embed_dim,) * 3), "")
+        yield _Weight("in_proj_weight", Kind.ATTENTION, parts.blocks("qkv", (embed_dim,) * 3), "")
         for part in "qkv":  # instead of the one above where keys or values have another width
-            yield _Weight(f"{part}_proj_weight", Kind.ATTENTION, blocks(part, (embed_dim,)), "")
+            yield _Weight(f"{part}_proj_weight", Kind.ATTENTION, parts.blocks(part, (embed_dim,)), "")
     elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         yield from _recurrent_weights(module)
     elif isinstance(module, adapters.loaded("transformers.pytorch_utils", "Conv1D")):
@@ -225,7 +198,7 @@ def _weights(module: nn.Module, path: str) -> Iterator[_Weight]:
 def _recurrent_weights(module: nn.RNNBase | nn.RNNCellBase) -> Iterator[_Weight]:
     """weight_ih and weight_hh of every layer and direction, cut into gates, and the projection weight_hr, whole."""
     gates = next((gates for known, gates in _GATES if isinstance(module, known)), "")
-    cut = blocks(gates, (module.hidden_size,) * len(gates)) if gates else WHOLE
+    cut = parts.blocks(gates, (module.hidden_size,) * len(gates)) if gates else WHOLE
     ends = [""]
     if isinstance(module, nn.RNNBase):
         directions = ("", "_reverse")[: 1 + module.bidirectional]
@@ -237,17 +210,17 @@ def _recurrent_weights(module: nn.RNNBase | nn.RNNCellBase) -> Iterator[_Weight]
 
 def _bare_weights(module: nn.Module, path: str) -> Iterator[_Weight]:
     """The weights among the parameters of a module of an unknown class: a router, quantised ones, stacked experts."""
-    tensors = own_tensors(module)
+    tensors = reading.own_tensors(module)
     class_name = _class_name(module)
     for attribute, tensor in tensors.items():
         if is_lazy(tensor):
             continue
-        size = shape(like_whole(tensor))
-        if attribute in _PACKED and is_packed(module, tensor):
+        size = reading.shape(like_whole(tensor))
+        if attribute in _PACKED and reading.is_packed(module, tensor):
             yield _Weight(attribute, Kind.DENSE, None, stem="")
         elif isinstance(tensor, Parameter) and tensor.is_floating_point():
             routes = attribute == "weight" and len(size) == 2 and _ROUTER.search(class_name)
-            if routes or is_expert_stack(f"{path}.{class_name}", size):
+            if routes or parts.is_expert_stack(f"{path}.{class_name}", size):
                 yield _Weight(attribute, Kind.DENSE, None)
 
 
@@ -274,20 +247,20 @@ def _cut_weight(module: nn.Module, path: str, weight: _Weight, this: _Walk) -> l
     attribute, name = weight.attribute, _join(path, weight.attribute)
     size: tuple[int, ...] = ()
     try:
-        like = stand_in(module, attribute)
+        like = reading.stand_in(module, attribute)
         if like is None:
             absent = Skipped(name, weight.kind, (), "no weight tensor in the module: packed or sharded elsewhere")
             return [absent] if attribute == "weight" else []
-        dense = dequantized_shape(module, like)
-        size = dense or shape(like)
-        key = this.identity(module, own_tensors(module).get(attribute))
-        reason = "" if dense else defect(like, weight.kind)
+        dense = reading.dequantized_shape(module, like)
+        size = dense or reading.shape(like)
+        key = this.identity(module, reading.own_tensors(module).get(attribute))
+        reason = "" if dense else reading.defect(like, weight.kind)
         layer = this.adapters.get((id(module), attribute))
         if (reason and layer is None) or key in this.seen:
-            return [Skipped(name, weight.kind, size, reason or tied_to(this.seen.get(key)))]
+            return [Skipped(name, weight.kind, size, reason or reading.tied_to(this.seen.get(key)))]
         size = adapters.weight_shape(layer) if reason else size
         items: list[Matrix | Skipped] = []
-        load = partial(read_dense, module, attribute)
+        load = partial(reading.read_dense, module, attribute)
         for item, part in _parts(module, path, weight, size, this):
             items += [item] if layer is None else adapters.adapted(item, part, layer, load, this.lora, reason)
     except InvalidArgument:
@@ -304,11 +277,11 @@ def _parts(
 ) -> Iterator[tuple[Matrix, Part]]:
     """The matrices of a weight of shape `size`, each with the part of the weight that it is."""
     name = _join(path, weight.attribute if weight.stem is None else weight.stem)
-    load, role = partial(read_dense, module, weight.attribute), infer_role(name, weight.kind)
-    stored, computed = stored_tensors(module, weight.attribute), is_computed(module, weight.attribute)
+    load, role = partial(reading.read_dense, module, weight.attribute), infer_role(name, weight.kind)
+    stored, computed = reading.stored_tensors(module, weight.attribute), reading.is_computed(module, weight.attribute)
     for part in weight.parts or _cut(module, name, weight, size, this):
         shards = shards_of(stored, part.stack, size, computed=computed)
-        yield matrix(name, weight.kind, part, size, load, role, shards), part
+        yield parts.matrix(name, weight.kind, part, size, load, role, shards), part
 
 
 def _cut(module: nn.Module, name: str, weight: _Weight, size: tuple[int, ...], this: _Walk) -> tuple[Part, ...]:
@@ -318,7 +291,7 @@ def _cut(module: nn.Module, name: str, weight: _Weight, size: tuple[int, ...], t
         layout = fused.declared_layout(module) or fused.layout_beside(size, getattr(beside, "shape", None))
         return fused.expert_parts(weight.attribute, size, layout, separate=this.separate)
     owner = this.owners.get(name.rpartition(".")[0])
-    wished = split_parts(this.split, name, size, weight.axis)
+    wished = parts.split_parts(this.split, name, size, weight.axis)
     return wished or fused.fused_parts(name, size, weight.axis, owner) or WHOLE
 
 
@@ -326,17 +299,17 @@ def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk
     """The module's own parameters and packed weights of two or more dimensions that none of `weights` stands for."""
     listed = {weight.attribute + end for weight in weights for end in ("", "_orig", "_g", "_v")}
     owner = f"{'other ' if weights else ''}parameters of {_class_name(module)}"
-    tensors = own_tensors(module)
+    tensors = reading.own_tensors(module)
     if parametrize.is_parametrized(module):
         computed = module.get_submodule("parametrizations").named_children()
-        tensors |= {attribute: originals(functions)[-1] for attribute, functions in computed}
+        tensors |= {attribute: reading.originals(functions)[-1] for attribute, functions in computed}
     for attribute, tensor in tensors.items():
         if attribute in listed or is_lazy(tensor) or tensor.ndim < 2:
             continue
         reason = ""
         if isinstance(tensor, Parameter):
-            reason = tied_to(this.seen.get(this.identity(module, tensor))) or f"{owner} are not a known weight"
+            reason = reading.tied_to(this.seen.get(this.identity(module, tensor))) or f"{owner} are not a known weight"
         elif attribute in ("weight", "qweight") and not tensor.is_floating_point():
             reason = "integer weights"
         if reason:
-            yield Skipped(_join(path, attribute), Kind.OTHER, shape(tensor), reason)
+            yield Skipped(_join(path, attribute), Kind.OTHER, reading.shape(tensor), reason)
