@@ -54,6 +54,7 @@ class Baseline:
         for item in items:
             if isinstance(item, Matrix):
                 try:
+                    # copy=True: on a host `to` alone gives the live weight, from which nothing ever moves
                     stored = item.load().detach().to("cpu", copy=True)
                     bases[item.name] = _on_host(subspace(stored, top))
                 except Exception as error:

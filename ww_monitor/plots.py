@@ -114,7 +114,7 @@ def shuffled_eigenvalues(matrix: Matrix, *, seed: int = 0) -> np.ndarray:
     (100,)
     """
     weights = matrix.load()
-    if weights.element_size() < 2:
+    if weights.element_size() < 2:  # torch hardly computes with float8
         weights = weights.float()
     flat = (weights.double() - elements(weights).mean[:, None, None]).flatten(1)
     order = permutation(flat.shape[1], seed=seed, replica=0).to(flat.device).long()
@@ -198,6 +198,7 @@ class SpectralFigures:
 
 def render(ax: Axes) -> np.ndarray:
     """The figure of some axes as pixels, uint8 `[height, width, 3]`; pyplot and its state stay out of it."""
+    # a canvas of its own: pyplot would choose a backend and keep the figure
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas: Any = FigureCanvasAgg(ax.get_figure(root=True))

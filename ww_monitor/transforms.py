@@ -203,6 +203,7 @@ def _smooth(matrix: Matrix, weights: torch.Tensor, keep: str | int | float) -> _
     u, s, vh = torch.linalg.svd(weights.double(), full_matrices=False)
     eigenvalues = s.square()
     if isinstance(keep, str):
+        # over all slices, as the fit counted them
         smallest = eigenvalues.flatten().sort(descending=True).values[: int(count)].amin()
         kept = eigenvalues >= smallest
     else:
@@ -280,6 +281,7 @@ def transform_matrices(
         inplace: Write into `live` instead of into a copy.
     """
     written = dict(live) if inplace else _copied(live)
+    # by storage: fused weights, slices and tied layers are views of one tensor, and all are written through it
     homes = {_place(value): written[key].detach() for key, value in live.items() if _has_address(value)}
     rows = []
     for item in items:

@@ -53,6 +53,7 @@ def table(history: History, *, limit: int = 40) -> str:
     first = {layer.name: layer for layer in history[0].layers}
     known_traps = ((0.0 if math.isnan(traps := layer.value("num_traps")) else traps) for layer in history.last.layers)
     worst = sorted(enumerate(known_traps), key=lambda one: -one[1])[:limit]
+    # chosen by traps, shown in the order of the model
     for layer in (history.last.layers[place] for place in sorted(place for place, _ in worst)):
         began = first.get(layer.name, layer)
         view.add_row(

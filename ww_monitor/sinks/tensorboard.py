@@ -87,7 +87,7 @@ class Dashboard(dashboard.Dashboard):
     def _show(self, tracker: Any, snapshot: Snapshot, step: int, values: Mapping[str, float]) -> None:
         band = dict(zip(BAND_KEYS, ALPHA_BAND, strict=True)) if self.layout and snapshot.layers else {}
         if band and not self._has_layout:
-            self._has_layout = True
+            self._has_layout = True  # before the call: one that fails is not tried at every snapshot
             tracker.add_custom_scalars(_layout(snapshot, self.prefix))
         for key, value in {**values, **{self.prefix + key: edge for key, edge in band.items()}}.items():
             tracker.add_scalar(key, value, step)

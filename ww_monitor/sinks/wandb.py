@@ -98,10 +98,11 @@ class Dashboard(dashboard.Dashboard):
 
     def finish(self, tracker: Any) -> None:
         """Send the alerts that waited."""
-        self._last_alert.clear()
+        self._last_alert.clear()  # nothing comes later that it could wait for
         self._alert(tracker, ())
 
     def _show(self, tracker: Any, snapshot: Snapshot, step: int, values: Mapping[str, float]) -> None:
+        # asked once, at the first row: the run is not known before
         self.step_key = self.step_key or _step_key(tracker)
         tracker.log({**values, **self._media(snapshot), self.step_key: step})
         self._alert(tracker, snapshot.findings)

@@ -165,6 +165,7 @@ def _torch_file(path: Path) -> dict[str, Unread]:
     mapped = zipfile.is_zipfile(path)
     read = (lambda key: _torch_load(path)[key]) if mapped else found.__getitem__
     described = {key: unread(tensor, partial(read, key)) for key, tensor in found.items()}
+    # one address may be mapped again for another file, whose tensors are not tied to these
     return {key: replace(item, identity=(path, item.identity)) for key, item in described.items()}
 
 

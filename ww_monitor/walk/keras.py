@@ -129,14 +129,18 @@ def _nested(layer: Any, path: str, seen: set[int]) -> Iterator[tuple[Any, str]]:
         return
     seen.add(id(layer))
     yield layer, path or layer.name
-    for inner in layer._flatten_layers(include_self=False, recursive=False):  # the public `layers` lacks wrapped ones
+    for inner in layer._flatten_layers(
+        include_self=False, recursive=False
+    ):  # private: only models have the public `layers`
         yield from _nested(inner, f"{path}.{inner.name}".lstrip("."), seen)
 
 
 def _layers(model: Any) -> Iterator[tuple[Any, _Layout, str]]:
     """Every layer of a known class, once, in the order of the model's weights; those that are not built come last."""
     layouts = _layouts()
-    places = {id(variable): place for place, variable in enumerate(model.weights)}  # variables compare by value
+    places = {
+        id(variable): place for place, variable in enumerate(model.weights)
+    }  # by id: variables compare element by element
 
     def place(found: tuple[Any, str]) -> int:
         return min((places[id(variable)] for variable in found[0].weights), default=len(places))
@@ -238,6 +242,7 @@ def _summed_axes(equation: str) -> int:
     """
     left, _, output = equation.replace(".", "").replace(" ", "").partition("->")
     inputs, _, kernel = left.partition(",")
+    # b: a batch axis, in both; i: summed; o: new
     sides = "".join("b" if axis in inputs and axis in output else "i" if axis in inputs else "o" for axis in kernel)
     first = sides.count(sides[0])
     mixed = "b" in sides or first == len(sides) or len(set(sides[:first])) > 1
@@ -249,7 +254,7 @@ def _summed_axes(equation: str) -> int:
 
 def _read(layer: Any, attribute: str) -> Tensor:
     """The weight a layer computes with now: a variable's value, or the tensor that LoRA makes of it."""
-    weight = getattr(layer, attribute)
+    weight = getattr(layer, attribute)  # with LoRA a property that adds the factors, and so no variable
     return _to_torch(getattr(weight, "value", weight))
 
 

@@ -50,6 +50,7 @@ def is_lora(module: nn.Module) -> bool:
 def find_adapters(root: nn.Module) -> Adapters:
     """The LoRA layers of a model by the weight they adapt."""
     layers: list[Any] = [module for module in root.modules() if is_lora(module)]
+    # by id: a layer knows its module, the module knows no layer, and nothing may be written on either
     return {(id(layer.get_base_layer()), _attribute(layer)): layer for layer in layers}
 
 
@@ -66,6 +67,7 @@ def _is(layer: object, *names: str) -> bool:
 def factors(layer: nn.Module, path: str) -> Iterator[Skipped]:
     """The factors of a LoRA layer, which have no spectrum of interest of their own."""
     for name, child in layer.named_children():
+        # an embedding's factors stand in a ParameterDict by adapter, the others in modules with a `weight`
         for inner, parameter in child.named_parameters() if name in _FACTORS else ():
             inner = inner.removesuffix(".weight")
             reason = f"factor of lora[{inner}]"
@@ -91,6 +93,7 @@ def adapted(
         lora: Some of `"base"`, `"delta"` and `"merged"`.
         defect: Why the stored weight cannot be read; the deltas can.
     """
+    # DoRA and its like scale the sum, so neither base nor merged weight follows from the stored one by adding
     variants = [adapter for adapter in _adapters(layer) if adapter in getattr(layer, "lora_variant", {})]
     inside = [adapter for adapter in layer.merged_adapters if adapter in variants]
     computed = [adapter for adapter in _active(layer) if adapter in variants]
@@ -138,7 +141,7 @@ def _delta(layer: Any, adapter: str) -> Tensor:
     if adapter in layer.lora_embedding_A:
         left, right, transposed = layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter], True
     elif _is(layer, "ParamWrapper", "_ConvNd"):
-        delta: Tensor = layer.get_delta_weight(adapter)
+        delta: Tensor = layer.get_delta_weight(adapter)  # kernels and expert stacks fold their factors in own ways
         return delta
     else:
         left, right = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight

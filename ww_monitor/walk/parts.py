@@ -18,7 +18,7 @@ from ww_monitor.matrix import Matrix, Shards, Skipped
 from ww_monitor.walk.sharded import whole
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Names that `torch.compile`, FSDP and activation checkpointing put into a path, in this order where they nest."""
+"""Names that `torch.compile`, FSDP and activation checkpointing put into a path."""
 
 LEAST_EXPERT_SIDE = 8
 """Both sides of an expert's matrix have at least this many entries: below lie tables of scales and biases, and 8 is
@@ -46,6 +46,7 @@ class Part:
 
     def shape(self, whole: Sequence[int]) -> tuple[int, int, int]:
         """The shape of the part of a tensor of shape `whole`; nothing is read."""
+        # on the meta device, so that a cut says its shape by itself
         slices, rows, columns = self.stack(torch.empty(tuple(whole), dtype=torch.float32, device="meta")).shape
         return slices, rows, columns
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +19,14 @@ from ww_monitor.walk.parts import unfit
 from ww_monitor.walk.sharded import like_whole, read_whole
 
 
-def read(module: nn.Module, attribute: str) -> Any:
-    """The weight the module computes with: the tensor itself, or computed from what is stored now."""
-    if parametrize.is_parametrized(module, attribute):
-        return _evaluate(module.get_submodule(f"parametrizations.{attribute}"))
-    return _hook(module, attribute)[1]()
-
-
 def read_dense(module: nn.Module, attribute: str) -> Tensor:
     """The weight the module computes with, gathered if partitioned, dequantised where tensor or module offers it."""
-    return read_whole(stored_tensors(module, attribute), partial(_read_dense, module, attribute))
+    stored, compute, _ = _source(module, attribute)
+    return read_whole(stored, partial(_read_dense, module, compute))
 
 
-def _read_dense(module: nn.Module, attribute: str) -> Tensor:
-    tensor = read(module, attribute)
+def _read_dense(module: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+    tensor = compute()
     return _dequantized(module, tensor) if is_packed(module, tensor) else tensor
 
 
@@ -71,38 +64,36 @@ def _offers_dequantize(owner: Tensor | nn.Module) -> bool:
 def stand_in(module: nn.Module, attribute: str) -> Tensor | None:
     """A tensor with the shape, dtype, layout and device of the weight, computed only where they cannot be known."""
     if not parametrize.is_parametrized(module, attribute):
-        return like_whole(getattr(module, _hook(module, attribute)[0], None))  # type: ignore[no-any-return]
+        return like_whole(next(iter(_source(module, attribute)[0]), None))  # type: ignore[no-any-return]
     functions = module.get_submodule(f"parametrizations.{attribute}")
     of_torch = all(type(function).__module__ == parametrizations.__name__ for function in functions.children())
     checked = not functions.unsafe and not any(hasattr(function, "right_inverse") for function in functions.children())
     return originals(functions)[-1] if of_torch or checked else _evaluate(functions)
 
 
-def _hook(module: nn.Module, attribute: str) -> tuple[str, Callable[[], Any]]:
-    """The attribute that stores the weight and a function that computes it: pruning and norms of the older kind."""
+def sources(module: nn.Module, attribute: str) -> tuple[list[Tensor], bool]:
+    """The tensors that a weight is made of, and whether it is more than the one of them as it is."""
+    stored, _, computed = _source(module, attribute)
+    return stored, computed or any(is_packed(module, tensor) for tensor in stored)
+
+
+def _source(module: nn.Module, attribute: str) -> tuple[list[Tensor], Callable[[], Tensor], bool]:
+    """What a weight is made of, a function that computes it from that as it is now, and whether that does more."""
+    if parametrize.is_parametrized(module, attribute):
+        functions = module.get_submodule(f"parametrizations.{attribute}")
+        return originals(functions), partial(_evaluate, functions), True
+    stored, compute = attribute, partial(getattr, module, attribute)
+    # pruning and norms of the older kind: their hook writes the attribute in the next forward pass only, and nothing
+    # public tells which hooks a module has, nor what they write
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod) and hook._tensor_name == attribute:
-            return f"{attribute}_orig", partial(hook.apply_mask, module)
-        if isinstance(hook, SpectralNorm) and hook.name == attribute:
-            return f"{attribute}_orig", partial(hook.compute_weight, module, do_power_iteration=False)
-        if isinstance(hook, WeightNorm) and hook.name == attribute:
-            return f"{attribute}_v", partial(hook.compute_weight, module)
-    return attribute, partial(getattr, module, attribute)
-
-
-def stored_tensors(module: nn.Module, attribute: str) -> list[Tensor]:
-    """The tensors that a weight is made of: itself, or what a parametrization starts from."""
-    if parametrize.is_parametrized(module, attribute):
-        return originals(module.get_submodule(f"parametrizations.{attribute}"))
-    stored = getattr(module, _hook(module, attribute)[0], None)
-    return [stored] if isinstance(stored, Tensor) else []
-
-
-def is_computed(module: nn.Module, attribute: str) -> bool:
-    """Whether a weight is more than one stored tensor as it is."""
-    if parametrize.is_parametrized(module, attribute) or _hook(module, attribute)[0] != attribute:
-        return True
-    return any(is_packed(module, tensor) for tensor in stored_tensors(module, attribute))
+            stored, compute = f"{attribute}_orig", partial(hook.apply_mask, module)
+        elif isinstance(hook, SpectralNorm) and hook.name == attribute:
+            stored, compute = f"{attribute}_orig", partial(hook.compute_weight, module, do_power_iteration=False)
+        elif isinstance(hook, WeightNorm) and hook.name == attribute:
+            stored, compute = f"{attribute}_v", partial(hook.compute_weight, module)
+    tensor = getattr(module, stored, None)
+    return [tensor] if isinstance(tensor, Tensor) else [], compute, stored != attribute
 
 
 def originals(functions: nn.Module) -> list[Tensor]:
@@ -115,6 +106,7 @@ def _evaluate(functions: nn.Module) -> Tensor:
 
     `parametrize.cached()` is by-passed: a value without gradient in that cache would stop the training of the weight.
     """
+    # in training mode a spectral norm would take a power step first
     flags = [(module, module.training) for module in functions.modules()]
     copies = {name: buffer.clone() for name, buffer in functions.named_buffers()}
     device = originals(functions)[-1].device

@@ -13,21 +13,9 @@ from torch import Tensor
 from ww_monitor.errors import InvalidArgument
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.walk import fused
+from ww_monitor.walk import fused, parts
 from ww_monitor.walk.lora import low_rank
-from ww_monitor.walk.parts import (
-    KERNEL,
-    WHOLE,
-    WRAPPERS,
-    Part,
-    Split,
-    blocks,
-    check_split,
-    is_expert_stack,
-    matrix,
-    split_parts,
-    unfit,
-)
+from ww_monitor.walk.parts import KERNEL, WHOLE, WRAPPERS, Part, Split
 from ww_monitor.walk.reading import identity, tied_to
 from ww_monitor.walk.roles import infer_role
 
@@ -83,9 +71,10 @@ def walk_state_dict(tensors: Mapping[str, Tensor], *, split: Split | None = None
     >>> [(matrix.name, matrix.kind, matrix.shape) for matrix in walk_state_dict(tensors)]
     [('fc', 'dense', (1, 4, 8)), ('conv', 'conv', (9, 6, 4))]
     """
-    check_split("walk_state_dict", split)
+    parts.check_split("walk_state_dict", split)
     if not isinstance(tensors, Mapping):
         raise InvalidArgument(f"walk_state_dict: tensors must be a mapping; got {type(tensors).__name__}")
+    # what modules put there by `get_extra_state` may be any object, and is no weight
     tensors = {key: value for key, value in tensors.items() if not key.endswith("_extra_state")}
     wrong = next((key for key, value in tensors.items() if not isinstance(value, Tensor)), None)
     if wrong is not None:
@@ -123,7 +112,7 @@ def _cleaned(tensors: Mapping[str, Unread]) -> dict[str, Unread]:
     """The tensors by their names without wrappers; `module.` goes where every name starts with it."""
     dropped = (*WRAPPERS, "base_layer") if any(_LORA.fullmatch(key) for key in tensors) else WRAPPERS
     found = {".".join(part for part in key.split(".") if part not in dropped): tensors[key] for key in tensors}
-    parallel = all(key.startswith("module.") for key in found)
+    parallel = all(key.startswith("module.") for key in found)  # else it is an attribute of that name
     return {key.removeprefix("module.") if parallel else key: value for key, value in found.items()}
 
 
@@ -139,14 +128,14 @@ def _items(
     if factor := _LORA.fullmatch(key):
         yield from _delta(key, factor, tensors, scaling)
         return
-    kind, parts, reason = _meaning(key, value, tensors, split)
-    if not reason:
-        reason = "a storage type that is not read" if value.dtype is None else unfit(value.dtype, value.shape, kind)
+    kind, cuts, reason = _meaning(key, value, tensors, split)
+    unread = "a storage type that is not read"
+    reason = reason or (unread if value.dtype is None else parts.unfit(value.dtype, value.shape, kind))
     if reason:
         yield Skipped(_name(key), kind, value.shape, reason)
         return
     name = key.rpartition(".")[0] if kind is Kind.ATTENTION else _name(key)
-    yield from (matrix(name, kind, part, value.shape, value.read, infer_role(name, kind)) for part in parts)
+    yield from (parts.matrix(name, kind, part, value.shape, value.read, infer_role(name, kind)) for part in cuts)
 
 
 def _meaning(
@@ -160,10 +149,10 @@ def _meaning(
     if _RECURRENT.fullmatch(attribute):
         return Kind.RECURRENT, WHOLE, ""
     if attribute == "in_proj_weight" and ndim == 2 and rows % 3 == 0:
-        return Kind.ATTENTION, blocks("qkv", (rows // 3,) * 3), ""
+        return Kind.ATTENTION, parts.blocks("qkv", (rows // 3,) * 3), ""
     if attribute in ("q_proj_weight", "k_proj_weight", "v_proj_weight") and ndim == 2:
-        return Kind.ATTENTION, blocks(attribute[0], (rows,)), ""
-    if attribute != "weight" and is_expert_stack(path, value.shape):
+        return Kind.ATTENTION, parts.blocks(attribute[0], (rows,)), ""
+    if attribute != "weight" and parts.is_expert_stack(path, value.shape):
         beside = tensors.get(f"{path}.down_proj")
         layout = fused.layout_beside(value.shape, beside.shape if beside else None)
         declared = None if f"{key}_bias" in tensors else layout  # with a bias the two may alternate, as in GPT-OSS
@@ -175,7 +164,7 @@ def _meaning(
     if _EMBEDDING.fullmatch(path.rpartition(".")[2]):
         return Kind.EMBEDDING, WHOLE, ""
     transposed = path.endswith("c_attn") and value.shape[1] in (2 * rows, 3 * rows)  # GPT-2 stores [in, out]
-    wished = split_parts(split, path, value.shape, int(transposed))
+    wished = parts.split_parts(split, path, value.shape, int(transposed))
     return Kind.DENSE, wished or fused.fused_parts(path, value.shape, int(transposed), None) or WHOLE, ""
 
 
@@ -187,6 +176,7 @@ def _delta(
     ends = [f"{name}.lora_{which}{f'.{adapter}' if adapter else ''}.weight" for which in "AB"]
     label = f"lora[{adapter or 'default'}]"
     yield Skipped(_name(key), Kind.OTHER, tensors[key].shape, f"factor of {label}")
+    # at A only, so that the delta is listed once; a lone factor has none
     if factor["factor"] == "B" or not all(end in tensors for end in ends):
         return
     right, left = (tensors[end] for end in ends)
@@ -194,7 +184,7 @@ def _delta(
         return
     scale, shape = scaling(name, right.shape[0]) if scaling else 1.0, (left.shape[0], right.shape[1])
     read, role = partial(_product, left, right, scale), infer_role(name, Kind.DENSE)
-    yield matrix(f"{name}.{label}", Kind.DENSE, WHOLE[0], shape, read, role)
+    yield parts.matrix(f"{name}.{label}", Kind.DENSE, WHOLE[0], shape, read, role)
 
 
 def _product(left: Unread, right: Unread, scaling: float) -> Tensor:

@@ -111,9 +111,9 @@ def _walk(root: nn.Module, this: _Walk) -> Iterator[Matrix | Skipped]:
 
 def _items_of(this: _Walk, path: str, module: nn.Module) -> list[Matrix | Skipped]:
     """The items of one module, which know whether it trains."""
-    this.owners.setdefault(path, module)
+    this.owners.setdefault(path, module)  # a module comes before its children, which ask for their owner
     frozen = not any(parameter.requires_grad for parameter in module.parameters())
-    items = _items(module, path, this)
+    items = _items(module, path, this)  # consumed here: a unit of FSDP is gathered for this call only
     return [replace(item, frozen=frozen) if isinstance(item, Matrix) else item for item in items]
 
 
@@ -123,6 +123,7 @@ def _items_of(this: _Walk, path: str, module: nn.Module) -> list[Matrix | Skippe
 def _unwrap(model: nn.Module) -> nn.Module:
     """The user's own root module, without the wrappers around it."""
     while True:
+        # `module` is a name that anybody may use: only these two classes mean it as a wrapper
         parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
         wrapper = "module" if parallel else next((w for w in WRAPPERS if w in dict(model.named_children())), "")
         if not wrapper:
@@ -263,11 +264,11 @@ def _cut_weight(module: nn.Module, path: str, weight: _Weight, this: _Walk) -> l
         load = partial(reading.read_dense, module, attribute)
         for item, part in _parts(module, path, weight, size, this):
             items += [item] if layer is None else adapters.adapted(item, part, layer, load, this.lora, reason)
-    except InvalidArgument:
+    except InvalidArgument:  # the caller's `split` does not fit: that is to be told, not listed
         raise
     except Exception as error:  # noqa: BLE001 - the user's code runs here, and one broken layer must not end the walk
         return [Skipped(name, weight.kind, size, f"could not be read: {type(error).__name__}: {error}")]
-    if key is not None:
+    if key is not None:  # only what could be read: a tied weight that fails here may be readable elsewhere
         this.seen[key] = name
     return items
 
@@ -278,7 +279,7 @@ def _parts(
     """The matrices of a weight of shape `size`, each with the part of the weight that it is."""
     name = _join(path, weight.attribute if weight.stem is None else weight.stem)
     load, role = partial(reading.read_dense, module, weight.attribute), infer_role(name, weight.kind)
-    stored, computed = reading.stored_tensors(module, weight.attribute), reading.is_computed(module, weight.attribute)
+    stored, computed = reading.sources(module, weight.attribute)
     for part in weight.parts or _cut(module, name, weight, size, this):
         shards = shards_of(stored, part.stack, size, computed=computed)
         yield parts.matrix(name, weight.kind, part, size, load, role, shards), part
@@ -297,6 +298,7 @@ def _cut(module: nn.Module, name: str, weight: _Weight, size: tuple[int, ...], t
 
 def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk) -> Iterator[Skipped]:
     """The module's own parameters and packed weights of two or more dimensions that none of `weights` stands for."""
+    # pruning, spectral and weight norm register their tensors under these ends
     listed = {weight.attribute + end for weight in weights for end in ("", "_orig", "_g", "_v")}
     owner = f"{'other ' if weights else ''}parameters of {_class_name(module)}"
     tensors = reading.own_tensors(module)
