@@ -129,18 +129,16 @@ def _nested(layer: Any, path: str, seen: set[int]) -> Iterator[tuple[Any, str]]:
         return
     seen.add(id(layer))
     yield layer, path or layer.name
-    for inner in layer._flatten_layers(
-        include_self=False, recursive=False
-    ):  # private: only models have the public `layers`
+    # private: only models have the public `layers`, and a wrapped layer is in no model's
+    for inner in layer._flatten_layers(include_self=False, recursive=False):
         yield from _nested(inner, f"{path}.{inner.name}".lstrip("."), seen)
 
 
 def _layers(model: Any) -> Iterator[tuple[Any, _Layout, str]]:
     """Every layer of a known class, once, in the order of the model's weights; those that are not built come last."""
     layouts = _layouts()
-    places = {
-        id(variable): place for place, variable in enumerate(model.weights)
-    }  # by id: variables compare element by element
+    # by id: variables compare element by element
+    places = {id(variable): place for place, variable in enumerate(model.weights)}
 
     def place(found: tuple[Any, str]) -> int:
         return min((places[id(variable)] for variable in found[0].weights), default=len(places))
