@@ -22,12 +22,13 @@ INTRODUCTION = """\
 {machine}.
 
 Ratios of medians in one process, the contestants in turns on the same matrices. Ours is `ww_monitor.analyze(model)`
-with every standard metric, traps and spikes included, in every row; a new seed each round, so no shuffle comes from a
-cache. weightwatcher runs plain, or with `randomize`, `mp_fit` and `detX` where the row says "traps". The bare solver is
-the float64 Gram matrix of the short side and its eigenvalues and nothing else, by the fastest of the drivers tried for
-the row. "svdvals + Hill" is a loop of `torch.linalg.svdvals` in float32 with a Hill estimator from the median on, as in
-TempBalance. A layer is shuffled only where its largest entry makes a trap possible, which the last column counts; in
-the Student t rows (4 degrees of freedom) that is every layer with a short side of 8 or more."""
+with every standard metric, traps and spikes included, in every row; a new seed each round, so no permutation comes
+from a cache, but where the row says "again". weightwatcher runs plain, or with `randomize`, `mp_fit` and `detX` where
+the row says "traps". The bare solver is the float64 Gram matrix of the short side and its eigenvalues and nothing else,
+by the fastest of the drivers tried for the row. "svdvals + Hill" is a loop of `torch.linalg.svdvals` in float32 with a
+Hill estimator from the median on, as in TempBalance. A layer is shuffled only where its largest entry makes a trap
+possible, which the last column counts; in the Student t rows (4 degrees of freedom) that is every layer with a short
+side of 8 or more."""
 
 
 class Clock:

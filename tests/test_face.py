@@ -48,6 +48,26 @@ def test_the_import_is_silent_also_where_warnings_are_errors():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_a_torch_that_was_built_without_distributed_will_do():
+    """There `torch.distributed` has little more than `is_available`."""
+    script = """
+import sys, types
+import torch
+for name in [name for name in sys.modules if name.startswith("torch.distributed.")]:
+    del sys.modules[name]
+torch.distributed = sys.modules["torch.distributed"] = types.ModuleType("torch.distributed")
+torch.distributed.is_available = lambda: False
+import ww_monitor
+for across_ranks in False, True:
+    snapshot = ww_monitor.analyze(torch.nn.Linear(30, 20), across_ranks=across_ranks)
+    assert [layer.status for layer in snapshot.layers] == ["ok"], snapshot
+ww_monitor.Monitor(across_ranks=True)
+assert issubclass(ww_monitor.RankFailed, ww_monitor.WWMonitorError)
+"""
+    done = run_python("-c", script)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_import_leaves_the_process_as_it_was():
     script = f"""
 import logging, random, sys, warnings

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import ww_monitor
+from ww_monitor import description
+from ww_monitor.description import Rates, describe, measured_rates, operations, plan_matrices
 from ww_monitor.errors import InvalidArgument, MissingDependency
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.plan import Rates, describe, description, measured_rates, operations, plan_matrices
 
 RATES = Rates(gram=1e9, solve=1e8)
 
@@ -35,6 +36,15 @@ def test_plans_the_layers_that_analyze_analyses_and_skips_those_it_skips():
         assert [(item.name, item.reason) for item in found.skipped] == [
             (item.name, item.reason) for item in done.skipped
         ]
+
+
+def test_a_model_on_the_meta_device_is_described_as_where_it_has_weights():
+    """But for `analyze` it has none: there it stays left out."""
+    with torch.device("meta"):
+        unmade = model()
+    found, expected = describe(unmade), describe(model())
+    assert (found.rows, found.skipped) == (expected.rows, expected.skipped)
+    assert {item.reason for item in ww_monitor.analyze(unmade).skipped} == {"on the meta device: no data"}
 
 
 def test_a_row_has_the_shape_and_the_work_of_its_layer():
@@ -70,9 +80,9 @@ def test_prints_a_table_with_reasons_and_totals():
 def test_the_rate_is_measured_once(monkeypatch):
     measured_rates.cache_clear()
     calls = []
-    monkeypatch.setattr(description, "_time", lambda w: calls.append(w.shape) or (0.5, 0.25))
-    assert measured_rates() == measured_rates() == Rates(512**3 / 0.5, 4 / 3 * 512**3 / 0.25)
-    assert calls == [(512, 512)] * 2
+    monkeypatch.setattr(description, "repeat", lambda run, **times: calls.append(run) or [0.5, 0.25])
+    assert measured_rates() == measured_rates() == Rates(512**3 / 0.25, 4 / 3 * 512**3 / 0.25)
+    assert len(calls) == 2
     measured_rates.cache_clear()
 
 

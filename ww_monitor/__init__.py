@@ -9,12 +9,19 @@ While a model trains, add a callback: `ww_monitor.callbacks.lightning.SpectralMo
 from ww_monitor.analysis import analyze
 from ww_monitor.baseline import Baseline
 from ww_monitor.compare import Distances, distances
+from ww_monitor.description import Description, describe
 from ww_monitor.engine import Options
-from ww_monitor.errors import InvalidArgument, LayerError, MissingDependency, SpectralWarning, WWMonitorError
+from ww_monitor.errors import (
+    InvalidArgument,
+    LayerError,
+    MissingDependency,
+    RankFailed,
+    SpectralWarning,
+    WWMonitorError,
+)
 from ww_monitor.matrix import Matrix, Select, Skipped
 from ww_monitor.metric import metrics
 from ww_monitor.monitor import Monitor
-from ww_monitor.plan import Description, describe
 from ww_monitor.record import Finding, History, Layer, Snapshot
 from ww_monitor.transforms import Transformed, svd_sharpen, svd_smooth
 
@@ -33,6 +40,7 @@ __all__ = [
     "MissingDependency",
     "Monitor",
     "Options",
+    "RankFailed",
     "Select",
     "Skipped",
     "Snapshot",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +12,10 @@ except ImportError as error:
 
     raise MissingDependency("ww-monitor: the command line needs typer; pip install 'ww-monitor[cli]'") from error
 
-from ww_monitor.errors import InvalidArgument
+from ww_monitor.description import Rates, measured_rates
+from ww_monitor.errors import InvalidArgument, MissingDependency
 from ww_monitor.metric import metrics as all_metrics
-from ww_monitor.plan import BUILT_IN, RankPlan, Rates, measured_rates, plan_ranks, tables
+from ww_monitor.plan import BUILT_IN, OVERALL, PER_RANK, configured, plan_ranks
 from ww_monitor.record import Finding, History
 from ww_monitor.rules import TRAINING_RULES, apply_rules, transitions
 from ww_monitor.sinks.console import table
@@ -53,34 +52,29 @@ def plan(
     sharding: Annotated[str, typer.Option(help="How weights lie on the ranks: fsdp (FSDP2) or ddp.")] = "fsdp",
     dtype: Annotated[str, typer.Option(help="Of the stored weights: float32, bfloat16 or float16.")] = "float32",
     rate: Annotated[
-        str | None,
-        typer.Option(help="GFLOP/s of a rank in float64: GRAM,EIGENVALUES, such as 20,8. Measured here if left out."),
+        str | None, typer.Option(help="GFLOP/s of a rank in float64: GRAM,EIGENVALUES, such as 20,8; else measured.")
     ] = None,
     per_rank: Annotated[bool, typer.Option("--per-rank", help="One line a rank.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
     """Compute, from shapes alone, what an analysis would cost on many ranks: cost, balance, bytes, memory."""
+    rows: list[list[str]] = []
     try:
         rates = measured_rates() if rate is None else _rates(rate)
-        plans = [
-            (_model_name(model), plan_ranks(model, ranks, sharding=sharding, dtype=dtype, rates=rates))
-            for model in model_config
-            for ranks in world_size or WORLD_SIZES
-        ]
-    except InvalidArgument as error:
+        for model in model_config:
+            items, path = configured(model), Path(model).absolute()
+            name = (path.parent if path.name == "config.json" else path).name
+            for ranks in world_size or (1, 8, 64, 1024):
+                found = plan_ranks(items, ranks, sharding=sharding, dtype=dtype, rates=rates)
+                rows += [[name, str(ranks), *cells] for cells in (found.per_rank() if per_rank else [found.overall()])]
+    except (InvalidArgument, MissingDependency) as error:
         raise typer.BadParameter(str(error)) from error
-    typer.echo(f"{_assumptions(rates, sharding, dtype, measured=rate is None)}\n")
-    typer.echo(_plan_table(plans, per_rank=per_rank, markdown=markdown))
-
-
-WORLD_SIZES = (1, 8, 64, 1024)
-"""What `plan` looks at if it is not told."""
-
-
-def _model_name(model: str) -> str:
-    """The folder of a `config.json`, else what was given without its folders."""
-    path = Path(model).absolute()
-    return path.parent.name if path.name == "config.json" else path.name
+    typer.echo(
+        f"Computed from shapes, not measured: {sharding}, {dtype}; {rates.gram / 1e9:.3g} GFLOP/s for Gram matrices "
+        f"and {rates.solve / 1e9:.3g} for eigenvalues in float64 on each rank "
+        f"({'measured here' if rate is None else 'as given'}); no time for what is moved.\n"
+    )
+    head = ["model", "ranks", *(PER_RANK if per_rank else OVERALL)]
+    typer.echo("\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)))
 
 
 def _rates(given: str) -> Rates:
@@ -91,39 +85,6 @@ def _rates(given: str) -> Rates:
     if not (0 < gram < float("inf") and 0 < solve < float("inf")):
         raise InvalidArgument(f"plan: rate must be two numbers of GFLOP/s, GRAM,EIGENVALUES; got {given!r}")
     return Rates(gram, solve)
-
-
-def _assumptions(rates: Rates, sharding: str, dtype: str, *, measured: bool) -> str:
-    source = "measured here" if measured else "as given"
-    return (
-        f"Computed from shapes, not measured: {sharding}, {dtype}; {rates.gram / 1e9:.3g} GFLOP/s for Gram matrices "
-        f"and {rates.solve / 1e9:.3g} for eigenvalues in float64 on each rank ({source}); no time for what is moved."
-    )
-
-
-def _plan_table(plans: Sequence[tuple[str, RankPlan]], *, per_rank: bool, markdown: bool) -> str:
-    head = tables.HEAD_PER_RANK if per_rank else tables.HEAD
-    rows = [
-        line
-        for name, one in plans
-        for line in (tables.rows_per_rank(name, one) if per_rank else [tables.row(name, one)])
-    ]
-    return tables.markdown(head, rows) if markdown else _rich_table(head, rows)
-
-
-def _rich_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    view = Table()
-    for number, column in enumerate(head):
-        view.add_column(column, justify="right" if number else "left", no_wrap=number == 0)
-    for line in rows:
-        view.add_row(*map(escape, line))
-    out = StringIO()
-    Console(file=out, width=120).print(view)
-    return out.getvalue().rstrip("\n")
 
 
 def metrics_markdown(preset: str = "default") -> str:

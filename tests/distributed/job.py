@@ -4,6 +4,7 @@ Run as `python -m tests.distributed.job FOLDER WORLD:SCENARIO,SCENARIO,… …`.
 that the libraries are imported once.
 """
 
+import collections
 import ctypes
 import os
 import pickle
@@ -24,13 +25,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import ww_monitor
 from tests.distributed import models
-from ww_monitor.distributed import analyze_on_ranks
+from ww_monitor.distributed import FrozenRows, analyze_on_ranks
+from ww_monitor.distributed.shards import Shipment
 from ww_monitor.engine import Options
 from ww_monitor.errors import WWMonitorError
 from ww_monitor.matrix import Matrix
+from ww_monitor.metric import measurement
+from ww_monitor.metric.table import metric
+from ww_monitor.walk.sharded import even_shards
 from ww_monitor.walk.torch import walk
 
 PLAN = {"embedding": RowwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
@@ -62,6 +69,23 @@ def fsdp2(rank, world):
     assert flags == [parameter.requires_grad for parameter in model.parameters()]
     assert (threads, default) == (torch.get_num_threads(), dist.group.WORLD)
     return snapshot
+
+
+def fsdp2_measured(rank, world):
+    """A measurement that the package does not know, and does not declare that a Gram matrix suffices."""
+
+    @measurement()
+    def corners(loaded, known, definitions):
+        return {"corner": torch.stack([layer[0, 0, 0].double() for layer in loaded.layers])}
+
+    def corner(batch):
+        """The first weight."""
+        return batch.column("corner")
+
+    metric(source="this test", needs="corners", standard=False)(corner)
+    model = models.chain()
+    fully_shard(model)
+    return look(model, metrics=["alpha", "corner"])
 
 
 def fsdp2_weightwatcher(rank, world):
@@ -221,7 +245,7 @@ def broken_layer(rank, world):
 
 
 def late_break(rank, world):
-    """Pieces that can be read once, and then not any more: one that is summed, one that is sent."""
+    """Pieces that can be read once, and then not any more: cut along the long side and along the short one."""
     model = models.chain()
     fully_shard(model)
     items = list(walk(model))
@@ -272,6 +296,110 @@ def subgroup(rank, world):
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     torch.manual_seed(rank % 2)
     return analyze_on_ranks(walk(nn.Linear(30 + rank % 2, 40)), OPTIONS, group=groups[rank % 2])
+
+
+def subgroup_shards(rank, world):
+    """Two groups of ranks, each with a model of its own in shards."""
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("models", "shards"))
+    torch.manual_seed(mesh.get_local_rank("models"))
+    model = nn.Linear(30, 41)
+    fully_shard(model, mesh=mesh["shards"])
+    return analyze_on_ranks(walk(model), OPTIONS, group=mesh["shards"].get_group())
+
+
+def killed_while_adding(rank, world):
+    """The rank that shards come to is killed while it adds them up."""
+    model = models.chain()
+    fully_shard(model)
+    if rank == 1:
+        add = Shipment.add
+        Shipment.add = lambda self, source, *block: add(self, source, *block) if source == 1 else die()
+    return failure(list(walk(model)), timeout=20.0)
+
+
+# --- what is sent
+
+
+class Counting(TorchDispatchMode):
+    """Bytes that this rank sends in every collective of torch.distributed, by the name of the operation.
+
+    What reaches several ranks is counted for each of them.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.sent = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        home, _, name = function._schema.name.partition("::")
+        if home in ("c10d", "_c10d_functional") and name != "recv_":
+            tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+            others = 1 if name == "send" else dist.get_world_size() - 1
+            self.sent[name] += others * sum(one.nbytes for one in tensors)
+        return function(*args, **(kwargs or {}))
+
+
+def counted(rank, world, model=None, **options):
+    """A look at matrices of several blocks each: the bytes by operation, and the snapshot."""
+    model = models.large() if model is None else model
+    fully_shard(model)
+    with Counting() as counting:
+        snapshot = look(model, **options)
+    return counting.sent, snapshot
+
+
+def counted_whole(rank, world):
+    """All that is asked of the weights themselves: every matrix arrives whole."""
+    return counted(rank, world, preset="weightwatcher")
+
+
+def counted_replicas(rank, world):
+    model = models.large()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards")))
+    with Counting() as counting:
+        snapshot = look(model)
+    return counting.sent, snapshot
+
+
+def counted_mixed(rank, world):
+    """Matrices cut along both sides."""
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+    model = parallelize_module(models.large(), mesh["tensor"], {"tall": RowwiseParallel(), "wide": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["data"])
+    with Counting() as counting:
+        snapshot = look(model)
+    return counting.sent, snapshot
+
+
+def shares(rank, world):
+    """The parts that FSDP2 gives this rank, and those that a plan would say."""
+    model = models.net()
+    planned = {item.name: item for item in walk(model, layout=even_shards) if isinstance(item, Matrix)}
+    fully_shard(model)
+    found = {item.name: item for item in walk(model) if isinstance(item, Matrix)}
+    here = {name: item.shards.piece.index for name, item in found.items()}
+    return {
+        name: (index, planned[name].shards.parts(planned[name].shape, world).get(rank)) for name, index in here.items()
+    }
+
+
+def frozen(rank, world):
+    """Four looks: the first, one after training, one after a frozen shard has changed on one rank, one more."""
+    model, frozen = models.large(), FrozenRows()
+    model.tall.requires_grad_(False)
+    model.wide.requires_grad_(False)
+    fully_shard(model)
+    steps, sent = [], []
+    for step in range(4):
+        with torch.no_grad():
+            model.experts.down_proj.mul_(1.01)
+            if step == 2 and rank == 1:
+                model.tall.weight.to_local()[0, 0] += 1.0
+        with Counting() as counting:
+            snapshot = analyze_on_ranks(walk(model), OPTIONS, step=step, frozen=frozen)
+        steps.append({layer.name: layer.step for layer in snapshot.layers})
+        sent.append(counting.sent["send"])
+    return steps, sent, snapshot
 
 
 # --- memory

@@ -7,10 +7,10 @@ from torch import nn
 class Experts(nn.Module):
     """Three stacked experts, with their gate and up projections in one tensor."""
 
-    def __init__(self):
+    def __init__(self, width=12, inner=10):
         super().__init__()
-        self.gate_up_proj = nn.Parameter(0.1 * torch.randn(3, 20, 12))
-        self.down_proj = nn.Parameter(0.1 * torch.randn(3, 12, 10))
+        self.gate_up_proj = nn.Parameter(0.1 * torch.randn(3, 2 * inner, width))
+        self.down_proj = nn.Parameter(0.1 * torch.randn(3, width, inner))
 
 
 class Net(nn.Module):
@@ -58,6 +58,26 @@ class Chain(nn.Module):
 
     def forward(self, x):
         return self.plain(self.norm(self.down(self.up(self.embedding(x)))))
+
+
+class Large(nn.Module):
+    """Parts of several blocks: a tall and a wide matrix, a square one, and stacked experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.tall = nn.Linear(384, 3000, bias=False)
+        self.wide = nn.Linear(3000, 384, bias=False)
+        self.square = nn.Linear(402, 402, bias=False)
+        self.experts = Experts(640, 320)
+
+    def forward(self, x):
+        return self.wide(self.tall(x))
+
+
+def large():
+    """The same numbers wherever it is called."""
+    torch.manual_seed(2)
+    return Large()
 
 
 def net():

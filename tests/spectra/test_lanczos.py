@@ -29,7 +29,7 @@ def outliers(matrix, *, mean, std, threshold, seed):
     """Those of (W − mean)/std, or None where they are not known."""
     stats = Elements(*(torch.tensor([value], dtype=torch.float64) for value in (mean, std, 1.0, 0.0)))
     as_it_is = torch.arange(matrix.numel(), dtype=torch.int32)
-    gram = gram_of_shuffled([matrix], stats, as_it_is, memory=1 << 20)
+    gram = gram_of_shuffled([matrix], stats, as_it_is)
     found = lanczos.outliers(gram, threshold=threshold, seed=seed)
     return Outliers(int(found.count[0]), float(found.largest[0])) if found.known[0] else None
 

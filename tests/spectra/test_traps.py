@@ -389,6 +389,7 @@ def student(shape, degrees):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "change"), CASES.values(), ids=CASES)
 def test_the_short_way_equals_the_full_spectrum(monkeypatch, shape, change, dtype):
+    monkeypatch.setattr(traps, "LEAST_LANCZOS_SIDE", 256)
     matrices = change(normal(2, *shape, seed=3), (shape[0] * shape[1]) ** 0.25).expand(2, *shape).to(dtype)
     stats = elements(matrices)
     kept = matrices.clone()
@@ -403,7 +404,9 @@ def test_the_short_way_equals_the_full_spectrum(monkeypatch, shape, change, dtyp
 
 def test_planted_entries_take_no_full_spectrum(monkeypatch):
     """Also those of a mean that is subtracted, of wide matrices and of equal entries."""
+    monkeypatch.setattr(traps, "LEAST_LANCZOS_SIDE", 256)
     monkeypatch.setattr(traps, "eigenvalues", None)
+    monkeypatch.setattr(traps, "eigenvalues_of_gram", None)
     for name in ("Gaussian", "one below", "five alike", "three, wide", "shifted"):
         shape, change = CASES[name]
         matrices = change(normal(1, *shape, seed=3), (shape[0] * shape[1]) ** 0.25)

@@ -1,13 +1,13 @@
 """What every rank holds → what there is to analyse: replicas counted once, shards put together.
 
-The ranks exchange what stands here once, before anything else; all that follows they conclude from it alike.
+Each rank describes its items to the first one, before anything else; that one concludes who does what.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -19,6 +19,9 @@ from ww_monitor.record import SkippedLayer
 
 SUMS = 5
 """Σ w, Σ w², smallest, largest entry and number of zeros, of each slice."""
+
+Box = tuple[Index, Index, Index]
+"""Slices, rows and columns, whose product is a part of a matrix."""
 
 _TOGETHER = 1 << 19
 """Entries that are summed at a time on the host (4 MiB in float64)."""
@@ -33,14 +36,15 @@ class Held:
         kind: Of the matrix.
         shape: Of the whole matrix.
         role: Of the matrix.
+        frozen: Whether this rank leaves it alone in training.
         reason: Why it was left out; `None` for a matrix.
         ranks: The members of the group that hold it between them; the rank alone where all of it is there.
         sharded: Whether `load` is a collective.
         error: What reading it raised, or `""`.
         content: A checksum of the bits that lie there, `None` where they were not read.
         index: Which part lies there, where it is one that can be read alone.
-        split: Into how many different parts the mesh cuts it, along how many dimensions.
         replica: Which of the replicas in the mesh the part belongs to.
+        device: The type of device that the part travels from.
         sums: `SUMS` a slice of the part.
     """
 
@@ -48,14 +52,15 @@ class Held:
     kind: str
     shape: tuple[int, ...]
     role: str = ""
+    frozen: bool = False
     reason: str | None = None
     ranks: tuple[int, ...] = ()
     sharded: bool = False
     error: str = ""
     content: int | None = None
-    index: tuple[Index, Index, Index] | None = None
-    split: tuple[int, int] = (1, 0)
+    index: Box | None = None
     replica: tuple[int, ...] = ()
+    device: str = "cpu"
     sums: tuple[tuple[float, ...], ...] = ()
 
 
@@ -72,7 +77,7 @@ class Job:
     """
 
     name: str
-    matrix: Matrix = field(compare=False)
+    matrix: Matrix
     teams: tuple[tuple[int, ...], ...]
     held: Mapping[int, Held]
     place: Mapping[int, int]
@@ -141,7 +146,7 @@ def checksum(weights: torch.Tensor) -> torch.Tensor:
     total, start = torch.zeros((), dtype=torch.int64, device=weights.device), 1
     for part in _in_rows(weights.view(sizes[weights.element_size()])):
         rows = part.sum(1, dtype=torch.int64)
-        total += (rows * torch.arange(start, start + len(rows), device=rows.device)).sum()
+        total += (rows * torch.arange(start, start + len(rows), dtype=torch.int64, device=rows.device)).sum()
         start += len(rows)
     return total
 
@@ -195,6 +200,7 @@ def _held(matrix: Matrix, rank: int, members: Sequence[int], numbers: list[int] 
         str(matrix.kind),
         matrix.shape,
         matrix.role,
+        matrix.frozen,
         ranks=ranks,
         sharded=shards is not None,
         error=error,
@@ -212,17 +218,17 @@ def _in_group(together: tuple[int, ...], members: tuple[int, ...]) -> tuple[int,
 
 def _with_piece(held: Held, piece: Piece, known: Sequence[int]) -> Held:
     coordinate = piece.mesh.get_coordinate() or ()
-    floats = torch.tensor(known[1:], dtype=torch.int64).view(torch.float64)
+    floats = torch.tensor(known[1:], dtype=torch.int64, device="cpu").view(torch.float64)
     return replace(
         held,
         index=piece.index,
-        split=(math.prod(piece.mesh.size(dim) for dim in piece.sharded), len(piece.sharded)),
         replica=tuple(at for dim, at in enumerate(coordinate) if dim not in piece.sharded),
+        device=piece.mesh.device_type,
         sums=tuple(map(tuple, floats.view(SUMS, -1).tolist())) if known else (),
     )
 
 
-# --- what the ranks conclude
+# --- what the first rank concludes
 
 
 def merge(lists: Sequence[Sequence[Held]]) -> tuple[list[Job], list[SkippedLayer]]:

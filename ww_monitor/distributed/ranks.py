@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 import weakref
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from ww_monitor.errors import RankFailed
 
@@ -18,6 +20,9 @@ Said = TypeVar("Said")
 
 _GRACE = 20
 """Tenths of a second that the living have to come as far as this rank, before one that is missing is named."""
+
+
+_WAITING = "waiting for "
 
 
 class Ranks:
@@ -39,9 +44,10 @@ class Ranks:
         self._failure = ""
         self._waits = 0
         self._said = ""
+        self._opened: set[str] = set()
         key = ",".join(map(str, self.members)) if group is not None else "all"
-        store = distributed_c10d._get_default_store()
-        self._store = distributed_c10d.PrefixStore(f"ww_monitor/{key}/{timeout}", store)
+        store = dist.distributed_c10d._get_default_store()
+        self._store = dist.distributed_c10d.PrefixStore(f"ww_monitor/{key}/{timeout}", store)
         self.say("making a group")
         try:
             self._control = dist.new_group(
@@ -65,15 +71,91 @@ class Ranks:
         Raises:
             RankFailed: naming the missing rank and what it last did.
         """
+        heard: list[Any] = [None] * self.world
+        self._together(what, lambda: dist.all_gather_object(heard, said, group=self._control))
+        return heard
+
+    def gather(self, said: Said, what: str) -> list[Said]:
+        """What every rank says, in the order of the ranks, on the first rank; nothing on the others.
+
+        Raises:
+            RankFailed: naming the missing rank and what it last did.
+        """
+        heard: list[Any] = [None] * self.world if self.rank == 0 else []
+        first, packed = self.members[0], _packed(said)
+        self._together(what, lambda: dist.gather_object(packed, heard or None, first, group=self._control))
+        return list(map(_unpacked, heard))
+
+    def scatter(self, said: Sequence[Said], what: str) -> Said:
+        """What the first rank says to this one.
+
+        Args:
+            said: Something for each rank, on the first rank.
+            what: What is waited for, for the message if a rank is missing.
+
+        Raises:
+            RankFailed: naming the missing rank and what it last did.
+        """
+        heard: list[Any] = [None]
+        given = list(map(_packed, said)) if self.rank == 0 else None
+        first = self.members[0]
+        self._together(what, lambda: dist.scatter_object_list(heard, given, first, group=self._control))
+        found: Said = _unpacked(heard[0])
+        return found
+
+    def broadcast(self, said: Any, what: str) -> Any:
+        """What the first rank says to all.
+
+        Raises:
+            RankFailed: naming the missing rank and what it last did.
+        """
+        heard: list[Any] = [_packed(said) if self.rank == 0 else None]
+        self._together(what, lambda: dist.broadcast_object_list(heard, self.members[0], group=self._control))
+        return _unpacked(heard[0])
+
+    def _together(self, what: str, call: Callable[[], object]) -> None:
         self.check()
         self._waits += 1
-        self.say(f"waiting for {what}")
-        heard: list[Any] = [None] * self.world
+        self.say(f"{_WAITING}{what}")
         try:
-            dist.all_gather_object(heard, said, group=self._control)
+            call()
         except Exception as error:
             raise self._failed(what, error) from error
-        return heard
+
+    def open(self, device: str) -> None:
+        """Let all ranks of the group meet once before any two of them do; a collective of the group.
+
+        NCCL makes its connections in the first call of a group, in which all of its ranks must take part.
+
+        Args:
+            device: Type of device that tensors will travel between.
+        """
+        if device not in self._opened:
+            self._opened.add(device)
+            met = torch.zeros(1, dtype=torch.float32, device=device)
+            self.wait(dist.all_reduce(met, group=self.group, async_op=True), "a first meeting")
+
+    def swap(self, sent: tuple[torch.Tensor, int] | None, received: tuple[torch.Tensor, int] | None, what: str) -> None:
+        """Send a tensor to one rank while another is received, each given with its rank in the group.
+
+        Raises:
+            RankFailed: naming the missing rank and what it last did.
+        """
+        operations = [
+            dist.P2POp(direction, one[0].view(torch.uint8), self.members[one[1]], self.group)
+            for direction, one in ((dist.isend, sent), (dist.irecv, received))
+            if one is not None
+        ]
+        try:
+            works = dist.batch_isend_irecv(operations)
+        except Exception as error:
+            raise self._failed(what, error) from error
+        for work in works:
+            self.wait(work, what)
+
+    def say_waiting(self, what: str) -> None:
+        """Leave word that this rank waits for another; one that waits is not to blame."""
+        self.say(f"{_WAITING}{what}")
 
     def wait(self, work: dist.Work | None, what: str) -> None:
         """Wait for a collective of tensors.
@@ -120,7 +202,9 @@ class Ranks:
         words = {rank: self._last_words(rank) for rank in range(self.world) if rank != self.rank}
         behind = {rank: said for rank, (waits, said) in words.items() if waits < self._waits}
         return behind or {
-            rank: said for rank, (waits, said) in words.items() if waits == self._waits and said != self._said
+            rank: said
+            for rank, (waits, said) in words.items()
+            if waits == self._waits and said != self._said and not said.startswith(_WAITING)
         }
 
     def _last_words(self, rank: int) -> tuple[int, str]:
@@ -131,6 +215,15 @@ class Ranks:
         except Exception:  # noqa: BLE001 - who kept the store is gone
             return self._waits, self._said
         return int(waits), said
+
+
+def _packed(said: object) -> bytes:
+    """A message as it travels: what ranks say of many layers takes a tenth of its size, and their rows half."""
+    return zlib.compress(pickle.dumps(said), 1)
+
+
+def _unpacked(message: bytes) -> Any:
+    return pickle.loads(zlib.decompress(message))
 
 
 def exchange(said: Said, what: str, *, group: dist.ProcessGroup | None = None, timeout: float = 300.0) -> list[Said]:

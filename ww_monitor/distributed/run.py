@@ -1,27 +1,28 @@
-"""The analysis of one model by all ranks that hold it: list, deal, read in rounds, analyse, gather."""
+"""The analysis of one model by all ranks that hold it: list, assign, move shards in rounds, analyse, gather."""
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from ww_monitor.distributed.deal import deal
-from ww_monitor.distributed.inventory import Held, Job, describe, merge
+from ww_monitor.distributed.frozen import FrozenRows
+from ww_monitor.distributed.inventory import Held, describe
+from ww_monitor.distributed.orders import Decision, Orders, RankResult, Task
 from ww_monitor.distributed.ranks import Ranks, ranks_of, several
-from ww_monitor.distributed.reach import can_gather, summed_side, sums_of
-from ww_monitor.distributed.shards import Reading
-from ww_monitor.engine import Options, analyze_matrices, snapshot_of
-from ww_monitor.engine.rows import failed_layer
+from ww_monitor.distributed.shards import Shipment, deliver_all
+from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.engine.sums import layer_of_gram
-from ww_monitor.errors import LayerError, RankFailed, WWMonitorError
+from ww_monitor.errors import RankFailed, WWMonitorError
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.record import Layer, Snapshot
+
+Found = TypeVar("Found")
 
 
 def analyze_on_ranks(
@@ -32,13 +33,15 @@ def analyze_on_ranks(
     timeout: float = 300.0,
     step: int | None = None,
     epoch: int | None = None,
+    frozen: FrozenRows | None = None,
 ) -> Snapshot:
     """The snapshot of a model that several ranks hold, without findings; the same on every rank, bit for bit.
 
-    A collective: every rank of the group calls it, each with what its own walker yields. Replicas are analysed once,
-    dealt over their holders by cost; shards are summed or sent to the one rank that analyses their matrix, never more
-    than one matrix at a time and rank; what differs between ranks under one name is named `name@rank<r>`. Without
-    `torch.distributed`, or with one rank, it is `analyze_matrices`.
+    A collective: every rank of the group calls it, each with what its own walker yields. Each matrix has one owner,
+    assigned by cost among the ranks that hold it; replicas are analysed once. Shards travel to the owner a block at a
+    time: into its Gram matrix where each has the whole short side and nothing else is asked of the weights, else the
+    matrix is put together there, one at a time. What differs between ranks under one name is named `name@rank<r>`.
+    Without `torch.distributed`, or with one rank, it is `analyze_matrices`.
 
     Args:
         items: What the walker of this rank yields, after selection.
@@ -48,6 +51,8 @@ def analyze_on_ranks(
             group and a timeout makes a gloo group of the same ranks; no group of the caller's changes.
         step: Optimizer step the weights belong to.
         epoch: Epoch they belong to.
+        frozen: The rows that earlier calls have found of frozen matrices. While their weights stay the same they are
+            neither sent nor analysed again; new ones are added. Given on every rank or on none.
 
     Returns:
         The snapshot, with the seconds of the slowest rank. The row of a layer that could not be read or analysed has
@@ -61,17 +66,7 @@ def analyze_on_ranks(
     if not several(group):
         return analyze_matrices(items, options, step=step, epoch=epoch)
     with torch.no_grad():
-        return _Analysis(ranks_of(group, timeout), options, step).run(items, epoch)
-
-
-@dataclass(frozen=True)
-class _Said:
-    """What a rank has found: rows, what it could not read, what ended its work, and its seconds."""
-
-    rows: dict[str, Layer]
-    unread: dict[str, str]
-    failure: str
-    seconds: float
+        return _Analysis(ranks_of(group, timeout), options, step).run(items, epoch, frozen)
 
 
 @dataclass
@@ -81,28 +76,32 @@ class _Analysis:
     ranks: Ranks
     options: Options
     step: int | None
-    items: list[Matrix | Skipped] = field(default_factory=list)
+    items: Sequence[Matrix | Skipped] = ()
     rows: dict[str, Layer] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     failure: str = ""
 
-    def run(self, items: Iterable[Matrix | Skipped], epoch: int | None) -> Snapshot:
+    def run(self, items: Iterable[Matrix | Skipped], epoch: int | None, frozen: FrozenRows | None) -> Snapshot:
         start = time.perf_counter()
-        jobs, skipped = merge(self._listed(items))
-        owners = deal([work(job, self.options) for job in jobs], [job.holders for job in jobs], self.ranks.world)
-        readable = [(job, owner) for job, owner in zip(jobs, owners, strict=True) if not job.error(owner)]
-        for together in rounds([(job, owner) for job, owner in readable if job.sharded], self.options):
-            self._round(together)
-        own = [self._mine(job) for job, owner in readable if owner == self.ranks.rank and not job.sharded]
-        self._keep(partial(self._rows_of, list(map(self._announced, own))))
-        said = _Said(self.rows, self.unread, self.failure, time.perf_counter() - start)
-        heard = self.ranks.exchange(said, "the rows of the others")
-        layers = [self._row(job, owner, heard) for job, owner in zip(jobs, owners, strict=True)]
-        seconds = max(one.seconds for one in heard)
-        return snapshot_of(layers, skipped, self.options, step=self.step, epoch=epoch, seconds=seconds)
+        decision, orders = self._ordered(items, frozen)
+        for device in orders.devices:
+            self.ranks.open(device)
+        for tasks in orders.rounds:
+            self._round(tasks)
+        alone = [self._announced(self._matrix(task)) for task in orders.alone]
+        self._keep(partial(self._rows_of, alone))
+        result = RankResult(self.rows, self.unread, self.failure, time.perf_counter() - start)
+        results = self.ranks.gather(result, "the rows of the others")
+        said = _tried(lambda: decision.snapshot(results, epoch)) if decision is not None else None
+        heard: Snapshot | Exception = self.ranks.broadcast(said, "the rows of the others")
+        if isinstance(heard, Exception):
+            raise heard
+        return heard
 
-    def _listed(self, items: Iterable[Matrix | Skipped]) -> list[list[Held]]:
-        """What every rank holds; where one could not list it, an error on all."""
+    # --- who does what
+
+    def _ordered(self, items: Iterable[Matrix | Skipped], frozen: FrozenRows | None) -> tuple[Decision | None, Orders]:
+        """What this rank has to do, and on the first rank what all do; where one could not list, an error on all."""
         self.ranks.check()
         self.ranks.say("listing its matrices")
         failure: Exception | None = None
@@ -112,21 +111,30 @@ class _Analysis:
             mine = describe(self.items, self.ranks.rank, self.ranks.members)
         except Exception as error:  # noqa: BLE001 - raised below, when the others know
             failure = error
-        heard = self.ranks.exchange(
-            (mine, failure and f"{type(failure).__name__}: {failure}"), "the lists of the others"
-        )
-        if failure is not None:
-            raise failure
+        said = mine, "" if failure is None else f"{type(failure).__name__}: {failure}"
+        heard = self.ranks.gather(said, "the lists of the others")
+        decision = _tried(lambda: self._decided(heard, frozen)) if heard else None
+        if isinstance(decision, Exception):
+            orders = [Orders(error=decision)] * self.ranks.world
+        else:
+            orders = [] if decision is None else decision.orders()
+        own = self.ranks.scatter(orders, "what it has to do")
+        to_raise = failure or own.error
+        if to_raise is not None:
+            raise to_raise
+        return (None if isinstance(decision, Exception) else decision), own
+
+    def _decided(self, heard: Sequence[tuple[list[Held], str]], frozen: FrozenRows | None) -> Decision:
         for rank, (_, reason) in enumerate(heard):
             if reason:
                 raise RankFailed(f"analysis over {len(heard)} ranks: rank {rank} could not list its matrices: {reason}")
-        return [held for held, _ in heard]
+        return Decision([held for held, _ in heard], self.options, frozen, self.step)
 
-    def _mine(self, job: Job) -> Matrix:
-        """The matrix of a job as the walker of this rank gave it, under the name of the job."""
-        item = self.items[job.place[self.ranks.rank]]
+    def _matrix(self, task: Task) -> Matrix:
+        """The matrix of a task as the walker of this rank gave it, under the name of its row."""
+        item = self.items[task.place]
         assert isinstance(item, Matrix)
-        return replace(item, name=job.name)
+        return replace(item, name=task.name)
 
     def _announced(self, matrix: Matrix) -> Matrix:
         def load() -> torch.Tensor:
@@ -137,37 +145,51 @@ class _Analysis:
 
     # --- matrices in shards
 
-    def _round(self, together: Sequence[tuple[Job, int]]) -> None:
-        """Read at most one matrix for each owner, one after the other; then all owners analyse theirs."""
+    def _round(self, tasks: Sequence[Task]) -> None:
+        """Bring at most one matrix to each owner; then all owners analyse theirs."""
         analyse: Callable[[], Sequence[Layer]] | None = None
-        for job, owner in together:
-            if self.ranks.rank in job.team(owner):
-                read = self._read(job, owner)
-                analyse = read if owner == self.ranks.rank else analyse
+        for task in tasks:
+            if task.delivery is None:
+                analyse = self._read_together(task) or analyse
+        shipments = {
+            task.owner: Shipment(self._matrix(task), task.delivery, self.ranks.rank)
+            for task in tasks
+            if task.delivery is not None
+        }
+        deliver_all(self.ranks, shipments)
+        for shipment in shipments.values():
+            if shipment.error:
+                self._cannot(shipment.matrix, shipment.error)
+        own = next((task for task in tasks if task.owner == self.ranks.rank and task.delivery is not None), None)
+        if own is not None:
+            analyse = self._arrived(shipments.pop(self.ranks.rank), own)
+        del shipments
         if analyse is not None:
             self._keep(analyse)
 
-    def _read(self, job: Job, owner: int) -> Callable[[], Sequence[Layer]] | None:
-        """This rank's part of reading a matrix; at the owner what analyses it."""
-        matrix = self._mine(job)
-        self.ranks.say(f"reading its shard of layer {job.name!r}")
-        reading, side = Reading(self.ranks, matrix, owner), summed_side(job, owner, self.options)
-        piece, sums = None if matrix.shards is None else matrix.shards.piece, sums_of(job, owner)
-        gram = weights = None
-        if piece is not None and sums is not None and side is not None:
-            gram = reading.gram(piece, side)
-        elif piece is not None and can_gather(job, owner):
-            weights = reading.gathered(piece, {rank: job.held[rank].index or ((), (), ()) for rank in job.team(owner)})
-        else:
-            weights = reading.whole()
-        if reading.error:
-            self.unread[job.name] = f"{reading.error} on rank {self.ranks.rank}"
+    def _read_together(self, task: Task) -> Callable[[], Sequence[Layer]] | None:
+        """Read a matrix that only all of its ranks can read, which then all hold for a moment; the owner keeps it."""
+        matrix = self._matrix(task)
+        self.ranks.say(f"reading its shard of layer {matrix.name!r}")
+        try:
+            weights = matrix.load()
+        except Exception as error:  # noqa: BLE001 - the others go on, whatever happens here
+            self._cannot(matrix, f"{type(error).__name__}: {error}")
             return None
-        if gram is not None and piece is not None and sums is not None:
-            return lambda: [layer_of_gram(matrix, gram, sums, piece.dtype, self.options, step=self.step)]
-        if weights is not None:
-            return partial(self._rows_of, [replace(matrix, load=lambda: weights, shards=None)])
-        return None
+        return partial(self._rows_of, [_loaded(matrix, weights)]) if task.owner == self.ranks.rank else None
+
+    def _arrived(self, shipment: Shipment, task: Task) -> Callable[[], Sequence[Layer]] | None:
+        """What analyses a matrix of which all shards have come."""
+        arrived, matrix, sums = shipment.end(), shipment.matrix, task.sums
+        if arrived is None or shipment.error:
+            return None
+        if sums is None:
+            return partial(self._rows_of, [_loaded(matrix, arrived)])
+        dtype = shipment.piece.dtype
+        return lambda: [layer_of_gram(matrix, arrived, sums, dtype, self.options, step=self.step)]
+
+    def _cannot(self, matrix: Matrix, error: str) -> None:
+        self.unread[matrix.name] = f"{error} on rank {self.ranks.rank}"
 
     # --- rows
 
@@ -178,36 +200,19 @@ class _Analysis:
         """Analyse; what fails is told at the end, for until then the others count on this rank."""
         try:
             self.rows.update((row.name, row) for row in analyse())
-        except Exception as error:  # noqa: BLE001 - raised on every rank in `_row`
+        except Exception as error:  # noqa: BLE001 - raised on every rank by the first one's snapshot
             self.failure = self.failure or str(error)
 
-    def _row(self, job: Job, owner: int, heard: Sequence[_Said]) -> Layer:
-        """The row of its owner, or one with the reason why a rank could not read its part."""
-        failure = next((f"{said.failure} on rank {rank}" for rank, said in enumerate(heard) if said.failure), "")
-        if failure:
-            raise LayerError(failure)
-        reason = job.error(owner) or next((said.unread[job.name] for said in heard if job.name in said.unread), "")
-        if reason:
-            row = failed_layer(job.matrix, WWMonitorError(reason), self.options, step=self.step)
-            return replace(row, status=f"error: {reason}")
-        row = heard[owner].rows[job.name]
-        return replace(row, status=f"{row.status} on rank {owner}") if row.status.startswith("error:") else row
+
+def _loaded(matrix: Matrix, weights: torch.Tensor) -> Matrix:
+    return replace(matrix, load=lambda: weights, shards=None)
 
 
-# --- what the ranks conclude
-
-
-def work(job: Job, options: Options) -> float:
-    """The owner's: M³ a slice where the ranks that hold the parts share the M²N of the Gram matrix, else all of it."""
-    if job.sharded and summed_side(job, job.holders[0], options) is not None:
-        return float(job.matrix.shape[0] * job.matrix.short_side**3)
-    return job.matrix.cost
-
-
-def rounds(shared: Iterable[tuple[Job, int]], options: Options) -> list[list[tuple[Job, int]]]:
-    """Matrices in shards with their owners: at most one for each owner a round, the most expensive first."""
-    queues: dict[int, list[tuple[Job, int]]] = defaultdict(list)
-    for job, owner in sorted(shared, key=lambda one: -work(one[0], options)):
-        queues[owner].append((job, owner))
-    longest = max(map(len, queues.values()), default=0)
-    return [[queues[owner][r] for owner in sorted(queues) if r < len(queues[owner])] for r in range(longest)]
+def _tried(step: Callable[[], Found]) -> Found | Exception:
+    """What the first rank concludes, or an error that it can send to the others."""
+    try:
+        return step()
+    except WWMonitorError as error:
+        return error
+    except Exception as error:  # noqa: BLE001 - raised on every rank, or the others would wait for this one
+        return WWMonitorError(f"analysis over ranks: {type(error).__name__}: {error}")

@@ -1,7 +1,8 @@
-"""One matrix in shards → its Gram matrix or its weights, at the owner only.
+"""The shards of the matrices of one round travel to their owners, all at the same time and a block at a time.
 
-Every rank of the team calls these together, in the same order for the same matrices, whatever fails: a rank that
-cannot read its part sends NaN and keeps the error for the end.
+In step k of a round each rank sends its part to the k-th rank after it and hears from the k-th before it. All ranks
+take the steps in this order and agree on the blocks from the layout alone, so that none waits in vain, whatever fails:
+a rank that cannot read its part sends NaN and keeps the error for the end.
 """
 
 from __future__ import annotations
@@ -9,173 +10,164 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
+import numpy as np
 import torch
-import torch.distributed as dist
 
+from ww_monitor.distributed.inventory import Box
+from ww_monitor.distributed.layout import Delivery
 from ww_monitor.distributed.ranks import Ranks
 from ww_monitor.matrix import Index, Matrix, Piece
+from ww_monitor.spectra import lapack
 
-_BLOCK = 1 << 18
-"""Entries of a Gram matrix that are summed at a time, of a part that are held in float64 and of one that are sent (2
-MiB), or an eighth of the Gram matrix where that is more: what a rank needs for a matrix that it does not own."""
+Places = tuple[slice, slice, slice]
+"""A block of a part, by its places there."""
 
 
 @dataclass
-class Reading:
-    """One collective reading of a matrix; `error` is what this rank could not do of its part, or `""`."""
+class Shipment:
+    """This rank's side of the delivery of one matrix.
 
-    ranks: Ranks
+    Attributes:
+        matrix: As the walker of this rank gave it, with its piece.
+        delivery: How its parts come to the owner.
+        rank: This rank.
+        arrived: At the owner `[S, M, M]` float64 Gram matrices, or the weights; `None` elsewhere and where that failed.
+        error: What this rank could not do, or `""`.
+    """
+
     matrix: Matrix
-    owner: int
+    delivery: Delivery
+    rank: int
+    arrived: torch.Tensor | None = None
     error: str = ""
 
     @property
-    def owns(self) -> bool:
-        """Whether the matrix is analysed here."""
-        return self.ranks.rank == self.owner
-
-    def whole(self) -> torch.Tensor | None:
-        """The weights, read by every rank of the team and kept by the owner."""
-        weights = self._tried(self.matrix.load)
-        return weights if self.owns else None
-
-    def gram(self, piece: Piece, axis: int) -> torch.Tensor | None:
-        """Σ AᵀA over the parts A, `[S, M, M]` float64: summed block by block to the owner.
-
-        Args:
-            piece: What lies here.
-            axis: That of the short side, of which each part has all.
-        """
-        slices, side = self.matrix.shape[0], self.matrix.shape[axis]
-        device = torch.device(piece.mesh.device_type)
-        part = self._tried(lambda: piece.load() if axis == 2 else piece.load().mT)
-        gram = None
-        if self.owns:
-            gram = self._tried(lambda: torch.empty(slices, side, side, dtype=torch.float64, device=device))
-        self._say_waiting()
-        height = max(_BLOCK // side, -(-side // 8))
-        where = {place: i for i, place in enumerate(piece.index[0])}
-        for place in range(slices):
-            for start in range(0, side, height):
-                block = self._product(part, where.get(place), slice(start, start + height), side, device)
-                self._sum_to_owner(block, piece)
-                if gram is not None:
-                    gram[place, start : start + height] = block
-        return gram
-
-    def _product(
-        self, part: torch.Tensor | None, at: int | None, rows: slice, side: int, device: torch.device
-    ) -> torch.Tensor:
-        """Rows of AᵀA; zeros where no part of the slice lies here, NaN where it could not be read."""
-        height = min(rows.stop, side) - rows.start
-        value = math.nan if part is None else 0.0
-        block = torch.full((height, side), value, dtype=torch.float64, device=device)
-        if part is not None and at is not None:
-            for some in torch.split(part[at], max(_BLOCK // side, -(-side // 8))):
-                a = some.double()
-                block.addmm_(a[:, rows].mT, a)
-        return block
-
-    def _sum_to_owner(self, block: torch.Tensor, piece: Piece) -> None:
-        """One dimension of the mesh after the other, only among the ranks on the way to the owner."""
-        for group, target in _way(piece, self.ranks.members[self.owner]):
-            work = dist.reduce(block, target, group=group, async_op=True)
-            self.ranks.wait(work, self._what)
-
-    def gathered(self, piece: Piece, parts: Mapping[int, tuple[Index, Index, Index]]) -> torch.Tensor | None:
-        """The weights at the owner, one part after the other; for parts along one dimension of the mesh.
-
-        Args:
-            piece: What lies here.
-            parts: Which part lies on each rank of the team.
-        """
-        for group, target in _way(piece, self.ranks.members[self.owner]):
-            if self.owns:
-                return self._receive(piece, parts, group)
-            self._send(piece, target, group)
-        return None
-
-    def _send(self, piece: Piece, target: int, group: dist.ProcessGroup) -> None:
-        part = self._tried(piece.load)
-        self._say_waiting()
-        start = 0
-        for index in _few_rows(piece.index):
-            lengths = [len(places) for places in index]
-            if part is None:
-                some = torch.full(lengths, math.nan, dtype=piece.dtype, device=piece.mesh.device_type)
-            else:
-                some = part[:, start : start + lengths[1]].contiguous()
-            start += lengths[1]
-            self._transfer(dist.isend, some.view(torch.uint8), target, group)
-
-    def _receive(
-        self, piece: Piece, parts: Mapping[int, tuple[Index, Index, Index]], group: dist.ProcessGroup
-    ) -> torch.Tensor | None:
-        device = torch.device(piece.mesh.device_type)
-        weights = self._tried(lambda: torch.empty(self.matrix.shape, dtype=piece.dtype, device=device))
-        own = self._tried(piece.load)
-        if weights is not None and own is not None and all(piece.index):
-            weights[_places(piece.index, device)] = own
-        self._say_waiting()
-        for source in dist.get_process_group_ranks(group):
-            if source == self.ranks.members[self.owner]:
-                continue
-            for index in _few_rows(parts[self.ranks.members.index(source)]):
-                some = torch.empty([len(places) for places in index], dtype=piece.dtype, device=device)
-                self._transfer(dist.irecv, some.view(torch.uint8), source, group)
-                if weights is not None:
-                    weights[_places(index, device)] = some
-        return weights
-
-    def _transfer(
-        self, direction: Callable[..., dist.Work | None], part: torch.Tensor, peer: int, group: dist.ProcessGroup
-    ) -> None:
-        for work in dist.batch_isend_irecv([dist.P2POp(direction, part, peer, group)]):
-            self.ranks.wait(work, self._what)
-
-    def _say_waiting(self) -> None:
-        self.ranks.say(f"waiting for {self._what}")
+    def piece(self) -> Piece:
+        """What lies here."""
+        assert self.matrix.shards is not None
+        assert self.matrix.shards.piece is not None
+        return self.matrix.shards.piece
 
     @property
-    def _what(self) -> str:
-        return f"the shards of layer {self.matrix.name!r}"
+    def _device(self) -> torch.device:
+        return torch.device(self.piece.mesh.device_type)
+
+    def outgoing(self) -> Iterator[tuple[Places, torch.Tensor]]:
+        """The blocks of the part that lies here."""
+        part = self._tried(self.piece.load)
+        for places in self.delivery.blocks(self.rank):
+            if part is None:
+                yield places, torch.full(_lengths(places), math.nan, dtype=self.piece.dtype, device=self._device)
+            else:
+                yield places, part[places].contiguous()
+
+    def begin(self) -> None:
+        """Make room at the owner, and put in what lies there."""
+        slices, side = self.delivery.shape[0], min(self.delivery.shape[1:])
+        if self.delivery.short_axis is None:
+            make = lambda: torch.empty(self.delivery.shape, dtype=self.piece.dtype, device=self._device)  # noqa: E731
+        else:
+            make = lambda: torch.zeros(slices, side, side, dtype=torch.float64, device=self._device)  # noqa: E731
+        self.arrived = self._tried(make)
+        for places, block in self.outgoing():
+            self.add(self.rank, places, block)
+
+    def incoming(self, source: int) -> Iterator[tuple[Places, torch.Tensor]]:
+        """Room for the blocks of another rank's part, one at a time."""
+        for places in self.delivery.blocks(source):
+            yield places, torch.empty(_lengths(places), dtype=self.piece.dtype, device=self._device)
+
+    def add(self, source: int, places: Places, block: torch.Tensor) -> None:
+        """Take in a block of the part that lies on a rank."""
+        if self.arrived is None:
+            return
+        index = self.delivery.parts[source]
+        there: Box = (index[0][places[0]], index[1][places[1]], index[2][places[2]])
+        if self.delivery.short_axis is None:
+            self.arrived[_entries(there, self._device)] = block
+            return
+        for place, one in zip(there[0], block, strict=True):
+            add_gram(self.arrived[place], one if self.delivery.short_axis == 2 else one.mT)
+
+    def end(self) -> torch.Tensor | None:
+        """What has arrived, complete."""
+        if self.arrived is not None and self.delivery.short_axis is not None:
+            for gram in self.arrived:
+                mirror(gram)
+        return self.arrived
 
     def _tried(self, step: Callable[[], torch.Tensor]) -> torch.Tensor | None:
         try:
             return step()
-        except Exception as error:  # noqa: BLE001 - the others wait in a collective, whatever happens here
+        except Exception as error:  # noqa: BLE001 - the others wait for this rank, whatever happens here
             self.error = f"{type(error).__name__}: {error}"
             return None
 
 
-def _way(piece: Piece, owner: int) -> Iterator[tuple[dist.ProcessGroup, int]]:
-    """The groups in which this rank's part travels to the owner, each with the rank (in the job) to travel to."""
-    layout = piece.mesh.mesh
-    here, there = piece.mesh.get_coordinate(), (layout == owner).nonzero()[0].tolist()
-    if here is None or any(here[d] != there[d] for d in range(layout.ndim) if d not in piece.sharded):
-        return  # of another replica
-    at = list(here)
-    for dim in piece.sharded:
-        at[dim] = there[dim]
-        yield piece.mesh.get_group(dim), int(layout[tuple(at)])
-        if here[dim] != there[dim]:
-            return
+def deliver_all(ranks: Ranks, shipments: Mapping[int, Shipment]) -> None:
+    """Move the matrices of one round to their owners.
+
+    Args:
+        ranks: The ranks that take part in the analysis.
+        shipments: Owner → this rank's side, of those that this rank sends a part of or owns.
+    """
+    own = shipments.get(ranks.rank)
+    if own is not None:
+        ranks.say(f"reading its shard of layer {own.matrix.name!r}")
+        own.begin()
+    for step in range(1, ranks.world):
+        target, source = (ranks.rank + step) % ranks.world, (ranks.rank - step) % ranks.world
+        sending = shipments.get(target)
+        if sending is not None:
+            ranks.say(f"reading its shard of layer {sending.matrix.name!r}")
+        blocks = zip_longest(() if sending is None else sending.outgoing(), () if own is None else own.incoming(source))
+        for sent, received in blocks:
+            layer = own if received is not None else sending
+            assert layer is not None
+            what = f"the shards of layer {layer.matrix.name!r}"
+            ranks.say_waiting(what)
+            ranks.swap(sent and (sent[1], target), received and (received[1], source), what)
+            if received is not None and own is not None:
+                ranks.say(f"adding a shard of layer {own.matrix.name!r}")
+                own.add(source, *received)
+            del sent, received  # or the next blocks would be in memory beside them
 
 
-def _few_rows(index: tuple[Index, Index, Index]) -> Iterator[tuple[Index, Index, Index]]:
-    """A part cut into such of at most `_BLOCK` entries, or of one row; nothing of an empty part."""
-    slices, rows, columns = index
-    few = max(1, _BLOCK // max(1, len(slices) * len(columns)))
-    if slices and columns:
-        yield from ((slices, rows[start : start + few], columns) for start in range(0, len(rows), few))
+def add_gram(gram: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add AᵀA to the upper triangle of `gram`, on a device to all of it.
+
+    Args:
+        gram: `[M, M]` float64.
+        rows: A `[n, M]` of any floating dtype, on the same device.
+    """
+    rows = rows.double()
+    if gram.device.type == "cpu":
+        with np.errstate(all="ignore"):
+            lapack.add_gram(rows.numpy(), gram.numpy())
+    else:
+        gram.addmm_(rows.mT, rows)
 
 
-def _places(index: Sequence[Index], device: torch.device) -> tuple[slice | torch.Tensor, ...]:
+def mirror(gram: torch.Tensor, together: int = 256) -> None:
+    """Copy the upper triangle of `[M, M]` to the lower one, in place and a few rows at a time."""
+    for start in range(0, len(gram), together):
+        rows = slice(start, start + together)
+        corner = gram[rows, rows].triu()
+        gram[rows, rows] = corner + corner.triu(1).mT
+        gram[start + together :, rows] = gram[rows, start + together :].mT
+
+
+def _lengths(places: Places) -> list[int]:
+    return [one.stop - one.start for one in places]
+
+
+def _entries(index: Sequence[Index], device: torch.device) -> tuple[slice | torch.Tensor, ...]:
     """What indexes the product of the places along three axes; slices where each is a range."""
     if all(isinstance(places, range) and places.step > 0 for places in index):
         return tuple(slice(places[0], places[-1] + 1, places.step) for places in index)  # type: ignore[union-attr]
     return tuple(
-        torch.tensor(list(places), device=device).view([-1 if axis == d else 1 for d in range(3)])
+        torch.tensor(list(places), dtype=torch.long, device=device).view([-1 if axis == d else 1 for d in range(3)])
         for axis, places in enumerate(index)
     )

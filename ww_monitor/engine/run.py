@@ -93,7 +93,7 @@ def _solved(matrices: list[Matrix], options: Options, step: int | None, backgrou
     with alone() if background else workers(len(matrices), memory=HOST_MEMORY, largest_side=side) as pool:
 
         def submit(loaded: Loaded) -> None:
-            tasks.append(pool.submit(partial(_on_host, loaded, options, step, library), needs=_workspace(loaded)))
+            tasks.append(pool.submit(partial(_on_host, loaded, options, step, library), needs=workspace(loaded)))
 
         for loaded in chunks_of(matrices):
             if isinstance(loaded, tuple):
@@ -116,7 +116,7 @@ def _solved(matrices: list[Matrix], options: Options, step: int | None, backgrou
     return found
 
 
-def _workspace(loaded: Loaded) -> int:
+def workspace(loaded: Loaded) -> int:
     """Bytes that a solve on the host takes: Gram matrices in float64, and the weights once more.
 
     A large matrix is solved in its Gram matrix; small ones together take two further copies.

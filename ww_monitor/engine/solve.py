@@ -31,7 +31,7 @@ def on_host(loaded: Loaded, options: Options, *, library: Library = "numpy") -> 
     """
     (stack,) = as_solved(loaded, options)
     solved = solve_on_host(tall_of(stack), library)
-    loaded = replace(loaded, moments=solved.moments or moments(stack))
+    loaded = replace(loaded, moments=solved.moments)
     solved = resolved(solved, stack) if options.preset == "weightwatcher" else solved
     values = measured(loaded, solved.status, options)
     return batch_of(loaded, solved, values, options, where=[loaded.solved_on or "cpu"] * len(loaded.matrices))

@@ -32,16 +32,18 @@ _STOP = 1e-11
 """Estimated relative error of λmax at which the iteration stops. Far below the 1e-9 that is promised, because the
 estimate knows only the Ritz values that have appeared."""
 
-_FIRST_CHECK = 14
+_FIRST_CHECK = 18
 _LONGEST_WAIT = 12
-"""Steps before the first look at the Ritz values, and at most between two looks. No matrix was settled earlier."""
+"""Steps before the first look at the Ritz values, and at most between two looks. Few matrices are settled earlier."""
 
 _NEIGHBOURS = 4
 """Ritz values that are looked at beside those that may be outliers: the error of λmax lies mostly along them."""
 
-_MOST_STEPS = 96
+_STEPS_SHARE = 16
+_LEAST_STEPS = 32
 _BASIS_SHARE = 0.75
-"""Most steps, and the share of the side that the basis may have: beyond, the whole spectrum is cheaper."""
+"""A sixteenth of the side is the limit of steps, or 32 where that is more, and the basis may have so much of the side:
+beyond, the whole spectrum is cheaper (at side 768 it takes as long as 57 steps)."""
 
 _EXHAUSTED = 1e-12
 """A new direction this small beside the largest eigenvalue is rounding: the Krylov space is exhausted."""
@@ -72,7 +74,7 @@ def read(tensor: torch.Tensor) -> np.ndarray:
 def outliers(gram: torch.Tensor, *, threshold: float, seed: int) -> Outliers:
     """#{λ > threshold} and λmax of symmetric positive semidefinite matrices, by block Lanczos from b random vectors.
 
-    Each block is orthogonalised against all before it, twice (Golub & Underwood 1977; full reorthogonalisation). Ritz
+    Each block is orthogonalised against the two before it and then against all (Golub & Underwood 1977). Ritz
     values never exceed eigenvalues, so those above the threshold are a lower bound of the count c. For the upper bound:
     b − c combinations of the start vectors are orthogonal to the c largest eigenvectors and, being chosen by
     coordinates that are independent of the others, random in their complement. That Lanczos' iteration from one of
@@ -133,11 +135,10 @@ class _Run:
     def __init__(self, gram: torch.Tensor, block: int, seed: int) -> None:
         self.gram, self.block, self.steps = gram, block, 0
         side = gram.shape[1]
-        self.limit = min(_MOST_STEPS, int(_BASIS_SHARE * side) // block)
-        device, rows = gram.device, (self.limit + 1) * block
-        self.basis = torch.empty(len(gram), rows, side, dtype=torch.float64, device=device)
-        generator = torch.Generator(device=device).manual_seed(seed)
-        start = torch.randn(1, block, side, generator=generator, dtype=torch.float64, device=device)
+        self.limit = min(max(_LEAST_STEPS, side // _STEPS_SHARE), int(_BASIS_SHARE * side) // block)
+        self.basis = gram.new_empty(len(gram), (self.limit + 1) * block, side)
+        generator = torch.Generator(device=gram.device).manual_seed(seed)
+        start = torch.randn(1, block, side, generator=generator, dtype=gram.dtype, device=gram.device)
         self.basis[:, :block] = _orthonormal(start)[0]
         self.projected = np.zeros((len(gram), *2 * ((self.limit + 1) * block,)))
 
@@ -159,9 +160,10 @@ class _Run:
         b, new = self.block, []
         for step in range(self.steps, steps):
             v, known = self.basis[:, step * b : (step + 1) * b], self.basis[:, : (step + 1) * b]
+            last = known[:, max(0, step - 1) * b :]  # against the others w is orthogonal but for rounding
             w = v @ self.gram
             diagonal = w @ v.mT
-            w, once = _orthonormal(w - (w @ known.mT) @ known)
+            w, once = _orthonormal(w - (w @ last.mT) @ last)
             w, twice = _orthonormal(w - (w @ known.mT) @ known)
             self.basis[:, (step + 1) * b : (step + 2) * b] = w
             new += [diagonal, once @ twice]
@@ -187,6 +189,8 @@ class _Run:
         at_threshold = bool((np.abs(values - threshold) <= RELATIVE_ERROR * threshold).any())
         if above >= self.block or at_threshold or np.abs(beside.diagonal()).min() <= _EXHAUSTED * values[0]:
             return _Verdict(above)
+        if _steps_to_certainty(values, 0 * residuals, above, self.block, threshold, side) > self.limit:
+            return _Verdict(above)  # the next eigenvalue is too near to the threshold
         certain = _steps_to_certainty(values, residuals, above, self.block, threshold, side) - self.steps
         gap = max(1.0 - values[min(self.block, len(values) - 1)] / values[0], 1e-6)
         excess = _error(values, residuals) / (_STOP * values[0])

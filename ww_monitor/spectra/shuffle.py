@@ -87,9 +87,7 @@ def mixed(matrices: Sequence[torch.Tensor], order: torch.Tensor) -> torch.Tensor
     return torch.stack([one.reshape(-1).index_select(0, order).view(shape) for one in matrices])
 
 
-def gram_of_shuffled(
-    matrices: Sequence[torch.Tensor], stats: Elements, order: torch.Tensor, *, memory: int
-) -> torch.Tensor:
+def gram_of_shuffled(matrices: Sequence[torch.Tensor], stats: Elements, order: torch.Tensor) -> torch.Tensor:
     """AᵀA `[K, M, M]` of the short side, A = (shuffled W − mean)/σ, float64.
 
     Summed over some rows at a time, which are gathered, de-meaned and multiplied while they are in the cache.
@@ -98,7 +96,6 @@ def gram_of_shuffled(
         matrices: K of one shape and device.
         stats: Their `elements`.
         order: A permutation of their entries.
-        memory: Bytes that the rows in float64 may take on a device.
     """
     rows, columns = matrices[0].shape
     long_side, short_side = max(rows, columns), min(rows, columns)
@@ -107,7 +104,7 @@ def gram_of_shuffled(
     flat = [one.reshape(-1) for one in matrices]
     mean = stats.mean.to(device)[:, None]
     gram = torch.zeros(len(flat), short_side, short_side, dtype=torch.float64, device=device)
-    at_once = max(1, (_CHUNK if here else memory // (16 * len(flat))) // short_side)
+    at_once = max(1, _CHUNK // short_side) if here else short_side  # on a device as large as the Gram matrices
     for start in range(0, long_side, at_once):
         part = by_rows[start : start + at_once].reshape(-1)
         taken = torch.stack([one.index_select(0, part) for one in flat]).double().sub_(mean)

@@ -133,11 +133,11 @@ def shape(tensor: Tensor) -> tuple[int, ...]:
     return () if is_lazy(tensor) else tuple(tensor.shape)
 
 
-def defect(weight: Tensor, kind: Kind) -> str:
-    """Why `weight` has no spectrum, or `""`."""
+def defect(weight: Tensor, kind: Kind, *, planned: bool = False) -> str:
+    """Why `weight` has no spectrum, or `""`; for a plan it may be on the meta device."""
     if is_lazy(weight):
         return "not initialised: a lazy module before its first forward pass"
-    if weight.is_meta:
+    if weight.is_meta and not planned:
         return "on the meta device: no data"
     if weight.layout is not torch.strided:
         return f"sparse weights (layout {weight.layout})"

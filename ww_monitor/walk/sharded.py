@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import groupby
 from typing import Any
 
@@ -63,6 +63,54 @@ def shards_of(stored: Sequence[Tensor], take: Take, shape: Sequence[int], *, com
         if _is(tensor, _DTENSOR):
             return _of_dtensor(tensor, take, shape, computed=computed)
     return None
+
+
+# --- for a plan
+
+Layout = Callable[..., Shards | None]
+"""A function like `shards_of`: how stored tensors lie on ranks, or would lie on some that are not there."""
+
+
+@dataclass(frozen=True)
+class EvenShards(Shards):
+    """How a matrix would lie on any number of ranks if FSDP2 cut its tensor evenly along the first dimension.
+
+    Attributes:
+        axis: The axis of the matrix along which the first dimension of the tensor runs.
+        places: For each place along that axis the index in that dimension.
+        size: Of that dimension.
+    """
+
+    axis: int = 1
+    places: Index = ()
+    size: int = 1
+
+    def parts(self, shape: Sequence[int], world: int) -> dict[int, tuple[Index, Index, Index]]:
+        """Rank → its part of a matrix of that shape; empty parts are left out.
+
+        >>> EvenShards((), axis=1, places=range(5), size=5).parts((1, 5, 3), 4)[2]
+        (range(0, 1), range(4, 5), range(0, 3))
+        """
+        found = {}
+        for rank, index in _cut_evenly(self.places, -(-self.size // world)):
+            slices, rows, columns = (index if axis == self.axis else range(shape[axis]) for axis in range(3))
+            found[rank] = slices, rows, columns
+        return found
+
+
+@lru_cache(maxsize=4096)
+def _cut_evenly(places: Index, chunk: int) -> list[tuple[int, Index]]:
+    """Each rank that has some of the places, with where they stand among them; `torch.chunk`'s cut."""
+    ranks = np.asarray(places) // chunk
+    return [(int(rank), _compact(np.flatnonzero(ranks == rank))) for rank in np.unique(ranks)]
+
+
+def even_shards(stored: Sequence[Tensor], take: Take, shape: Sequence[int], *, computed: bool) -> Shards:
+    """`shards_of` for a plan; the arguments are its. What is computed from the stored tensors has no parts."""
+    if computed:
+        return Shards(())
+    axis, places = _line(take, shape, 0)
+    return EvenShards((), axis=axis, places=_compact(places), size=shape[0])
 
 
 def read_whole(stored: Sequence[Tensor], read: Callable[[], Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ww_monitor.errors import InvalidArgument
 from ww_monitor.matrix import Matrix, Skipped
+from ww_monitor.walk.sharded import Layout
 
 Source = nn.Module | Mapping[str, Tensor] | str | Path
 
@@ -24,6 +25,7 @@ def walk_source(
     split: Mapping[str, int | Sequence[int]] | None = None,
     experts: Literal["separate", "pooled"] = "separate",
     lora: Sequence[str] = ("base", "delta"),
+    layout: Layout | None = None,
 ) -> Iterator[Matrix | Skipped]:
     """The weight matrices of a torch module, a Keras model, a mapping from names to tensors, or a checkpoint on disk.
 
@@ -33,6 +35,7 @@ def walk_source(
         experts: One matrix an expert, or one of all experts' slices; torch modules only.
         lora: Which of `"base"`, `"delta"` and `"merged"` to give for a layer with adapters; torch modules only
             (a Keras layer gives its merged weight).
+        layout: For a plan; see `ww_monitor.walk.torch.walk`. Torch modules only.
 
     Raises:
         InvalidArgument: if `source` or an option is none of these.
@@ -45,7 +48,7 @@ def walk_source(
     if isinstance(source, nn.Module):
         from ww_monitor.walk.torch import walk
 
-        return walk(source, split=split, experts=experts, lora=lora)
+        return walk(source, split=split, experts=experts, lora=lora, layout=layout)
     if isinstance(source, Mapping):
         from ww_monitor.walk.state_dict import walk_state_dict
 

@@ -20,7 +20,7 @@ from ww_monitor.walk import fused, parts, reading
 from ww_monitor.walk import lora as adapters
 from ww_monitor.walk.parts import KERNEL, WHOLE, WRAPPERS, Part, Split
 from ww_monitor.walk.roles import infer_role
-from ww_monitor.walk.sharded import by_unit, like_whole, shards_of, units
+from ww_monitor.walk.sharded import Layout, by_unit, like_whole, shards_of, units
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _KINDS: Mapping[Kind, tuple[type[nn.Module], ...]] = {
@@ -45,6 +45,7 @@ def walk(
     split: Split | None = None,
     experts: Literal["separate", "pooled"] = "separate",
     lora: Sequence[str] = ("base", "delta"),
+    layout: Layout | None = None,
 ) -> Iterator[Matrix | Skipped]:
     """The weight matrices of `model` in module order, and what was left out with the reason.
 
@@ -63,6 +64,8 @@ def walk(
         experts: `"separate"` for one matrix an expert, `"pooled"` for one matrix with a slice an expert.
         lora: What is listed of a weight with LoRA adapters: `"base"` under its own name, `"delta"` (s·B·A of every
             adapter, as `<name>.lora[<adapter>]`) and `"merged"` (base plus active adapters, as `<name>.merged`).
+        layout: For a plan, which reads nothing: how stored tensors lie on ranks, in place of `sharded.shards_of`;
+            weights on the meta device are listed then too.
 
     Returns:
         A `Matrix` for every weight, a `Skipped` for every parameter of two or more dimensions that is none or cannot
@@ -81,7 +84,9 @@ def walk(
     check_choice("walk", "experts", experts, ("separate", "pooled"))
     adapters.check_lora("walk", lora)
     root = _unwrap(model)
-    return _walk(root, _Walk(split, experts == "separate", tuple(lora), adapters.find_adapters(root), units(model)))
+    return _walk(
+        root, _Walk(split, experts == "separate", tuple(lora), layout, adapters.find_adapters(root), units(model))
+    )
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class _Walk:
     split: Split | None
     separate: bool
     lora: tuple[str, ...]
+    layout: Layout | None
     adapters: adapters.Adapters
     units: dict[int, nn.Module]  # FSDP1's, by the modules in them
     owners: dict[str, nn.Module] = field(default_factory=dict)  # by cleaned path
@@ -255,7 +261,7 @@ def _cut_weight(module: nn.Module, path: str, weight: _Weight, this: _Walk) -> l
         dense = reading.dequantized_shape(module, like)
         size = dense or reading.shape(like)
         key = this.identity(module, reading.own_tensors(module).get(attribute))
-        reason = "" if dense else reading.defect(like, weight.kind)
+        reason = "" if dense else reading.defect(like, weight.kind, planned=this.layout is not None)
         layer = this.adapters.get((id(module), attribute))
         if (reason and layer is None) or key in this.seen:
             return [Skipped(name, weight.kind, size, reason or reading.tied_to(this.seen.get(key)))]
@@ -281,7 +287,7 @@ def _parts(
     load, role = partial(reading.read_dense, module, weight.attribute), infer_role(name, weight.kind)
     stored, computed = reading.sources(module, weight.attribute)
     for part in weight.parts or _cut(module, name, weight, size, this):
-        shards = shards_of(stored, part.stack, size, computed=computed)
+        shards = (this.layout or shards_of)(stored, part.stack, size, computed=computed)
         yield parts.matrix(name, weight.kind, part, size, load, role, shards), part
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ww_monitor.distributed import deal
+from ww_monitor.distributed import assign_owners, rounds
 from ww_monitor.matrix import Matrix
 
 GPT2_SMALL = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12
@@ -25,7 +25,7 @@ def loads(costs, owners, world):
 
 
 def imbalance(costs, world):
-    found = loads(costs, deal(costs, [range(world)] * len(costs), world), world)
+    found = loads(costs, assign_owners(costs, [range(world)] * len(costs), world), world)
     return max(found) / (sum(found) / world)
 
 
@@ -35,14 +35,6 @@ def test_gpt2_small_on_four_ranks():
 
 def test_llama_70b_on_64_ranks():
     assert imbalance(costs(LLAMA_70B), 64) <= 1.2
-
-
-def test_llama_70b_in_shards_on_64_ranks():
-    """The owner's part where the tall matrices are summed from shards: their eigenvalues only."""
-    owned = [
-        float(min(n, m) ** 3) if n >= m else cost for (n, m), cost in zip(LLAMA_70B, costs(LLAMA_70B), strict=True)
-    ]
-    assert imbalance(owned, 64) <= 1.2
 
 
 @st.composite
@@ -56,30 +48,52 @@ def hands(draw):
 @given(hands())
 def test_each_matrix_goes_to_a_rank_that_holds_it(hand):
     costs, holders, world = hand
-    owners = deal(costs, holders, world)
+    owners = assign_owners(costs, holders, world)
     assert len(owners) == len(costs)
     assert all(owner in held for owner, held in zip(owners, holders, strict=True))
 
 
 @given(hands())
-def test_who_deals_does_not_matter(hand):
+def test_the_order_of_the_holders_does_not_matter(hand):
     costs, holders, world = hand
-    assert deal(costs, [sorted(held, reverse=True) for held in holders], world) == deal(costs, holders, world)
+    assert assign_owners(costs, [sorted(held, reverse=True) for held in holders], world) == assign_owners(
+        costs, holders, world
+    )
 
 
 @given(st.lists(st.floats(1, 1e6), min_size=1, max_size=30), st.integers(1, 6))
 def test_grahams_bound(costs, world):
     """Largest load ≤ (sum of the others) / world + the last matrix that was dealt to that rank."""
-    owners = deal(costs, [range(world)] * len(costs), world)
+    owners = assign_owners(costs, [range(world)] * len(costs), world)
     found = loads(costs, owners, world)
     last = min(cost for cost, owner in zip(costs, owners, strict=True) if owner == found.index(max(found)))
     assert max(found) <= (sum(costs) - last) / world + last + 1e-6
 
 
 def test_who_holds_it_alone_analyses_it():
-    assert deal([9.0, 1.0, 1.0], [{1}, {1}, {0, 1}], 2) == [1, 1, 0]
+    assert assign_owners([9.0, 1.0, 1.0], [{1}, {1}, {0, 1}], 2) == [1, 1, 0]
+
+
+@given(hands())
+def test_a_round_has_every_owner_once_and_all_rounds_have_every_matrix(hand):
+    costs, holders, world = hand
+    owners = assign_owners(costs, holders, world)
+    found = rounds(costs, owners)
+    assert sorted(i for together in found for i in together) == list(range(len(costs)))
+    assert all(len({owners[i] for i in together}) == len(together) for together in found)
+    assert len(found) == max((owners.count(owner) for owner in set(owners)), default=0)
+
+
+@given(st.lists(st.floats(0, 1e12), max_size=30), st.integers(1, 6))
+def test_matrices_that_all_hold_are_assigned_as_any_others(costs, world):
+    """The quick way, for where nobody has to be left out, finds the least loaded rank too."""
+    load, expected = [0.0] * world, {}
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        expected[i] = load.index(min(load))
+        load[expected[i]] += costs[i]
+    assert assign_owners(costs, [range(world)] * len(costs), world) == [expected[i] for i in range(len(costs))]
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_nothing_to_deal(world):
-    assert deal([], [], world) == []
+def test_nothing_to_assign_owners(world):
+    assert assign_owners([], [], world) == []
