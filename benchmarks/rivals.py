@@ -15,7 +15,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from ww_monitor.engine.threads import hold_to_one_thread, thread_budget
-from ww_monitor.matrices import Matrix
+from ww_monitor.matrix import Matrix
 from ww_monitor.walk.torch import walk
 
 FULL = {"randomize": True, "mp_fit": True, "detX": True}

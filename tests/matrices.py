@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ww_monitor.matrices import Matrix
+from ww_monitor.matrix import Matrix
 
 
 def normal(*shape, seed=0, dtype=torch.float32):

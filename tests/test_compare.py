@@ -16,7 +16,7 @@ from tests.reference.cases import published
 from ww_monitor.baseline import Baseline
 from ww_monitor.compare import compare_matrices, distances
 from ww_monitor.errors import InvalidArgument, LayerError, MissingDependency
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.spectra.subspaces import (
     _leading_batched,
     _leading_on_host,

@@ -21,7 +21,7 @@ from tests.matrices import matrix
 from tests.registries import before_measurement, before_summary
 from ww_monitor import checkpoint, errors, record, rules, schedule
 from ww_monitor.engine import Options, run
-from ww_monitor.matrices import Select, Skipped
+from ww_monitor.matrix import Select, Skipped
 from ww_monitor.monitor import Monitor
 from ww_monitor.sinks.console import table
 from ww_monitor.sinks.memory import Memory

@@ -10,7 +10,7 @@ import ww_monitor
 from ww_monitor import description
 from ww_monitor.description import Rates, describe, measured_rates, operations, plan_matrices
 from ww_monitor.errors import InvalidArgument, MissingDependency
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 
 RATES = Rates(gram=1e9, solve=1e8)
 

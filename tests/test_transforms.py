@@ -16,7 +16,7 @@ from tests.reference.cases import published
 from tests.reference.cases import trapped as gaussian_with_traps
 from tests.registries import before_measurement
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.spectra.elements import elements
 from ww_monitor.transforms import _trap_directions, svd_sharpen, svd_smooth, transform_matrices
 

@@ -19,7 +19,7 @@ from ww_monitor.errors import (
     SpectralWarning,
     WWMonitorError,
 )
-from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.matrix import Matrix, Select, Skipped
 from ww_monitor.metric import metrics
 from ww_monitor.monitor import Monitor
 from ww_monitor.record import Finding, History, Layer, Snapshot

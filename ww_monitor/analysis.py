@@ -7,7 +7,7 @@ from typing import Literal
 
 from ww_monitor.distributed import analyze_on_ranks
 from ww_monitor.engine import Options, analyze_matrices
-from ww_monitor.matrices import Select
+from ww_monitor.matrix import Select
 from ww_monitor.record import History, Snapshot
 from ww_monitor.rules import SINGLE_RULES, apply_rules
 from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE

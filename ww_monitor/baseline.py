@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 
 from ww_monitor.errors import check_positive_int
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
+from ww_monitor.record import NAN
 from ww_monitor.spectra.subspaces import rotation, subspace
 
 logger = logging.getLogger(__name__)
@@ -18,8 +19,6 @@ logger = logging.getLogger(__name__)
 TOP = 8
 """Singular directions that are followed. Our choice: the learnt directions of a layer are few, and 8 is the least
 number of eigenvalues that is analysed."""
-
-NAN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -55,14 +54,13 @@ class Baseline:
         for item in items:
             if isinstance(item, Matrix):
                 try:
+                    # copy=True: on a host `to` alone gives the live weight, from which nothing ever moves
                     stored = item.load().detach().to("cpu", copy=True)
                     bases[item.name] = _on_host(subspace(stored, top))
                 except Exception as error:
                     logger.debug("no baseline of layer %s", item.name, exc_info=error)
-                    continue
-                matrices.append(
-                    Matrix(item.name, item.kind, item.shape, partial(torch.Tensor.detach, stored), item.role)
-                )
+                else:
+                    matrices.append(replace(item, load=stored.detach, frozen=False, shards=None))
         return cls(tuple(matrices), bases, top)
 
     @torch.no_grad()
@@ -105,8 +103,12 @@ class Baseline:
         moved = float(torch.linalg.vector_norm(weights.double() - initial.to(weights.device).double()))
         bases = _on_host(subspace(weights, self.top))
         left, right = (rotation(*both) for both in zip(self.bases[matrix.name], bases, strict=True))
-        known = 0 < norm < float("inf") and moved < float("inf")
-        return moved / norm if known else NAN, float(left.nanmean()), float(right.nanmean())
+        return relative(moved, norm), float(left.nanmean()), float(right.nanmean())
+
+
+def relative(distance: float, norm: float) -> float:
+    """The quotient distance / norm, NaN where the norm is 0 or either is not finite."""
+    return distance / norm if norm > 0 and math.isfinite(distance) and math.isfinite(norm) else NAN
 
 
 def _on_host(bases: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

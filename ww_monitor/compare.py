@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
 
-from ww_monitor.baseline import TOP
+from ww_monitor.baseline import TOP, relative
 from ww_monitor.errors import LayerError, MissingDependency, check_choice, check_positive_int
-from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.matrix import Matrix, Select, Skipped
+from ww_monitor.record import NAN
 from ww_monitor.spectra.subspaces import cka, overlap, subspace
 from ww_monitor.walk.delta import pair
 from ww_monitor.walk.sources import Source, walk_source
 
 if TYPE_CHECKING:
     import pandas
-
-_NAN = float("nan")
 
 
 def distances(
@@ -99,8 +99,8 @@ class Distances:
     @property
     def summary(self) -> dict[str, float]:
         """Mean of each number over the layers where it is known."""
-        names = [field.name for field in fields(Distance)][2:]
-        return {name: _mean([getattr(row, name) for row in self.rows]) for name in names}
+        numbers = [field.name for field in fields(Distance)][2:]
+        return {name: _mean([getattr(row, name) for row in self.rows]) for name in numbers}
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row a layer.
@@ -119,18 +119,7 @@ class Distances:
 def compare_matrices(
     a: Iterable[Matrix | Skipped], b: Iterable[Matrix | Skipped], *, top: int = TOP, unpaired: str = "error"
 ) -> Distances:
-    """`distances` of what two walkers yield, after selection.
-
-    Args:
-        a: Matrices of one model.
-        b: Matrices of the other.
-        top: See `distances`.
-        unpaired: See `distances`.
-
-    Raises:
-        InvalidArgument: as `distances`.
-        LayerError: naming a layer that cannot be read.
-    """
+    """`distances` of what two walkers yield, after selection; the same arguments and errors."""
     check_positive_int("distances", "top", top)
     check_choice("distances", "unpaired", unpaired, ("error", "skip"))
     pairs = pair(a, b, called=("a", "b"))
@@ -148,21 +137,21 @@ def compare_matrices(
 def _compare(one: Matrix, other: Matrix, top: int) -> Distance:
     first = one.load().detach()
     second = other.load().detach().to(first.device)
-    left, right = (subspace(weights, top) for weights in (first, second))
-    left_overlap, right_overlap = (overlap(*bases) for bases in zip(left, right, strict=True))
+    left, right = zip(subspace(first, top), subspace(second, top), strict=True)
     x, y = first.double(), second.double()
     distance, norm = float(torch.linalg.vector_norm(x - y)), float(torch.linalg.vector_norm(x))
     return Distance(
         one.name,
         one.shape,
-        frobenius=distance if distance < float("inf") else _NAN,
-        relative=distance / norm if 0 < norm < float("inf") and distance < float("inf") else _NAN,
+        frobenius=distance if math.isfinite(distance) else NAN,
+        relative=relative(distance, norm),
         cka=_mean(cka(x, y).tolist()),
-        left_overlap=_mean(left_overlap.tolist()),
-        right_overlap=_mean(right_overlap.tolist()),
+        left_overlap=_mean(overlap(*left).tolist()),
+        right_overlap=_mean(overlap(*right).tolist()),
     )
 
 
 def _mean(values: Sequence[float]) -> float:
+    """Of those that are known."""
     known = [value for value in values if value == value]
-    return sum(known) / len(known) if known else _NAN
+    return sum(known) / len(known) if known else NAN

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ww_monitor.errors import MissingDependency
-from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.matrix import Matrix, Select, Skipped
 from ww_monitor.walk.sharded import shards_of
 from ww_monitor.walk.sources import Source, walk_source
 
@@ -125,7 +125,7 @@ def plan_matrices(items: Iterable[Matrix | Skipped], *, rates: Rates | None = No
 
 def _planned(matrix: Matrix, rates: Rates) -> Planned:
     gram, solve = operations(matrix.shape)
-    known = matrix.name, matrix.kind, matrix.role, matrix.shape, matrix.long_side, matrix.short_side
+    known = matrix.name, str(matrix.kind), matrix.role, matrix.shape, matrix.long_side, matrix.short_side
     return Planned(*known, matrix.num_eigenvalues, gram + solve, gram / rates.gram + solve / rates.solve)
 
 

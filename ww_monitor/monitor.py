@@ -11,7 +11,7 @@ from ww_monitor import checkpoint
 from ww_monitor.engine import Options, warm_up
 from ww_monitor.errors import InvalidArgument, check_choice, check_positive_int
 from ww_monitor.guarded import Guarded
-from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.matrix import Matrix, Select, Skipped
 from ww_monitor.record import History, Snapshot
 from ww_monitor.rules import LOOKBACK, STOP_ON, TRAINING_RULES, Holding, Rule, metrics_of_the_past
 from ww_monitor.schedule import MAX_OVERHEAD, Budget, Schedule, never

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ww_monitor.errors import MissingDependency, check_positive_int
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.record import History, Layer, Snapshot
 from ww_monitor.spectra.eigenvalues import eigenvalues
 from ww_monitor.spectra.elements import elements
@@ -79,15 +79,14 @@ def spectrum(layer: Layer, *, shuffled: Sequence[float] | np.ndarray | None = No
     ax.set_xscale("log")
     ax.set_yscale("log")
     edges, counts = _binned(layer)
-    centres = _draw_density(ax, edges, counts, marker="o", ms=4, ls="", color="tab:blue", label="eigenvalues")
+    drawn = _draw_density(ax, edges, counts, marker="o", color="tab:blue", label="eigenvalues")
     if shuffled is not None:
-        bins = _bins(np.asarray(shuffled, dtype=float))
-        _draw_density(ax, *bins, marker="x", ms=4, ls="", color="0.55", label="shuffled")
+        _draw_density(ax, *_bins(np.asarray(shuffled, dtype=float)), marker="x", color="0.55", label="shuffled")
     limits = ax.get_ylim()
-    _draw_bulk(ax, layer, share=_bulk_share(layer, counts))
-    if len(centres):
+    _draw_bulk(ax, layer, total=float(counts.sum()))
+    if drawn:
         _draw_tail(ax, layer, edges, counts)
-        ax.set_ylim(limits)
+        ax.set_ylim(limits)  # the laws go on where there are no eigenvalues
     ax.set_title(f"{layer.name}: {layer.verdict or layer.status}", fontsize="medium")
     ax.set_xlabel("eigenvalue λ")
     ax.set_ylabel("density p(λ)")
@@ -115,7 +114,7 @@ def shuffled_eigenvalues(matrix: Matrix, *, seed: int = 0) -> np.ndarray:
     (100,)
     """
     weights = matrix.load()
-    if weights.element_size() < 2:
+    if weights.element_size() < 2:  # torch hardly computes with float8
         weights = weights.float()
     flat = (weights.double() - elements(weights).mean[:, None, None]).flatten(1)
     order = permutation(flat.shape[1], seed=seed, replica=0).to(flat.device).long()
@@ -185,25 +184,21 @@ class SpectralFigures:
         self._seen += 1
         if (self._seen - 1) % self.every:
             return {}
-        chosen = self._choose(snapshot)
-        wanted = {layer.name for layer in chosen}
-        items = [] if self.matrices is None else self.matrices()
-        by_name = {item.name: item for item in items if isinstance(item, Matrix) and item.name in wanted}
-        return {layer.name: render(spectrum(layer, shuffled=self._shuffled(by_name, layer))) for layer in chosen}
-
-    def _choose(self, snapshot: Snapshot) -> list[Layer]:
-        if not self.layers:
-            return worst(snapshot, count=self.count)
-        named = (layer for layer in snapshot.layers if any(fnmatchcase(layer.name, glob) for glob in self.layers))
-        return [layer for layer in named if layer.esd is not None]
-
-    def _shuffled(self, by_name: Mapping[str, Matrix], layer: Layer) -> np.ndarray | None:
-        matrix = by_name.get(layer.name)
-        return None if matrix is None else shuffled_eigenvalues(matrix, seed=self.seed)
+        if self.layers:
+            spectra = (layer for layer in snapshot.layers if layer.esd is not None)
+            chosen = [layer for layer in spectra if any(fnmatchcase(layer.name, glob) for glob in self.layers)]
+        else:
+            chosen = worst(snapshot, count=self.count)
+        names = {layer.name for layer in chosen}
+        items = self.matrices() if self.matrices is not None else ()
+        matrices = (item for item in items if isinstance(item, Matrix) and item.name in names)
+        shuffled = {matrix.name: shuffled_eigenvalues(matrix, seed=self.seed) for matrix in matrices}
+        return {layer.name: render(spectrum(layer, shuffled=shuffled.get(layer.name))) for layer in chosen}
 
 
 def render(ax: Axes) -> np.ndarray:
     """The figure of some axes as pixels, uint8 `[height, width, 3]`; pyplot and its state stay out of it."""
+    # a canvas of its own: pyplot would choose a backend and keep the figure
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas: Any = FigureCanvasAgg(ax.get_figure(root=True))
@@ -232,23 +227,21 @@ def _binned(layer: Layer) -> tuple[np.ndarray, np.ndarray]:
 
 def _bins(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Counts of positive values in bins equal in log λ."""
-    values = values[values > 0]
-    if not len(values):
+    logs = np.log10(values[values > 0])
+    if not len(logs):
         return np.empty(0), np.empty(0)
-    low, high = math.log10(values.min()), math.log10(values.max())
-    count = max(4, min(64, round((high - low) * _BINS_PER_DECADE)))
-    edges = np.logspace(low - 1e-9, high + 1e-9, count + 1)
-    return edges, np.histogram(values, edges)[0].astype(float)
+    count = max(4, min(64, round(float(np.ptp(logs)) * _BINS_PER_DECADE)))
+    counts, edges = np.histogram(logs, count)
+    return 10.0**edges, counts.astype(float)
 
 
-def _draw_density(ax: Axes, edges: np.ndarray, counts: np.ndarray, **style: Any) -> np.ndarray:
-    """Dots at the geometric middle of the bins that are not empty; returns where."""
-    if not len(counts) or not counts.sum():
-        return np.empty(0)
+def _draw_density(ax: Axes, edges: np.ndarray, counts: np.ndarray, **style: Any) -> bool:
+    """Dots at the geometric middle of the bins that are not empty; whether there are any."""
     full = counts > 0
-    centres: np.ndarray = np.sqrt(edges[:-1] * edges[1:])[full]
-    ax.plot(centres, counts[full] / (counts.sum() * np.diff(edges)[full]), **style)
-    return centres
+    if full.any():
+        centres, widths = np.sqrt(edges[:-1] * edges[1:]), np.diff(edges)
+        ax.plot(centres[full], (counts / (counts.sum() * widths))[full], ms=4, ls="", **style)
+    return bool(full.any())
 
 
 def _draw_tail(ax: Axes, layer: Layer, edges: np.ndarray, counts: np.ndarray) -> None:
@@ -256,7 +249,11 @@ def _draw_tail(ax: Axes, layer: Layer, edges: np.ndarray, counts: np.ndarray) ->
     alpha, xmin = layer.value("alpha"), layer.value("xmin")
     if not (math.isfinite(alpha) and xmin > 0 and alpha > 1):
         return
-    share = _share_above(layer, edges, counts, xmin)
+    if layer.eigenvalues is not None:
+        above = float((np.asarray(layer.eigenvalues) >= xmin * (1 - 1e-9)).sum())
+    else:  # of the bin that xmin cuts, the part above it
+        above = float((counts * np.clip((np.log(edges[1:]) - math.log(xmin)) / np.diff(np.log(edges)), 0, 1)).sum())
+    share = above / counts.sum()
     x = np.geomspace(xmin, max(edges[-1], xmin * 1.01), 50)
     sigma = layer.value("sigma")
     label = f"power law, alpha = {alpha:.2f}" + (f" ± {sigma:.2f}" if math.isfinite(sigma) else "")
@@ -264,23 +261,16 @@ def _draw_tail(ax: Axes, layer: Layer, edges: np.ndarray, counts: np.ndarray) ->
     ax.axvline(xmin, color="tab:orange", lw=0.9, ls="--")
 
 
-def _share_above(layer: Layer, edges: np.ndarray, counts: np.ndarray, xmin: float) -> float:
-    if layer.eigenvalues is not None:
-        return float((np.asarray(layer.eigenvalues) >= xmin * (1 - 1e-9)).sum() / counts.sum())
-    inside = np.clip((np.log(edges[1:]) - math.log(xmin)) / np.diff(np.log(edges)), 0, 1)
-    return float((counts * inside).sum() / counts.sum())
+def _draw_bulk(ax: Axes, layer: Layer, *, total: float) -> None:
+    """p(λ) = √((λ₊ − λ)(λ − λ₋)) / (2π σ² M λ) (Marchenko & Pastur 1967), for WᵀW not divided by N.
 
-
-def _bulk_share(layer: Layer, counts: np.ndarray) -> float:
-    spikes, total = layer.value("num_spikes"), float(counts.sum()) if len(counts) else 0.0
-    return 1.0 if not total or math.isnan(spikes) else max(0.0, 1 - spikes / total)
-
-
-def _draw_bulk(ax: Axes, layer: Layer, *, share: float) -> None:
-    """p(λ) = √((λ₊ − λ)(λ − λ₋)) / (2π σ² M λ) (Marchenko & Pastur 1967), for WᵀW not divided by N."""
+    It stands for all but the spikes of `total` eigenvalues.
+    """
     low, high, std = (layer.value(name) for name in ("bulk_min", "bulk_max", "bulk_std"))
     if not (high > 0 and std > 0):
         return
+    spikes = layer.value("num_spikes")
+    share = 1.0 if not total or math.isnan(spikes) else max(0.0, 1 - spikes / total)
     x = np.geomspace(max(low, 1e-4 * high), high, 400)[1:-1]
     density = np.sqrt((high - x) * (x - low)) / (2 * math.pi * std**2 * min(layer.shape[1:]) * x)
     ax.plot(x, share * density, color="tab:green", lw=1.3, label="Marchenko–Pastur bulk")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ww_monitor.errors import MissingDependency, WWMonitorError
+from ww_monitor.kind import About, Kind
 
 if TYPE_CHECKING:
     import pandas
@@ -70,7 +71,7 @@ class Layer:
 
     Attributes:
         name: Its name in the model.
-        kind: `"dense"`, `"conv"`, …
+        kind: `"dense"`, `"conv"`, … (`ww_monitor.kind`).
         role: `"q"`, `"up"`, … or `""`.
         shape: `(slices, rows, columns)`.
         status: `"ok"`, or why numbers are missing.
@@ -409,7 +410,7 @@ def _weightwatcher_row(index: int, layer: Layer) -> dict[str, Any]:
         "layer_id": index,
         "name": layer.name.rsplit(".", 1)[-1],
         "longname": layer.name,
-        "layer_type": {"conv": "conv2d", "embedding": "embedding"}.get(layer.kind, "dense"),
+        "layer_type": next((kind.about.layer_type for kind in Kind if kind == layer.kind), About.layer_type),
         "N": max(rows, columns),
         "M": min(rows, columns),
         "Q": max(rows, columns) / min(rows, columns),

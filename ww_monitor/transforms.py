@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.errors import InvalidArgument, check_choice
-from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.matrix import Matrix, Select, Skipped
 from ww_monitor.spectra.elements import elements
 from ww_monitor.spectra.erg import correlation_space
 from ww_monitor.spectra.marchenko_pastur import bulk
 from ww_monitor.spectra.traps import HEADROOM_TO_SHUFFLE
 from ww_monitor.walk.sources import walk_source
-from ww_monitor.walk.stored import Stored
 
 logger = logging.getLogger(__name__)
+
+Homes = Mapping["tuple[int, torch.dtype]", torch.Tensor]
+"""The storage of live weights → a tensor in the storage that is written to."""
 
 _KEEP = ("erg", "detX", "alpha", "spikes")
 _LEAST_TRAPS = 0.5
@@ -35,7 +39,7 @@ class TransformedLayer:
     """What became of one layer.
 
     Attributes:
-        name: Of the layer.
+        name: Name of the layer.
         kept: Singular components that stay, over all slices; with `method="clip"` entries that stay.
         of: Singular components (entries) there were.
         reason: Why the layer is unchanged, bit for bit, or `""` if it changed.
@@ -52,8 +56,7 @@ class Transformed:
     """A transformed model.
 
     Attributes:
-        state_dict: The model's own keys. Copies that share nothing with the model, or with `inplace=True` the live
-            tensors.
+        state_dict: The model's own keys: copies that share nothing with it, or with `inplace=True` the live tensors.
         layers: One a weight of the model.
     """
 
@@ -111,12 +114,13 @@ def svd_smooth(
     >>> torch.linalg.matrix_rank(smooth.state_dict["0.weight"]).item(), smooth.changed
     (4, (TransformedLayer(name='0', kept=4, of=32, reason=''),))
     """
-    _check_keep(keep)
-
-    def smooth(matrix: Matrix, weights: torch.Tensor) -> _Change:
-        return _smooth(matrix, weights, keep)
-
-    return _transform(model, smooth, inplace=inplace, select=Select(include, exclude))
+    whole = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+    if not (whole or keep in _KEEP or (isinstance(keep, float) and 0 < keep <= 1)):
+        listed = ", ".join(map(repr, _KEEP))
+        raise InvalidArgument(
+            f"svd_smooth: keep must be one of {listed}, an integer >= 1 or a float in (0, 1]; got {keep!r}"
+        )
+    return _transform(model, partial(_smooth, keep=keep), inplace=inplace, select=Select(include, exclude))
 
 
 def svd_sharpen(
@@ -162,11 +166,8 @@ def svd_sharpen(
     [('0', 49, 50, ''), ('1', 20, 20, 'no traps')]
     """
     check_choice("svd_sharpen", "method", method, ("directions", "clip"))
-
-    def sharpen(matrix: Matrix, weights: torch.Tensor) -> _Change:
-        return _sharpen(matrix, weights, method, seed)
-
-    return _transform(model, sharpen, inplace=inplace, select=Select(include, exclude))
+    change = partial(_sharpen, method=method, seed=seed)
+    return _transform(model, change, inplace=inplace, select=Select(include, exclude))
 
 
 # --- one layer
@@ -174,7 +175,7 @@ def svd_sharpen(
 
 @dataclass(frozen=True)
 class _Change:
-    """New weights `[R, N, M]` in float64, or `None` with the reason."""
+    """What becomes of a layer: new weights `[R, N, M]` in float64 of `kept` components, or `reason` why none."""
 
     weights: torch.Tensor | None
     kept: int
@@ -182,35 +183,34 @@ class _Change:
     reason: str = ""
 
 
-def _check_keep(keep: str | int | float) -> None:
-    if isinstance(keep, str):
-        valid = keep in _KEEP
-    elif isinstance(keep, int):
-        valid = keep >= 1 and not isinstance(keep, bool)
-    else:
-        valid = isinstance(keep, float) and 0 < keep <= 1
-    if not valid:
-        listed = ", ".join(map(repr, _KEEP))
-        raise InvalidArgument(
-            f"svd_smooth: keep must be one of {listed}, an integer >= 1 or a float in (0, 1]; got {keep!r}"
-        )
+Change = Callable[[Matrix, torch.Tensor], _Change]
+"""The transform of one layer: the matrix and its weights → what becomes of it."""
+
+
+def _same(of: int, reason: str) -> _Change:
+    return _Change(None, of, of, reason)
 
 
 def _smooth(matrix: Matrix, weights: torch.Tensor, keep: str | int | float) -> _Change:
     components = matrix.num_eigenvalues
-    count, verdict = _pooled_count(matrix, keep) if isinstance(keep, str) else (_slice_count(matrix, keep), "")
+    if isinstance(keep, str):
+        count, verdict = _pooled_count(matrix, keep)
+    else:
+        count = keep if isinstance(keep, int) else max(1, math.floor(keep * matrix.short_side + 1e-9))
+        verdict = ""
     if not count >= 1:
-        return _Change(None, components, components, f"keep={keep!r} gives no number of components: {verdict}")
+        return _same(components, f"keep={keep!r} gives no number of components: {verdict}")
     u, s, vh = torch.linalg.svd(weights.double(), full_matrices=False)
     eigenvalues = s.square()
     if isinstance(keep, str):
+        # over all slices, as the fit counted them
         smallest = eigenvalues.flatten().sort(descending=True).values[: int(count)].amin()
         kept = eigenvalues >= smallest
     else:
         kept = torch.arange(s.shape[1], dtype=torch.int64, device=s.device).expand_as(s) < count
     rounding = max(torch.finfo(weights.dtype).eps / 2, matrix.long_side * torch.finfo(torch.float64).eps)
     if bool(torch.where(kept, 0.0, eigenvalues).sum() <= rounding**2 * eigenvalues.sum()):
-        return _Change(None, components, components, "the rest is no more than the rounding of its precision")
+        return _same(components, "the rest is no more than the rounding of its precision")
     return _Change(u @ (torch.where(kept, s, 0.0)[:, :, None] * vh), int(kept.sum()), components)
 
 
@@ -224,12 +224,6 @@ def _pooled_count(matrix: Matrix, keep: str) -> tuple[float, str]:
     return float(correlation_space(spectrum[None]).size), layer.verdict
 
 
-def _slice_count(matrix: Matrix, keep: int | float) -> int:
-    if isinstance(keep, int):
-        return min(keep, matrix.short_side)
-    return max(1, math.floor(keep * matrix.short_side + 1e-9))
-
-
 def _sharpen(matrix: Matrix, weights: torch.Tensor, method: str, seed: int) -> _Change:
     w = weights.double()
     stats = elements(w)
@@ -237,17 +231,16 @@ def _sharpen(matrix: Matrix, weights: torch.Tensor, method: str, seed: int) -> _
     is_trap = (w - mean).abs() > threshold
     of = matrix.num_eigenvalues if method == "directions" else w.numel()
     if not bool(is_trap.any()):
-        return _Change(None, of, of, "no traps")
+        return _same(of, "no traps")
     num_traps = analyze_matrices([matrix], Options(metrics=["num_traps"], seed=seed)).layers[0].value("num_traps")
     if not num_traps >= _LEAST_TRAPS:
-        known = num_traps == num_traps
-        return _Change(None, of, of, "no traps" if known else "too small to count its traps")
+        return _same(of, "too small to count its traps" if math.isnan(num_traps) else "no traps")
     if method == "clip":
         limit = HEADROOM_TO_SHUFFLE * threshold
         return _Change(torch.where(is_trap, mean + (w - mean).sign() * limit, w), of - int(is_trap.sum()), of)
     removed, count = _trap_directions(w, torch.where(is_trap, w - mean, 0.0), math.ceil(num_traps))
     if count == 0:
-        return _Change(None, of, of, "no singular direction is concentrated on its traps; method='clip' removes them")
+        return _same(of, "no singular direction is concentrated on its traps; method='clip' removes them")
     return _Change(w - removed, of - count, of)
 
 
@@ -273,28 +266,9 @@ def _trap_directions(w: torch.Tensor, traps: torch.Tensor, most: int) -> tuple[t
 # --- one model
 
 
-def _transform(
-    model: torch.nn.Module | Mapping[str, Any],
-    change: Callable[[Matrix, torch.Tensor], _Change],
-    *,
-    inplace: bool,
-    select: Select,
-) -> Transformed:
-    if not isinstance(model, (torch.nn.Module, Mapping)):
-        raise InvalidArgument(
-            f"transform: model must be a torch.nn.Module or its state dict; got {type(model).__name__}"
-        )
-    live = dict(model.state_dict() if isinstance(model, torch.nn.Module) else model)
-    return transform_matrices(select.apply(walk_source(model)), live, change, inplace=inplace)
-
-
 @torch.no_grad()
 def transform_matrices(
-    items: Iterable[Matrix | Skipped],
-    live: Mapping[str, Any],
-    change: Callable[[Matrix, torch.Tensor], _Change],
-    *,
-    inplace: bool,
+    items: Iterable[Matrix | Skipped], live: Mapping[str, Any], change: Change, *, inplace: bool
 ) -> Transformed:
     """Write `change(matrix, weights)` where the weights are a view of one of the tensors `live`.
 
@@ -306,35 +280,64 @@ def transform_matrices(
         change: The transform of one layer.
         inplace: Write into `live` instead of into a copy.
     """
-    target = Stored(live, inplace=inplace)
+    written = dict(live) if inplace else _copied(live)
+    # by storage: fused weights, slices and tied layers are views of one tensor, and all are written through it
+    homes = {_place(value): written[key].detach() for key, value in live.items() if _has_address(value)}
     rows = []
     for item in items:
         if isinstance(item, Skipped):
             rows.append(TransformedLayer(item.name, 0, 0, item.reason or "skipped"))
             continue
         try:
-            rows.append(_apply(item, change, target))
+            result = _apply(item, change, homes)
         except Exception as error:
             logger.debug("layer %s stays as it is", item.name, exc_info=error)
-            size = item.num_eigenvalues
-            rows.append(TransformedLayer(item.name, size, size, f"error: {type(error).__name__}: {error}"))
-    return Transformed(target.tensors, tuple(rows))
+            result = _same(item.num_eigenvalues, f"error: {type(error).__name__}: {error}")
+        rows.append(TransformedLayer(item.name, result.kept, result.of, result.reason))
+    return Transformed(written, tuple(rows))
 
 
-def _apply(matrix: Matrix, change: Callable[[Matrix, torch.Tensor], _Change], target: Stored) -> TransformedLayer:
-    weights = matrix.load().detach()
-    size = matrix.num_eigenvalues
-    homes = target.views(weights)
-    if not homes:
-        return TransformedLayer(matrix.name, size, size, "its weights are computed, not stored in one tensor")
+def _transform(model: Any, change: Change, *, inplace: bool, select: Select) -> Transformed:
+    if not isinstance(model, (torch.nn.Module, Mapping)):
+        raise InvalidArgument(
+            f"transform: model must be a torch.nn.Module or its state dict; got {type(model).__name__}"
+        )
+    live = model.state_dict() if isinstance(model, torch.nn.Module) else model
+    return transform_matrices(select.apply(walk_source(model)), live, change, inplace=inplace)
+
+
+def _apply(matrix: Matrix, change: Change, homes: Homes) -> _Change:
+    """Change one layer where it is stored."""
+    weights, size = matrix.load().detach(), matrix.num_eigenvalues
+    home = homes.get(_place(weights)) if _has_address(weights) else None
+    if home is None:
+        return _same(size, "its weights are computed, not stored in one tensor")
     if not bool(torch.isfinite(weights.double()).all()):
-        return TransformedLayer(matrix.name, size, size, "not finite")
+        return _same(size, "not finite")
     result = change(matrix, weights)
     if result.weights is None:
-        return TransformedLayer(matrix.name, result.kept, result.of, result.reason)
+        return result
     new = result.weights.to(weights.dtype)
     if not bool(torch.isfinite(new.double()).all()):
-        return TransformedLayer(matrix.name, size, size, f"the result does not fit into {weights.dtype}")
-    for home in homes:
-        home.copy_(new)
-    return TransformedLayer(matrix.name, result.kept, result.of)
+        return _same(size, f"the result does not fit into {weights.dtype}")
+    home.as_strided(weights.shape, weights.stride(), weights.storage_offset()).copy_(new)
+    return result
+
+
+# --- where weights are stored
+
+
+def _copied(live: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of the tensors with the strides and the sharing of storage that they have among themselves."""
+    memo: dict[int, Any] = {}  # torch notes copied storages here, so that tied weights and views stay what they are
+    return {k: copy.deepcopy(v.detach(), memo) if isinstance(v, torch.Tensor) else v for k, v in live.items()}
+
+
+def _has_address(value: Any) -> bool:
+    plain = type(value) in (torch.Tensor, torch.nn.Parameter)
+    return plain and value.layout is torch.strided and not value.is_meta and value.numel() > 0
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, torch.dtype]:
+    """What a tensor and the views of it have in common."""
+    return tensor.untyped_storage().data_ptr(), tensor.dtype

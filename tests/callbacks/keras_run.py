@@ -20,7 +20,7 @@ import torch
 
 from ww_monitor import History, SpectralWarning, analyze
 from ww_monitor.callbacks.keras import SpectralMonitor
-from ww_monitor.matrices import Matrix
+from ww_monitor.matrix import Matrix
 from ww_monitor.sinks.tensorboard import TensorBoard
 from ww_monitor.walk.keras import walk_keras
 

@@ -34,7 +34,7 @@ from ww_monitor.distributed import FrozenRows, analyze_on_ranks
 from ww_monitor.distributed.shards import Shipment
 from ww_monitor.engine import Options
 from ww_monitor.errors import WWMonitorError
-from ww_monitor.matrices import Matrix
+from ww_monitor.matrix import Matrix
 from ww_monitor.metric import measurement
 from ww_monitor.metric.table import metric
 from ww_monitor.walk.sharded import even_shards

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ww_monitor.distributed import assign_owners, rounds
-from ww_monitor.matrices import Matrix
+from ww_monitor.matrix import Matrix
 
 GPT2_SMALL = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12
 

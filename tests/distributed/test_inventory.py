@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ww_monitor.distributed.inventory import Held, checksum, describe, merge
 from ww_monitor.errors import WWMonitorError
-from ww_monitor.matrices import Matrix, Shards, Skipped
+from ww_monitor.matrix import Matrix, Shards, Skipped
 
 
 def held(name, rank, content, **fields):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ww_monitor.distributed import layout
 from ww_monitor.distributed.layout import deliver
 from ww_monitor.distributed.shards import add_gram, mirror
-from ww_monitor.matrices import Matrix
+from ww_monitor.matrix import Matrix
 
 
 def parts(shape, axis, sizes):

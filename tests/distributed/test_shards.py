@@ -8,7 +8,7 @@ import torch
 from tests.distributed.test_layout import parts
 from ww_monitor.distributed.layout import deliver
 from ww_monitor.distributed.shards import Shipment
-from ww_monitor.matrices import Matrix, Piece, Shards
+from ww_monitor.matrix import Matrix, Piece, Shards
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 

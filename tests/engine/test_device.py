@@ -18,7 +18,7 @@ from tests.matrices import matrix, normal
 from tests.registries import before_measurement, before_metric
 from tests.stand_in import use_stand_in
 from ww_monitor.engine import Options, analyze_matrices
-from ww_monitor.matrices import Matrix
+from ww_monitor.matrix import Matrix
 from ww_monitor.spectra.device import Accelerator
 
 

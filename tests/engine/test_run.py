@@ -14,7 +14,7 @@ from tests.matrices import broken, matrix, normal
 from tests.registries import before_measurement, before_metric
 from ww_monitor.engine import Options, analyze_matrices, run
 from ww_monitor.errors import LayerError
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.metric import MEASUREMENTS, TABLE, measurement
 from ww_monitor.metric.measurements import LEAST_TRAP_SIDE
 from ww_monitor.metric.table import metric

@@ -16,7 +16,8 @@ import ww_monitor
 from ww_monitor import Monitor, plots
 from ww_monitor.record import Finding, Histogram, Layer, Snapshot
 from ww_monitor.sinks.heatmap import alpha_colours
-from ww_monitor.sinks.tensorboard import Dashboard, TensorBoard, write_histograms
+from ww_monitor.sinks.tensorboard import Dashboard, TensorBoard
+from ww_monitor.sinks.trackers import Dashboards
 from ww_monitor.walk.torch import walk
 
 pytest.importorskip("tensorboard", reason="tensorboard, the reader of the files, is not installed")
@@ -128,14 +129,6 @@ def test_the_esd_of_a_real_layer_is_a_histogram(tmp_path, read_events):
     width = (row.esd.high - row.esd.low) / len(row.esd.counts)
     assert abs(histogram.sum / histogram.num - float(logs.mean())) < width
     assert histogram.sum_squares / histogram.num == pytest.approx(float(logs.square().mean()), abs=2 * width)
-
-
-def test_histograms_can_be_written_alone(tmp_path, read_events):
-    with SummaryWriter(tmp_path) as writer:
-        write_histograms(writer, snapshot(), 4)
-    tags = read_events(tmp_path).Tags()
-    assert tags["histograms"] == ["ww_esd/encoder.fc"]
-    assert tags["scalars"] == tags["images"] == tags["tensors"] == []
 
 
 def test_a_layer_without_a_spectrum_has_no_histogram_and_no_value(tmp_path, read_events):
@@ -288,8 +281,8 @@ def test_a_run_without_layers_has_no_picture(tmp_path, read_events):
     assert read_events(tmp_path).Tags()["images"] == []
 
 
-def test_one_dashboard_keeps_its_writers_apart(tmp_path, texts, images, layouts):
-    dashboard = Dashboard()
+def test_dashboards_keep_their_writers_apart(tmp_path, texts, images, layouts):
+    dashboard = Dashboards()
     for name in ("first", "second"):
         with SummaryWriter(tmp_path / name) as writer:
             dashboard.update(writer, Snapshot((layer(name, alpha=3.0),), step=5), 5)
@@ -300,7 +293,7 @@ def test_one_dashboard_keeps_its_writers_apart(tmp_path, texts, images, layouts)
 
 
 def test_a_dashboard_does_not_keep_a_writer_alive(tmp_path):
-    dashboard = Dashboard()
+    dashboard = Dashboards()
     writer = SummaryWriter(tmp_path)
     dashboard.update(writer, snapshot(), 0)
     writer.close()

@@ -1,4 +1,4 @@
-"""Trackers that nobody wrote a sink for: the framework's logger carries our values into their local stores."""
+"""Trackers beside the sinks: the framework's logger carries our values, and the table of dashboards what is more."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from ww_monitor.sinks import trackers
+from ww_monitor.sinks.dashboard import Dashboard
 
 pl = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning, the trainer, is not installed")
 
@@ -62,3 +65,65 @@ def test_mlflow_gets_every_scalar_of_every_snapshot(tmp_path):
     for key in keys:
         read = {metric.step: metric.value for metric in client.get_metric_history(logger.run_id, key)}
         assert read == {x: values[key] for x, values in expected.items() if key in values}
+
+
+# --- dashboards
+
+
+class Wall:
+    """A tracker that nobody has heard of."""
+
+    def __init__(self) -> None:
+        self.painted: list[tuple[int, int]] = []
+
+    def paint(self, step: int, layers: int) -> None:
+        self.painted.append((step, layers))
+
+
+class Mural(Dashboard):
+    """Its dashboard."""
+
+    def _show(self, tracker, snapshot, step, values):
+        assert not values
+        tracker.paint(step, len(snapshot.layers))
+
+
+class Painter(pl.loggers.logger.DummyLogger):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wall = Wall()
+
+    @property
+    def experiment(self):
+        return self.wall
+
+
+def test_one_entry_in_the_table_brings_a_new_trackers_dashboard_to_the_callbacks(tmp_path, monkeypatch):
+    monkeypatch.setitem(trackers.DASHBOARDS, "paint", Mural)
+    painter = Painter()
+    history = fit(tmp_path, painter)
+    assert painter.wall.painted == [(max(0, one.step - 1), len(one.layers)) for one in history]
+    assert len(history) == 3
+
+
+def test_a_trainers_callback_gives_the_tracker_that_the_table_knows(monkeypatch):
+    huggingface = pytest.importorskip("ww_monitor.callbacks.huggingface", reason="transformers is not installed")
+    monkeypatch.setitem(trackers.DASHBOARDS, "paint", Mural)
+
+    class Held:
+        def __init__(self, **held) -> None:
+            vars(self).update(held)
+
+    wall = Wall()
+    assert huggingface._tracker(Held(easel=1, wall=wall)) is wall
+    assert huggingface._tracker(Held(module=Held(run=wall))) is wall
+    assert huggingface._tracker(Held(module=pytest)) is None
+
+
+def test_what_has_any_attribute_is_no_tracker():
+    class Anything:
+        def __getattr__(self, name):
+            return print
+
+    assert trackers.dashboard_of(Anything()) is None
+    assert trackers.dashboard_of(None) is None

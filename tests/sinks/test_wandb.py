@@ -166,13 +166,14 @@ def alerts(tmp_path: Path, run: Any, read_wandb: Any) -> list[tuple[str, list[st
 
 def test_a_finding_alerts_once_a_rule_and_layer(tmp_path, start_wandb, read_wandb):
     run = start_wandb(tmp_path)
-    dashboard = Dashboard(alert_seconds=0)
+    dashboard = Dashboard()
+    dashboard.alert_seconds = 0
     dashboard.update(run, snapshot(0), 0)
     dashboard.update(run, snapshot(1, finding("trap", "a"), finding("trap", "b")), 1)
     dashboard.update(run, snapshot(2, finding("trap", "a", state="end")), 2)
     dashboard.update(run, snapshot(3, finding("trap", "a"), finding("over_trained", "a", severity="warning")), 3)
     dashboard.update(run, snapshot(4, finding("mean_shift", "a", severity="info")), 4)
-    dashboard.finish()
+    dashboard.finish(run)
     assert alerts(tmp_path, run, read_wandb) == [
         ("ww_monitor: trap", ["a", "b"], "ERROR"),
         ("ww_monitor: over_trained", ["a"], "WARN"),

@@ -12,7 +12,7 @@ from torch import nn
 from tests.registries import before_measurement, before_summary
 from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix
+from ww_monitor.matrix import Matrix
 from ww_monitor.schedule import Budget
 from ww_monitor.survey import Survey, stills, survey
 from ww_monitor.survey.stills import still

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ww_monitor.matrices import Matrix
+from ww_monitor.matrix import Matrix
 from ww_monitor.record import Layer
 from ww_monitor.survey.unchanged import Unchanged, checksum
 from ww_monitor.walk.torch import walk

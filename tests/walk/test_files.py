@@ -13,7 +13,7 @@ from torch import nn
 from tests.processes import run_python
 from ww_monitor import analyze
 from ww_monitor.errors import InvalidArgument, MissingDependency, WWMonitorError
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import files
 from ww_monitor.walk.files import walk_files
 from ww_monitor.walk.torch import walk
@@ -237,11 +237,16 @@ def test_tied_in_a_file(tmp_path):
 
 
 def test_unread_storage_type(tmp_path):
-    """A dtype that is not read costs its tensor only."""
+    """A dtype that torch lacks costs its tensor only, and integers are called so."""
     path = tmp_path / "net.safetensors"
-    safetensors.save_file({**TENSORS, "x.weight": torch.ones(4, 4, dtype=torch.uint16)}, path)
+    written = safetensors.save({**TENSORS, "i.weight": torch.ones(4, 4, dtype=torch.uint16)})
+    numbers = written[8 + int.from_bytes(written[:8], "little") :]
+    header = json.loads(written[8 : -len(numbers)])
+    header["x.weight"] = {"dtype": "F6_E2M3", "shape": [8, 8], "data_offsets": [len(numbers), len(numbers) + 48]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + numbers + bytes(48))
     check(path)
-    assert reasons(path) == {"x": "a storage type that is not read"}
+    assert reasons(path) == {"i": "integer weights", "x": "a storage type that is not read"}
 
 
 def test_split(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import fused, parts
 from ww_monitor.walk.torch import walk
 

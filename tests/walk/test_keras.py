@@ -15,7 +15,7 @@ keras = pytest.importorskip("keras", reason="the models are theirs")
 from tests.processes import run_python  # noqa: E402
 from ww_monitor import analyze  # noqa: E402
 from ww_monitor.errors import InvalidArgument, MissingDependency, WWMonitorError  # noqa: E402
-from ww_monitor.matrices import Matrix, Skipped  # noqa: E402
+from ww_monitor.matrix import Matrix, Skipped  # noqa: E402
 from ww_monitor.walk import keras as walker  # noqa: E402
 from ww_monitor.walk.keras import load_keras_file, walk_keras  # noqa: E402
 from ww_monitor.walk.sources import walk_source  # noqa: E402

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.torch import walk
 
 

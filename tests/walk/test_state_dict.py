@@ -8,7 +8,7 @@ from torch import nn
 
 from ww_monitor import analyze
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import state_dict
 from ww_monitor.walk.state_dict import walk_state_dict
 from ww_monitor.walk.torch import walk
@@ -73,7 +73,7 @@ OTHERS = [
         (4, 1),
         "stored before pruning or a parametrization, which needs the model",
     ),
-    ("deep.weight", (2, 2, 2, 2, 2, 2), "6-dimensional where a conv weight has 3 to 5"),
+    ("deep.weight", (2, 2, 2, 2, 2, 2), "6-dimensional where convolution kernels have 3 to 5"),
     ("none.weight", (0, 4), r"empty: a zero in the shape (0, 4)"),
 ]
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.kind import Kind
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import roles
 from ww_monitor.walk import torch as walker
 from ww_monitor.walk.torch import walk
@@ -432,7 +433,7 @@ LEFT_OUT = [
     (nn.LazyLinear(4), "not initialised: a lazy module before its first forward pass", ()),
     (nn.LazyConv2d(4, 3), "not initialised: a lazy module before its first forward pass", ()),
     (with_weight(torch.ones(0, 4)), "empty: a zero in the shape (0, 4)", (0, 4)),
-    (with_weight(torch.ones(16)), "1-dimensional where a dense weight has 2 to 3", (16,)),
+    (with_weight(torch.ones(16)), "1-dimensional where dense weights have 2 to 3", (16,)),
     (with_weight(None), "no weight tensor in the module: packed or sharded elsewhere", ()),
     (Broken(), "could not be read: RuntimeError: gone", ()),
 ]
@@ -747,7 +748,7 @@ ROLES = [
 @pytest.mark.parametrize(("name", "kind", "role"), ROLES)
 def test_roles(name, kind, role):
     """The role follows from how common families name their layers, and is empty where the name does not tell."""
-    assert roles.infer_role(name, kind) == role
+    assert roles.infer_role(name, Kind(kind)) == role
 
 
 def test_examples():

@@ -12,14 +12,15 @@ from typing import Any, Literal
 import torch
 
 from ww_monitor.engine import Options
-from ww_monitor.matrices import Select
+from ww_monitor.matrix import Select
 from ww_monitor.monitor import Monitor
 from ww_monitor.record import Snapshot
 from ww_monitor.rules import TRAINING_RULES, Rule
 from ww_monitor.schedule import MAX_OVERHEAD
-from ww_monitor.sinks import Sink, tensorboard, wandb
+from ww_monitor.sinks import Sink
 from ww_monitor.sinks.console import Console, table
 from ww_monitor.sinks.jsonl import JsonLines
+from ww_monitor.sinks.trackers import Dashboards
 from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE
 from ww_monitor.spectra.traps import REPLICAS
 from ww_monitor.walk.sources import WHOLE, Source, walk_source
@@ -153,8 +154,7 @@ class Adapter:
         self._session: Session | None = None
         self._history_name = ""
         self._resumed = False
-        self._tensorboard = tensorboard.Dashboard(prefix=self._prefix)
-        self._wandb = wandb.Dashboard(step_key=self._step_key)
+        self._dashboards = Dashboards(prefix=self._prefix, step_key=self._step_key)
         self._x: dict[int | None, int] = {}
         """Where on the framework's own axis a step lies whose snapshot is under way."""
 
@@ -206,19 +206,6 @@ class Adapter:
         snapshot = self.monitor.observe(self._walk(model), step=step, epoch=epoch, whole=whole)
         return done if snapshot is None else [*done, snapshot]
 
-    def _show(self, tracker: Any, snapshot: Snapshot, x: int) -> None:
-        """What is more than a number, to a tracker of the framework that can show it, beside the scalars there.
-
-        Args:
-            tracker: A TensorBoard `SummaryWriter`, a W&B run, or anything else, which shows nothing.
-            snapshot: What was seen.
-            x: Where its scalars are on the tracker's axis.
-        """
-        if hasattr(tracker, "add_histogram_raw"):
-            self._tensorboard.update(tracker, snapshot, x)
-        elif hasattr(tracker, "define_metric"):
-            self._wandb.update(tracker, snapshot, x)
-
     def _announce(self) -> None:
         """The line at the start, once there is a snapshot."""
         if self._session is not None and len(self.monitor.history):
@@ -238,7 +225,7 @@ class Adapter:
         """The run is over, however it ended; also called when a run begins, for one that has ended unseen."""
         self._resumed = False
         with self.monitor.guard("last pictures", always=True):
-            self._wandb.finish()
+            self._dashboards.finish()
         if self._session is not None:
             self._left_open.detach()
             self._session.close()

@@ -13,6 +13,7 @@ from typing import Any
 from ww_monitor.callbacks._adapter import Adapter
 from ww_monitor.errors import MissingDependency
 from ww_monitor.record import Snapshot, summary_key
+from ww_monitor.sinks.trackers import dashboard_of
 
 try:
     from transformers.trainer_callback import (
@@ -202,7 +203,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
             with self.monitor.guard(what, key=f"callback {id(callback)}", always=True):
                 callback.on_log(args, then, control, logs=dict(logs), **kwargs)
                 if state.is_world_process_zero:
-                    self._show(_tracker(callback), snapshot, then.global_step)
+                    self._dashboards.update(_tracker(callback), snapshot, then.global_step)
 
     def _stop_if_asked(self, state: Any, control: Any) -> Any:
         reason = self.monitor.stop_reason
@@ -285,8 +286,10 @@ def _calling_handler() -> CallbackHandler | None:
 
 
 def _tracker(callback: Any) -> Any:
-    """What a callback of the Trainer writes to: TensorBoard's writer, or W&B's run."""
-    return getattr(callback, "tb_writer", None) or getattr(getattr(callback, "_wandb", None), "run", None)
+    """What a callback of the Trainer writes to and a dashboard knows: an attribute, or the `run` of one (W&B)."""
+    held = list(vars(callback).values())
+    candidates = (*held, *(getattr(one, "run", None) for one in held))
+    return next((tracker for tracker in candidates if dashboard_of(tracker)), None)
 
 
 def _epoch(state: Any) -> int:

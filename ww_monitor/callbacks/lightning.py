@@ -130,7 +130,7 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
             name = type(logger).__name__
             with self.monitor.guard(f"logger {name}", key=f"logger {id(logger)}", always=True):
                 logger.log_metrics(scalars, step=x)
-                self._show(logger.experiment, snapshot, x)
+                self._dashboards.update(logger.experiment, snapshot, x)
 
     def _publish_metrics(self, trainer: Any, snapshot: Snapshot) -> None:
         values = snapshot.scalars(layers=False)

@@ -13,7 +13,8 @@ from functools import lru_cache
 import torch
 
 from ww_monitor.errors import WWMonitorError
-from ww_monitor.matrices import Index, Matrix, Piece, Skipped
+from ww_monitor.kind import Kind
+from ww_monitor.matrix import Index, Matrix, Piece, Skipped
 from ww_monitor.record import SkippedLayer
 
 SUMS = 5
@@ -120,7 +121,7 @@ def describe(items: Sequence[Matrix | Skipped], rank: int, members: Sequence[int
     held = []
     for item, numbers in zip(items, read, strict=True):
         if isinstance(item, Skipped):
-            held.append(Held(item.name, item.kind, tuple(item.shape), reason=item.reason))
+            held.append(Held(item.name, str(item.kind), tuple(item.shape), reason=item.reason))
         else:
             held.append(_held(item, rank, members, next(fetched) if isinstance(numbers, torch.Tensor) else numbers))
     return held
@@ -196,7 +197,7 @@ def _held(matrix: Matrix, rank: int, members: Sequence[int], numbers: list[int] 
     error, known = (numbers, []) if isinstance(numbers, str) else ("", numbers or [])
     plain = Held(
         matrix.name,
-        matrix.kind,
+        str(matrix.kind),
         matrix.shape,
         matrix.role,
         matrix.frozen,
@@ -297,7 +298,7 @@ def _job(name: str, entries: Entries) -> Job:
     slices, rows, columns = first.shape
     return Job(
         name,
-        Matrix(name, first.kind, (slices, rows, columns), _nothing, first.role),
+        Matrix(name, Kind(first.kind), (slices, rows, columns), _nothing, first.role),
         tuple(dict.fromkeys(held.ranks for _, _, held in entries)),
         {rank: held for rank, _, held in entries},
         {rank: place for rank, place, _ in entries},

@@ -18,7 +18,7 @@ import torch
 from ww_monitor.distributed.inventory import Box
 from ww_monitor.distributed.layout import Delivery
 from ww_monitor.distributed.ranks import Ranks
-from ww_monitor.matrices import Index, Matrix, Piece
+from ww_monitor.matrix import Index, Matrix, Piece
 from ww_monitor.spectra import lapack
 
 Places = tuple[slice, slice, slice]

@@ -11,7 +11,7 @@ import torch
 
 from ww_monitor.engine.options import Options
 from ww_monitor.errors import LayerError
-from ww_monitor.matrices import Matrix
+from ww_monitor.matrix import Matrix
 from ww_monitor.metric import PHASES, VERDICTS, Batch, Metric, phases, statuses, verdicts
 from ww_monitor.record import NAN, Histogram, Layer, SkippedLayer, Snapshot, TrapEntry
 from ww_monitor.spectra.device import accelerator_of
@@ -61,7 +61,7 @@ def failed_layer(matrix: Matrix, error: Exception, options: Options, *, step: in
     logger.debug("analysis of layer %s failed", matrix.name, exc_info=error)
     metrics = {metric.name: NAN for metric in options.chosen}
     status = f"error: {type(error).__name__}: {error}"
-    return Layer(matrix.name, matrix.kind, matrix.shape, status, "error", metrics, role=matrix.role, step=step)
+    return Layer(matrix.name, str(matrix.kind), matrix.shape, status, "error", metrics, role=matrix.role, step=step)
 
 
 def _numbers(batch: Batch, options: Options) -> list[np.ndarray]:
@@ -82,7 +82,7 @@ def _layers(batch: Batch, numbers: Sequence[np.ndarray], options: Options, step:
     return [
         Layer(
             matrix.name,
-            matrix.kind,
+            str(matrix.kind),  # records are plain data, also where a checkpoint pickles them
             matrix.shape,
             Status(int(status)).label,
             VERDICTS[int(verdict)],

@@ -14,7 +14,8 @@ from ww_monitor.engine.options import Options
 from ww_monitor.engine.rows import failed_layer, layers_of, snapshot_of
 from ww_monitor.engine.solve import DeviceQueue, on_host
 from ww_monitor.engine.threads import alone, workers
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.kind import Kind
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.metric import Batch, Loaded
 from ww_monitor.record import Layer, SkippedLayer, Snapshot
 from ww_monitor.spectra.device import accelerator_of
@@ -59,7 +60,7 @@ def analyze_matrices(
         if isinstance(item, Matrix):
             matrices.append(item)
         else:
-            skipped.append(SkippedLayer(item.name, item.kind, tuple(item.shape), item.reason))
+            skipped.append(SkippedLayer(item.name, str(item.kind), tuple(item.shape), item.reason))
     layers = {layer.name: layer for layer in _rows(matrices, options, step, background)}
     ordered = [layers[matrix.name] for matrix in matrices]
     seconds = time.perf_counter() - start
@@ -73,7 +74,7 @@ def warm_up() -> None:
     It takes some tenths of a second, which would pass for the cost of a look.
     """
     weights = torch.arange(32.0 * 16, dtype=torch.float32, device="cpu").sin().view(1, 32, 16)
-    analyze_matrices([Matrix(name, "dense", (1, 32, 16), lambda: weights) for name in "ab"], Options())
+    analyze_matrices([Matrix(name, Kind.DENSE, (1, 32, 16), lambda: weights) for name in "ab"], Options())
 
 
 def _rows(matrices: list[Matrix], options: Options, step: int | None, background: bool) -> list[Layer]:

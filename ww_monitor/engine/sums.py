@@ -7,7 +7,7 @@ import torch
 from ww_monitor.engine.measure import batch_of, measured
 from ww_monitor.engine.options import Options
 from ww_monitor.engine.rows import failed_layer, layers_of
-from ww_monitor.matrices import Matrix
+from ww_monitor.matrix import Matrix
 from ww_monitor.metric import Loaded, reads_weights
 from ww_monitor.record import Layer
 from ww_monitor.spectra.eigenvalues import eigenvalues_of_gram

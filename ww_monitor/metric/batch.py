@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ww_monitor.matrices import Matrix
+from ww_monitor.matrix import Matrix
 from ww_monitor.spectra import weightwatcher
 from ww_monitor.spectra.alternatives import Comparison, TruncatedFit, compare, fit_truncated, goodness_of_fit
 from ww_monitor.spectra.erg import CorrelationSpace, correlation_space

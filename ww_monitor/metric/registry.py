@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix
+from ww_monitor.matrix import Matrix
 from ww_monitor.metric.batch import NAN, Definitions, Values
 from ww_monitor.spectra.elements import Moments
 

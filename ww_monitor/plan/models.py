@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ww_monitor.errors import InvalidArgument, MissingDependency
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.sharded import even_shards
 from ww_monitor.walk.torch import walk
 

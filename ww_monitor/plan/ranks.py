@@ -21,7 +21,8 @@ from ww_monitor.engine import Options
 from ww_monitor.engine.run import workspace
 from ww_monitor.engine.sums import needs_weights
 from ww_monitor.errors import InvalidArgument, check_choice, check_positive_int
-from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.kind import Kind
+from ww_monitor.matrix import Matrix, Select, Skipped
 from ww_monitor.metric import Loaded
 from ww_monitor.plan.models import Config, configured
 from ww_monitor.spectra.elements import Moments
@@ -147,7 +148,7 @@ def _without_owner(
     shape: tuple[int, int, int], shards: EvenShards, world: int, itemsize: int
 ) -> tuple[Delivery, np.ndarray, np.ndarray]:
     """A delivery to nobody, with the bytes that each rank sends and needs: layers of one shape differ by the owner."""
-    matrix, sent, held = Matrix("", "dense", shape, torch.empty), np.zeros(world), np.zeros(world)
+    matrix, sent, held = Matrix("", Kind.DENSE, shape, torch.empty), np.zeros(world), np.zeros(world)
     delivery = deliver(matrix, -1, shards.parts(shape, world), whole=_reads_weights(shape))
     for rank in delivery.parts:
         sent[rank], held[rank] = delivery.bytes_sent(rank, itemsize), delivery.bytes_held(rank, itemsize)
@@ -159,4 +160,4 @@ def _reads_weights(shape: tuple[int, int, int]) -> bool:
     """Whether the default analysis needs the entries of a harmless matrix, which is full of ±1."""
     one = torch.ones(shape[0], dtype=torch.float64, device="cpu")
     sums = Moments(0 * one, one * (shape[1] * shape[2]), -one, one, 0 * one)
-    return needs_weights(Matrix("", "dense", shape, torch.empty), sums, Options())
+    return needs_weights(Matrix("", Kind.DENSE, shape, torch.empty), sums, Options())

@@ -48,19 +48,13 @@ def table(history: History, *, limit: int = 40) -> str:
     if not len(history):
         return ""
     view = Table(title=f"ww_monitor: {_span(history)}", title_justify="left")
-    for column, justify in (
-        ("layer", "left"),
-        ("shape", "right"),
-        ("alpha", "right"),
-        ("verdict", "left"),
-        ("headroom", "right"),
-        ("traps", "right"),
-    ):
-        view.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for column in ("layer", "shape", "alpha", "verdict", "headroom", "traps"):
+        view.add_column(column, justify="left" if column in ("layer", "verdict") else "right", overflow="fold")
     first = {layer.name: layer for layer in history[0].layers}
-    rows = sorted(history.last.layers, key=lambda layer: -_known(layer.value("num_traps")))[:limit]
-    shown = {row.name for row in rows}
-    for layer in (layer for layer in history.last.layers if layer.name in shown):
+    known_traps = ((0.0 if math.isnan(traps := layer.value("num_traps")) else traps) for layer in history.last.layers)
+    worst = sorted(enumerate(known_traps), key=lambda one: -one[1])[:limit]
+    # chosen by traps, shown in the order of the model
+    for layer in (history.last.layers[place] for place in sorted(place for place, _ in worst)):
         began = first.get(layer.name, layer)
         view.add_row(
             escape(layer.name),
@@ -70,8 +64,8 @@ def table(history: History, *, limit: int = 40) -> str:
             _number(layer.value("trap_headroom")),
             _number(layer.value("num_traps")),
         )
-    if len(shown) < len(history.last.layers):
-        view.caption = f"{len(history.last.layers) - len(shown)} more layers in the history"
+    if len(worst) < len(history.last.layers):
+        view.caption = f"{len(history.last.layers) - len(worst)} more layers in the history"
     out = StringIO()
     RichConsole(file=out, width=100).print(view)
     return out.getvalue().rstrip("\n")
@@ -80,10 +74,6 @@ def table(history: History, *, limit: int = 40) -> str:
 def _span(history: History) -> str:
     steps = [snapshot.step for snapshot in history if snapshot.step is not None]
     return f"{len(history) + history.left_out} snapshots" + (f", steps {steps[0]} to {steps[-1]}" if steps else "")
-
-
-def _known(value: float) -> float:
-    return 0.0 if math.isnan(value) else value
 
 
 def _number(value: float) -> str:

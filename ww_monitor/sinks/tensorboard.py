@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+
+import numpy as np
 
 from ww_monitor.errors import MissingDependency
 from ww_monitor.record import Finding, Histogram, Snapshot, layer_key, summary_key
-from ww_monitor.sinks.heatmap import AlphaMap, Figures, is_milestone
+from ww_monitor.sinks import dashboard
+from ww_monitor.sinks.heatmap import Figures, is_milestone
 
 ALPHA_BAND = (2.0, 6.0)
 """Alpha of trained layers (Martin & Mahoney 2021)."""
@@ -40,121 +41,82 @@ class TensorBoard:
         self._owned = isinstance(target, (str, Path))
         self.writer: Any = _summary_writer(str(target)) if self._owned else target
         self.scalars = scalars
-        self._dashboard = Dashboard(layout=layout, figures=figures)
+        self._dashboard = Dashboard(figures=figures)
+        self._dashboard.layout = layout
 
     def write(self, snapshot: Snapshot) -> None:
         """Scalars, then what stands beside them, at the snapshot's step."""
-        step = snapshot.step or 0
-        if self.scalars:
-            for key, value in snapshot.scalars().items():
-                self.writer.add_scalar(key, value, step)
-        self._dashboard.update(self.writer, snapshot, step)
+        values = snapshot.scalars() if self.scalars else {}
+        self._dashboard.update(self.writer, snapshot, snapshot.step or 0, values=values)
 
     def close(self) -> None:
         """Draw what the last picture lacks and flush; a writer made here is closed."""
-        self._dashboard.finish(self.writer)
+        self._dashboard.complete(self.writer)
         self.writer.flush()
         if self._owned:
             self.writer.close()
 
 
-@dataclass
-class _Page:
-    """What has been shown in one writer."""
-
-    has_layout: bool = False
-    count: int = 0
-    alpha_map: AlphaMap = field(default_factory=AlphaMap)
-    drawn: int = 0
-    legend: str = ""
-    holding: dict[tuple[str, str], Finding] = field(default_factory=dict)
-
-
-class Dashboard:
-    """What TensorBoard shows beside curves, in any number of writers, whoever owns them and writes the curves.
+class Dashboard(dashboard.Dashboard):
+    """What TensorBoard shows beside curves.
 
     - `#custom_scalars`: alpha of every layer in one chart and of the model in another, with the band from 2 to 6;
-      traps; headroom. The layout is written once a writer; the band's edges are the constants `ww_band/alpha_low`
-      and `ww_band/alpha_high`.
+      traps; headroom. The layout is written once; the band's edges are the constants `ww_band/alpha_low` and
+      `ww_band/alpha_high`. TensorBoard shows one layout a run: `layout = False` leaves both out.
     - `ww_esd/<layer>`: a histogram of log10 λ.
     - `ww/findings`: as text, what begins, what ends, and what holds.
     - `ww/alpha_map`: alpha of every layer over time as a picture, its legend as text. Drawn anew at each of the first
       64 snapshots and 32 times in every doubling of their number from then on.
     - `ww_spectrum/<name>`: what `figures` draws.
-
-    Args:
-        prefix: What the owner of the writer puts before our keys (`"train/"` for the Hugging Face Trainer).
-        layout: Write the layout and the constants. TensorBoard shows one layout a run.
-        figures: Draws further pictures.
     """
 
-    def __init__(self, *, prefix: str = "", layout: bool = True, figures: Figures | None = None) -> None:
-        self.prefix = prefix
-        self.layout = layout
-        self.figures = figures
-        self._pages: WeakKeyDictionary[Any, _Page] = WeakKeyDictionary()
+    layout = True
+    _has_layout = False
+    _drawn = 0
+    _legend = ""
 
-    def update(self, writer: Any, snapshot: Snapshot, step: int) -> None:
-        """Show one snapshot.
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._holding: dict[tuple[str, str], Finding] = {}
 
-        Args:
-            writer: A `SummaryWriter`.
-            snapshot: What was seen.
-            step: Where on the x axis its owner's curves have it.
-        """
-        page = self._pages.setdefault(writer, _Page())
-        if self.layout:
-            self._show_band(writer, page, snapshot, step)
-        write_histograms(writer, snapshot, step)
-        self._show_findings(writer, page, snapshot, step)
-        page.count += 1
-        page.alpha_map.add(snapshot, step)
-        if is_milestone(page.count):
-            self._show_map(writer, page, step)
-        if self.figures is not None:
-            for name, picture in self.figures(snapshot).items():
-                writer.add_image(layer_key("spectrum", name), picture, step, dataformats="HWC")
+    def complete(self, writer: Any) -> None:
+        """Draw the snapshots that the last picture of alpha lacks, in a writer that is open still."""
+        if self._drawn < self.count:
+            self._show_map(writer, self.alpha_map.steps[-1])
 
-    def finish(self, writer: Any) -> None:
-        """Draw the snapshots that the last picture of alpha lacks."""
-        page = self._pages.get(writer)
-        if page is not None and page.drawn < page.count:
-            self._show_map(writer, page, page.alpha_map.steps[-1])
+    def _show(self, tracker: Any, snapshot: Snapshot, step: int, values: Mapping[str, float]) -> None:
+        band = dict(zip(BAND_KEYS, ALPHA_BAND, strict=True)) if self.layout and snapshot.layers else {}
+        if band and not self._has_layout:
+            self._has_layout = True  # before the call: one that fails is not tried at every snapshot
+            tracker.add_custom_scalars(_layout(snapshot, self.prefix))
+        for key, value in {**values, **{self.prefix + key: edge for key, edge in band.items()}}.items():
+            tracker.add_scalar(key, value, step)
+        for layer in snapshot.layers:
+            if layer.esd is not None:
+                _add_histogram(tracker, layer_key("esd", layer.name), layer.esd, step)
+        self._show_findings(tracker, snapshot, step)
+        if is_milestone(self.count):
+            self._show_map(tracker, step)
+        for key, picture in self._pictures(snapshot).items():
+            tracker.add_image(key, picture, step, dataformats="HWC")
 
-    def _show_band(self, writer: Any, page: _Page, snapshot: Snapshot, step: int) -> None:
-        if not snapshot.layers:
-            return
-        if not page.has_layout:
-            page.has_layout = True
-            writer.add_custom_scalars(_layout(snapshot, self.prefix))
-        for key, value in zip(BAND_KEYS, ALPHA_BAND, strict=True):
-            writer.add_scalar(self.prefix + key, value, step)
-
-    def _show_findings(self, writer: Any, page: _Page, snapshot: Snapshot, step: int) -> None:
+    def _show_findings(self, writer: Any, snapshot: Snapshot, step: int) -> None:
         for finding in snapshot.findings:
+            self._holding.pop((finding.rule, finding.layer), None)
             if finding.state == "begin":
-                page.holding[finding.rule, finding.layer] = finding
-            else:
-                page.holding.pop((finding.rule, finding.layer), None)
+                self._holding[finding.rule, finding.layer] = finding
         if snapshot.findings:
-            writer.add_text(FINDINGS_KEY, _findings_text(snapshot, list(page.holding.values())), step)
+            writer.add_text(FINDINGS_KEY, _findings_text(snapshot, list(self._holding.values())), step)
 
-    def _show_map(self, writer: Any, page: _Page, step: int) -> None:
-        page.drawn = page.count
-        if not page.alpha_map.layer_names:
+    def _show_map(self, writer: Any, step: int) -> None:
+        self._drawn = self.count
+        if not self.alpha_map.layer_names:
             return
-        writer.add_image(MAP_KEY, page.alpha_map.draw(), step, dataformats="HWC")
-        legend = page.alpha_map.legend()
-        if legend != page.legend:
-            page.legend = legend
+        writer.add_image(MAP_KEY, self.alpha_map.draw(), step, dataformats="HWC")
+        legend = self.alpha_map.legend()
+        if legend != self._legend:  # a text is shown at every step it was written at
+            self._legend = legend
             writer.add_text(MAP_KEY, legend, step)
-
-
-def write_histograms(writer: Any, snapshot: Snapshot, step: int) -> None:
-    """One histogram of log10 λ a layer, tag `ww_esd/<layer>`."""
-    for layer in snapshot.layers:
-        if layer.esd is not None:
-            _add_histogram(writer, layer_key("esd", layer.name), layer.esd, step)
 
 
 def _layout(snapshot: Snapshot, prefix: str) -> dict[str, dict[str, list[Any]]]:
@@ -163,20 +125,15 @@ def _layout(snapshot: Snapshot, prefix: str) -> dict[str, dict[str, list[Any]]]:
     start = re.escape(prefix)
     charts: dict[str, list[Any]] = {}
     if "alpha" in metrics:
-        charts["alpha of every layer and the band from 2 to 6"] = [
-            "Multiline",
-            [f"{start}{layer_key('alpha', '.+')}", f"{start}{layer_key('band', 'alpha_.+')}"],
-        ]
-        charts["alpha of the model in the band from 2 to 6"] = [
-            "Margin",
-            [prefix + key for key in (summary_key("alpha"), *BAND_KEYS)],
-        ]
-    for metric, title in (
-        ("num_traps", "correlation traps of every layer"),
-        ("trap_headroom", "trap headroom of every layer (above 1 a trap is expected)"),
-    ):
-        if metric in metrics:
-            charts[title] = ["Multiline", [f"{start}{layer_key(metric, '.+')}"]]
+        layers, edges = f"{start}{layer_key('alpha', '.+')}", f"{start}{layer_key('band', 'alpha_.+')}"
+        charts["alpha of every layer and the band from 2 to 6"] = ["Multiline", [layers, edges]]
+        model = [prefix + key for key in (summary_key("alpha"), *BAND_KEYS)]
+        charts["alpha of the model in the band from 2 to 6"] = ["Margin", model]
+    if "num_traps" in metrics:
+        charts["correlation traps of every layer"] = ["Multiline", [f"{start}{layer_key('num_traps', '.+')}"]]
+    if "trap_headroom" in metrics:
+        title = "trap headroom of every layer (above 1 a trap is expected)"
+        charts[title] = ["Multiline", [f"{start}{layer_key('trap_headroom', '.+')}"]]
     return {"ww_monitor": charts}
 
 
@@ -192,18 +149,17 @@ def _escape(text: str) -> str:
 
 
 def _add_histogram(writer: Any, tag: str, esd: Histogram, step: int) -> None:
-    edges = esd.edges
-    centres = [(low + high) / 2 for low, high in pairwise(edges)]
-    total = sum(esd.counts)
+    edges, counts = np.array(esd.edges), np.array(esd.counts)
+    centres = (edges[:-1] + edges[1:]) / 2
     writer.add_histogram_raw(
         tag,
         min=esd.low,
         max=esd.high,
-        num=total,
-        sum=sum(c * x for c, x in zip(esd.counts, centres, strict=True)),
-        sum_squares=sum(c * x * x for c, x in zip(esd.counts, centres, strict=True)),
-        bucket_limits=list(edges[1:]),
-        bucket_counts=list(esd.counts),
+        num=int(counts.sum()),
+        sum=float(counts @ centres),
+        sum_squares=float(counts @ centres**2),
+        bucket_limits=edges[1:].tolist(),
+        bucket_counts=counts.tolist(),
         global_step=step,
     )
 

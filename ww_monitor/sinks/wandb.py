@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -12,7 +11,8 @@ from weakref import WeakKeyDictionary
 
 from ww_monitor.errors import MissingDependency, WWMonitorError
 from ww_monitor.record import Finding, Snapshot, layer_key, summary_key
-from ww_monitor.sinks.heatmap import AlphaMap, Figures, is_milestone
+from ww_monitor.sinks import dashboard
+from ww_monitor.sinks.heatmap import Figures, is_milestone
 
 STEP_KEY = summary_key("step")
 """The x axis where no trainer has one."""
@@ -53,7 +53,8 @@ class WandB:
         _wandb()
         self.run = run
         self.scalars = scalars
-        self._dashboard = Dashboard(step_key=step_key, figures=figures)
+        self._options = {"step_key": step_key, "figures": figures}
+        self._dashboards: WeakKeyDictionary[Any, Dashboard] = WeakKeyDictionary()
 
     def write(self, snapshot: Snapshot) -> None:
         """One row, and alerts for what begins.
@@ -64,28 +65,17 @@ class WandB:
         run = self.run if self.run is not None else _wandb().run
         if run is None:
             raise WWMonitorError("WandB: expected an active run, got none; call wandb.init() first, or pass run=")
-        values = snapshot.scalars() if self.scalars else {}
-        self._dashboard.update(run, snapshot, snapshot.step or 0, values=values)
+        board = self._dashboards.setdefault(run, Dashboard(**self._options))
+        board.update(run, snapshot, snapshot.step or 0, values=snapshot.scalars() if self.scalars else {})
 
     def close(self) -> None:
         """Send the alerts that waited; the run is its owner's to finish."""
-        self._dashboard.finish()
+        for run, board in list(self._dashboards.items()):
+            board.finish(run)
 
 
-@dataclass
-class _Page:
-    """What has been logged into one run."""
-
-    step_key: str
-    count: int = 0
-    alpha_map: AlphaMap = field(default_factory=AlphaMap)
-    alerted: set[tuple[str, str]] = field(default_factory=set)
-    waiting: dict[str, list[Finding]] = field(default_factory=dict)
-    last_alert: dict[str, float] = field(default_factory=dict)
-
-
-class Dashboard:
-    """What Weights & Biases shows beside curves, in any number of runs, whoever owns them and logs the curves.
+class Dashboard(dashboard.Dashboard):
+    """What Weights & Biases shows beside curves.
 
     - `ww_esd/<layer>`: a histogram of log10 λ, in every row.
     - `ww/layers`: a table, a line a layer with status, verdict and metrics, and `ww/alpha_map`: alpha of every layer
@@ -95,70 +85,53 @@ class Dashboard:
       one, and no rule more than once in `alert_seconds`; what comes in between waits. W&B itself drops a title that
       comes again within a minute.
 
-    Args:
-        step_key: Key of the x axis of the run's owner; `None` looks for one in the run's summary, else declares
-            `ww/step` for our keys.
-        figures: Draws further pictures.
-        alert_seconds: Least time between two alerts of one rule, in seconds.
+    Without `step_key` the x axis is one of `OWNERS` that the run's summary has, else `ww/step`, declared for our keys.
     """
 
-    def __init__(
-        self, *, step_key: str | None = None, figures: Figures | None = None, alert_seconds: float = ALERT_SECONDS
-    ) -> None:
-        self.step_key = step_key
-        self.figures = figures
-        self.alert_seconds = alert_seconds
-        self._pages: WeakKeyDictionary[Any, _Page] = WeakKeyDictionary()
+    alert_seconds = ALERT_SECONDS
 
-    def update(self, run: Any, snapshot: Snapshot, step: int, *, values: Mapping[str, float] | None = None) -> None:
-        """Log one row, and alert.
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._alerted: set[tuple[str, str]] = set()
+        self._waiting: dict[str, list[Finding]] = {}
+        self._last_alert: dict[str, float] = {}
 
-        Args:
-            run: A `wandb.Run` that is not finished.
-            snapshot: What was seen.
-            step: Where on the x axis its owner's curves have it.
-            values: Scalars that go into the same row.
-        """
-        page = self._pages.get(run)
-        if page is None:
-            page = self._pages[run] = _Page(self.step_key or _step_key(run))
-        page.count += 1
-        page.alpha_map.add(snapshot, step)
-        run.log({**(values or {}), **self._media(page, snapshot), page.step_key: step})
-        self._alert(run, page, snapshot.findings)
-
-    def finish(self) -> None:
+    def finish(self, tracker: Any) -> None:
         """Send the alerts that waited."""
-        for run, page in list(self._pages.items()):
-            page.last_alert.clear()
-            self._alert(run, page, ())
+        self._last_alert.clear()  # nothing comes later that it could wait for
+        self._alert(tracker, ())
 
-    def _media(self, page: _Page, snapshot: Snapshot) -> dict[str, Any]:
+    def _show(self, tracker: Any, snapshot: Snapshot, step: int, values: Mapping[str, float]) -> None:
+        # asked once, at the first row: the run is not known before
+        self.step_key = self.step_key or _step_key(tracker)
+        tracker.log({**values, **self._media(snapshot), self.step_key: step})
+        self._alert(tracker, snapshot.findings)
+
+    def _media(self, snapshot: Snapshot) -> dict[str, Any]:
         wandb = _wandb()
         media: dict[str, Any] = {
             layer_key("esd", layer.name): wandb.Histogram(np_histogram=(list(layer.esd.counts), list(layer.esd.edges)))
             for layer in snapshot.layers
             if layer.esd is not None
         }
-        if snapshot.layers and is_milestone(page.count):
+        if snapshot.layers and is_milestone(self.count):
             media[summary_key("layers")] = _table(wandb, snapshot)
             if find_spec("PIL") is not None:
-                media[summary_key("alpha_map")] = wandb.Image(page.alpha_map.draw(), caption="alpha by layer and step")
-        pictures = {} if self.figures is None else self.figures(snapshot)
-        media.update({layer_key("spectrum", name): wandb.Image(picture) for name, picture in pictures.items()})
+                media[summary_key("alpha_map")] = wandb.Image(self.alpha_map.draw(), caption="alpha by layer and step")
+        media.update({key: wandb.Image(picture) for key, picture in self._pictures(snapshot).items()})
         return media
 
-    def _alert(self, run: Any, page: _Page, findings: tuple[Finding, ...]) -> None:
+    def _alert(self, run: Any, findings: tuple[Finding, ...]) -> None:
         for finding in findings:
             key = finding.rule, finding.layer
-            if finding.state == "begin" and finding.severity != "info" and key not in page.alerted:
-                page.alerted.add(key)
-                page.waiting.setdefault(finding.rule, []).append(finding)
+            if finding.state == "begin" and finding.severity != "info" and key not in self._alerted:
+                self._alerted.add(key)
+                self._waiting.setdefault(finding.rule, []).append(finding)
         now = time.monotonic()
-        for rule in list(page.waiting):
-            if now - page.last_alert.get(rule, -self.alert_seconds) >= self.alert_seconds:
-                page.last_alert[rule] = now
-                _send(run, rule, page.waiting.pop(rule))
+        for rule in list(self._waiting):
+            if now - self._last_alert.get(rule, -self.alert_seconds) >= self.alert_seconds:
+                self._last_alert[rule] = now
+                _send(run, rule, self._waiting.pop(rule))
 
 
 def _send(run: Any, rule: str, findings: list[Finding]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.survey.unchanged import Checked
 
 FREE_SHARE = 0.25

@@ -12,7 +12,7 @@ from ww_monitor.distributed import analyze_on_ranks, exchange
 from ww_monitor.engine import Options, analyze_matrices, snapshot_of
 from ww_monitor.engine.threads import hold_to_one_thread
 from ww_monitor.errors import check_choice, check_positive_int
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.record import Layer, Snapshot
 from ww_monitor.schedule import Budget
 from ww_monitor.survey.background import Background

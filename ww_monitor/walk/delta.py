@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix, Shards, Skipped
+from ww_monitor.matrix import Matrix, Shards, Skipped
 
 _MOST_NAMED = 20
 
@@ -57,24 +57,16 @@ def pair(
     matched, unpaired = [], {}
     for name in {**left, **right}:
         a, b = left.get(name), right.get(name)
-        reason = _why_not(a, b, called)
-        if reason:
-            unpaired[name] = reason
-        elif isinstance(a, Matrix) and isinstance(b, Matrix):
-            matched.append((a, b))
-    return Pairs(tuple(matched), unpaired)
-
-
-def _why_not(a: Matrix | Skipped | None, b: Matrix | Skipped | None, called: tuple[str, str]) -> str:
-    """Why a matrix on one side is alone, or `""`; nothing is alone where there is no matrix."""
-    if isinstance(a, Matrix) and isinstance(b, Matrix):
-        same = a.shape == b.shape
-        return "" if same else f"shape {a.shape} in {called[0]} and {b.shape} in {called[1]}"
-    for one, other, (here, there) in ((a, b, called), (b, a, called[::-1])):
-        if isinstance(one, Matrix):
+        if isinstance(a, Matrix) and isinstance(b, Matrix):
+            if a.shape == b.shape:
+                matched.append((a, b))
+            else:
+                unpaired[name] = f"shape {a.shape} in {called[0]} and {b.shape} in {called[1]}"
+        elif isinstance(a, Matrix) or isinstance(b, Matrix):
+            other, (here, there) = (b, called) if isinstance(a, Matrix) else (a, called[::-1])
             skipped = f", left out of {there} ({other.reason})" if isinstance(other, Skipped) else ""
-            return f"only in {here}{skipped}"
-    return ""
+            unpaired[name] = f"only in {here}{skipped}"
+    return Pairs(tuple(matched), unpaired)
 
 
 def delta(items: Iterable[Matrix | Skipped], base_items: Iterable[Matrix | Skipped]) -> Iterator[Matrix | Skipped]:
@@ -102,21 +94,14 @@ def delta(items: Iterable[Matrix | Skipped], base_items: Iterable[Matrix | Skipp
     listed = list(items)
     pairs = pair(listed, base_items, called=("the model", "the base"))
     pairs.check("delta")
-    bases = {matrix.name: base for matrix, base in pairs.matched}
-    return iter(
-        [
-            replace(item, load=partial(_difference, item, bases[item.name]), shards=_together(item, bases[item.name]))
-            if isinstance(item, Matrix)
-            else item
-            for item in listed
-        ]
-    )
+    differences = {matrix.name: _between(matrix, base) for matrix, base in pairs.matched}
+    return iter([differences.get(item.name, item) for item in listed])
 
 
-def _together(matrix: Matrix, base: Matrix) -> Shards | None:
-    """The ranks that must read a difference together: what is computed has no pieces."""
+def _between(matrix: Matrix, base: Matrix) -> Matrix:
     shards = matrix.shards or base.shards
-    return None if shards is None else Shards(shards.ranks)
+    together = None if shards is None else Shards(shards.ranks)  # what is computed has no pieces
+    return replace(matrix, load=partial(_difference, matrix, base), shards=together)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ww_monitor.errors import MissingDependency, WWMonitorError
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.parts import Split, check_split
 from ww_monitor.walk.state_dict import Scaling, Unread, unread, walk_unread
 
@@ -34,21 +34,6 @@ _RECOGNISED = (
     f"a .safetensors file, a torch file ({', '.join(_TORCH)}), a Keras file ({', '.join(_KERAS)}), "
     f"or a directory with {', '.join(_IN_FOLDER)}"
 )
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def walk_files(path: str | Path, *, split: Split | None = None) -> Iterator[Matrix | Skipped]:
@@ -147,11 +132,19 @@ def _safetensors(path: Path) -> dict[str, Unread]:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - the handle is no mapping
                 header = file.get_slice(key)
-                dtype = _DTYPES.get(header.get_dtype())
-                found[key] = Unread(tuple(header.get_shape()), dtype, partial(_from_safetensors, path, key))
+                found[key] = Unread(tuple(header.get_shape()), _dtype(header), partial(_from_safetensors, path, key))
     except SafetensorError as error:
         raise WWMonitorError(f"walk_files: {path} is no readable safetensors file: {error}") from error
     return found
+
+
+def _dtype(header: Any) -> torch.dtype | None:
+    """As torch reads no row of it; `None` for a type that torch lacks, and for a scalar, which has no rows."""
+    try:
+        dtype: torch.dtype = header[:0].dtype
+        return dtype
+    except Exception:  # noqa: BLE001 - an unknown type raises an error of safetensors, of torch, or another
+        return None
 
 
 def _from_safetensors(path: Path, key: str) -> Tensor:
@@ -168,19 +161,17 @@ def _from_safetensors(path: Path, key: str) -> Tensor:
 
 def _torch_file(path: Path) -> dict[str, Unread]:
     """The tensors of a torch file. A file of torch >= 1.6 is mapped, and mapped anew for every tensor that is read."""
-    found = _tensors(_torch_load(path), path)
-    read = partial(_from_torch, path) if zipfile.is_zipfile(path) else found.__getitem__
+    found = _torch_load(path)
+    mapped = zipfile.is_zipfile(path)
+    read = (lambda key: _torch_load(path)[key]) if mapped else found.__getitem__
     described = {key: unread(tensor, partial(read, key)) for key, tensor in found.items()}
+    # one address may be mapped again for another file, whose tensors are not tied to these
     return {key: replace(item, identity=(path, item.identity)) for key, item in described.items()}
 
 
-def _from_torch(path: Path, key: str) -> Tensor:
-    return _tensors(_torch_load(path), path)[key]
-
-
-def _torch_load(path: Path) -> object:
+def _torch_load(path: Path) -> dict[str, Tensor]:
     try:
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise WWMonitorError(
             f"walk_files: {path} is damaged or holds pickled Python objects, which can run any code when they are "
@@ -188,6 +179,7 @@ def _torch_load(path: Path) -> object:
         ) from error
     except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise WWMonitorError(f"walk_files: {path} is no readable torch file: {_first_line(error)}") from error
+    return _tensors(content, path)
 
 
 def _first_line(error: Exception) -> str:
@@ -196,11 +188,9 @@ def _first_line(error: Exception) -> str:
 
 def _tensors(content: object, path: Path) -> dict[str, Tensor]:
     """The named tensors of a checkpoint, out of the mapping that training scripts and Lightning put around them."""
-    while isinstance(content, Mapping):
-        inner = next((content[key] for key in _INSIDE if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
+    inner = content
+    while isinstance(inner, Mapping):
+        content, inner = inner, next((inner[key] for key in _INSIDE if isinstance(inner.get(key), Mapping)), None)
     found = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not found:
         raise WWMonitorError(
@@ -223,9 +213,10 @@ def _lora_scaling(folder: Path) -> Scaling | None:
         patterns, alpha = dict(config.get("alpha_pattern") or {}), float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WWMonitorError(f"walk_files: expected a LoRA configuration with `lora_alpha` in {file}") from error
-    return partial(_scaling, patterns=patterns, alpha=alpha, root=bool(config.get("use_rslora")))
+    root = bool(config.get("use_rslora"))
 
+    def scaling(name: str, rank: int) -> float:
+        own = next((a for pattern, a in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", name)), alpha)
+        return float(own) / (math.sqrt(rank) if root else rank)
 
-def _scaling(name: str, rank: int, patterns: Mapping[str, Any], alpha: float, root: bool) -> float:
-    own = next((a for pattern, a in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", name)), alpha)
-    return float(own) / (math.sqrt(rank) if root else rank)
+    return scaling

@@ -21,30 +21,11 @@ _OF_CLASS = {  # attentions that put their rows in another order than the others
     ("gate_up_proj", "Phi4MultimodalAudioMLP"): "unknown",
 }
 _ORDER = {
-    "c_attn": "blocks",
+    **dict.fromkeys(("c_attn", "qkv", "qkv_proj", "Wqkv", "in_proj"), "blocks"),
     "query_key_value": "interleaved",
-    "qkv": "blocks",
-    "qkv_proj": "blocks",
-    "Wqkv": "blocks",
-    "in_proj": "blocks",
     "gate_up_proj": "halves",
 }
 _WITHOUT_OWNER = ("c_attn", "qkv", "Wqkv", "gate_up_proj")  # names with one meaning in every family with such a layer
-
-
-@dataclass(frozen=True)
-class Heads:
-    """The heads of an attention: of the queries, of the keys and values, and their width (0: not known)."""
-
-    queries: int
-    keys: int
-    head_dim: int = 0
-
-    def width(self, outputs: int) -> int:
-        """The rows a head has in a fused weight with `outputs` rows, or 0 if they do not fit."""
-        count = self.queries + 2 * self.keys
-        width = self.head_dim or outputs // count
-        return width if count * width == outputs and self.queries % self.keys == 0 else 0
 
 
 def fused_parts(name: str, shape: Sequence[int], axis: int, owner: nn.Module | None) -> tuple[Part, ...]:
@@ -68,31 +49,30 @@ def fused_parts(name: str, shape: Sequence[int], axis: int, owner: nn.Module | N
         return halves(outputs, axis, alternate=False) if outputs % 2 == 0 else ()
     if last == "c_attn" and axis == 1 and outputs == 2 * inputs:
         return blocks(("k", "v"), (inputs, inputs), axis)  # the cross-attention of GPT-2: the queries have their own
-    heads = None if owner is None else _heads(owner, config=last != "in_proj")
+    if last == "in_proj" and outputs != 3 * inputs and order == "blocks":
+        return ()  # the input projection of Mamba and LFM2 is no attention
+    heads = None if owner is None else _heads(owner, outputs, config=last != "in_proj")
     if order == "interleaved" or getattr(owner, "multi_query", True) is False:
-        width = heads.width(outputs) if heads else 0
-        return interleaved_heads(heads.queries, heads.keys, width) if heads and width else ()
-    return _qkv_blocks(last, outputs, inputs, axis, heads)
-
-
-def _qkv_blocks(last: str, outputs: int, inputs: int, axis: int, heads: Heads | None) -> tuple[Part, ...]:
+        return interleaved_heads(*heads) if heads and heads[2] else ()
     if heads is None:
-        certain = outputs == 3 * inputs and last != "in_proj"  # the input projection of Mamba and LFM2 is no attention
-        return blocks(_QKV, (inputs,) * 3, axis) if certain else ()
-    if last == "in_proj" and outputs != 3 * inputs:
-        return ()
-    width = heads.width(outputs)
-    return blocks(_QKV, (heads.queries * width, heads.keys * width, heads.keys * width), axis) if width else ()
+        return blocks(_QKV, (inputs,) * 3, axis) if outputs == 3 * inputs and last != "in_proj" else ()
+    queries, keys, width = heads
+    return blocks(_QKV, (queries * width, keys * width, keys * width), axis) if width else ()
 
 
-def _heads(owner: nn.Module, *, config: bool) -> Heads | None:
-    """The heads that an attention, or its configuration, says it has."""
+def _heads(owner: nn.Module, outputs: int, *, config: bool) -> tuple[int, int, int] | None:
+    """How many heads of queries, and of keys and values, an attention or its configuration says it has, or `None`.
+
+    The third number is the rows of a head in a fused weight with `outputs` rows, 0 where they do not fit.
+    """
     sources = (owner, getattr(owner, "config", None)) if config else (owner,)
     queries = _first(sources, ("num_attention_heads", "num_heads", "n_heads"))
     if not queries:
         return None
-    keys = _first(sources, ("num_key_value_heads", "num_kv_heads", "kv_heads"))
-    return Heads(queries, keys or queries, _first(sources, ("head_dim", "head_size")))
+    keys = _first(sources, ("num_key_value_heads", "num_kv_heads", "kv_heads")) or queries
+    count = queries + 2 * keys
+    width = _first(sources, ("head_dim", "head_size")) or outputs // count
+    return queries, keys, width if count * width == outputs and queries % keys == 0 else 0
 
 
 def _first(sources: Sequence[object], attributes: Sequence[str]) -> int:

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, count
-from math import prod
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,19 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from ww_monitor.errors import MissingDependency, WWMonitorError
-from ww_monitor.matrices import Matrix, Skipped
-from ww_monitor.walk.parts import WHOLE, Part, Split, blocks, check_split, matrix, split_parts, unfit
+from ww_monitor.kind import Kind
+from ww_monitor.matrix import Matrix, Skipped
+from ww_monitor.walk.parts import WHOLE, Part, Split, blocks, check_split, matrix, split_parts, unfit, unique
 from ww_monitor.walk.reading import tied_to
 from ww_monitor.walk.roles import infer_role
 
 _PLAIN = ("kernel", "embeddings")  # what a name does not end with, where the layer has one weight
 _OF_ATTENTION = {  # name of a layer inside an attention layer → kind and role
-    "query": ("attention", "q"),
-    "key": ("attention", "k"),
-    "value": ("attention", "v"),
-    "attention_output": ("dense", "o"),
+    "query": (Kind.ATTENTION, "q"),
+    "key": (Kind.ATTENTION, "k"),
+    "value": (Kind.ATTENTION, "v"),
+    "attention_output": (Kind.DENSE, "o"),
 }
-_OTHER = "other"  # the kind of a `Skipped` that no known layer owns
 
 
 def load_keras_file(path: str | Path) -> Any:
@@ -83,15 +82,7 @@ def walk_keras(model: Any, *, split: Split | None = None) -> Iterator[Matrix | S
         InvalidArgument: if `split` is malformed.
     """
     check_split("walk_keras", split)
-    return _walk(model, split)
-
-
-def _walk(model: Any, split: Split | None) -> Iterator[Matrix | Skipped]:
-    taken: set[str] = set()
-    for item in chain(_known(model, split), _others(model)):
-        name = next(n for n in chain([item.name], (f"{item.name}#{i}" for i in count(2))) if n not in taken)
-        taken.add(name)
-        yield replace(item, name=name)
+    return unique(chain(_known(model, split), _others(model)))
 
 
 # --- which variables of a layer are weights
@@ -109,7 +100,7 @@ class _Layout:
     """
 
     classes: tuple[type, ...]
-    kind: str
+    kind: Kind
     attributes: tuple[str, ...] = ("kernel",)
     gates: str = ""
 
@@ -119,13 +110,13 @@ def _layouts() -> tuple[_Layout, ...]:
 
     convolutions = (k.Conv1D, k.Conv2D, k.Conv3D, k.Conv1DTranspose, k.Conv2DTranspose, k.Conv3DTranspose)
     return (
-        _Layout((k.Dense, k.EinsumDense), "dense"),
-        _Layout((k.Embedding,), "embedding", ("embeddings", "reverse_embeddings")),
-        _Layout((*convolutions, k.DepthwiseConv1D, k.DepthwiseConv2D), "conv"),
-        _Layout((k.SeparableConv1D, k.SeparableConv2D), "conv", ("depthwise_kernel", "pointwise_kernel")),
-        _Layout((k.LSTMCell,), "recurrent", ("kernel", "recurrent_kernel"), "ifco"),
-        _Layout((k.GRUCell,), "recurrent", ("kernel", "recurrent_kernel"), "zrh"),
-        _Layout((k.SimpleRNNCell,), "recurrent", ("kernel", "recurrent_kernel")),
+        _Layout((k.Dense, k.EinsumDense), Kind.DENSE),
+        _Layout((k.Embedding,), Kind.EMBEDDING, ("embeddings", "reverse_embeddings")),
+        _Layout((*convolutions, k.DepthwiseConv1D, k.DepthwiseConv2D), Kind.CONV),
+        _Layout((k.SeparableConv1D, k.SeparableConv2D), Kind.CONV, ("depthwise_kernel", "pointwise_kernel")),
+        _Layout((k.LSTMCell,), Kind.RECURRENT, ("kernel", "recurrent_kernel"), "ifco"),
+        _Layout((k.GRUCell,), Kind.RECURRENT, ("kernel", "recurrent_kernel"), "zrh"),
+        _Layout((k.SimpleRNNCell,), Kind.RECURRENT, ("kernel", "recurrent_kernel")),
     )
 
 
@@ -138,6 +129,7 @@ def _nested(layer: Any, path: str, seen: set[int]) -> Iterator[tuple[Any, str]]:
         return
     seen.add(id(layer))
     yield layer, path or layer.name
+    # private: only models have the public `layers`, and a wrapped layer is in no model's
     for inner in layer._flatten_layers(include_self=False, recursive=False):
         yield from _nested(inner, f"{path}.{inner.name}".lstrip("."), seen)
 
@@ -145,6 +137,7 @@ def _nested(layer: Any, path: str, seen: set[int]) -> Iterator[tuple[Any, str]]:
 def _layers(model: Any) -> Iterator[tuple[Any, _Layout, str]]:
     """Every layer of a known class, once, in the order of the model's weights; those that are not built come last."""
     layouts = _layouts()
+    # by id: variables compare element by element
     places = {id(variable): place for place, variable in enumerate(model.weights)}
 
     def place(found: tuple[Any, str]) -> int:
@@ -156,7 +149,7 @@ def _layers(model: Any) -> Iterator[tuple[Any, _Layout, str]]:
             yield layer, layout, path
 
 
-def _inside_attention(model: Any) -> dict[int, tuple[str, str]]:
+def _inside_attention(model: Any) -> dict[int, tuple[Kind, str]]:
     """Kind and role of the projections of attention layers, by identity."""
     from keras import layers as k
 
@@ -184,20 +177,19 @@ def _known(model: Any, split: Split | None) -> Iterator[Matrix | Skipped]:
             reason = f"quantized to {mode}" if layer.built else "not built: no weights before the first call"
             yield Skipped(path, kind, (), reason)
             continue
-        for attribute in layout.attributes:
-            variable = variables.get(attribute)
-            if variable is None:
-                continue
-            name, shape = _name(path, attribute, layout), tuple(variable.shape)
+        for attribute in filter(variables.__contains__, layout.attributes):
+            variable = variables[attribute]
+            plain = attribute in _PLAIN and layout.kind is not Kind.RECURRENT
+            name, shape = path if plain else f"{path}.{attribute}", tuple(variable.shape)
             parts = _parts(layer, layout, name, shape, split)
             reason = _defect(variable, mode, kind, parts) or tied_to(seen.get(id(variable)))
             if reason:
                 yield Skipped(name, kind, shape, reason)
                 continue
             seen[id(variable)] = name
-            role = infer_role(name, kind) if role is None else role
+            of_name = infer_role(name, kind) if role is None else role
             load, frozen = partial(_read, layer, attribute), not layer.trainable_weights
-            yield from (replace(matrix(name, kind, part, shape, load, role), frozen=frozen) for part in parts)
+            yield from (replace(matrix(name, kind, part, shape, load, of_name), frozen=frozen) for part in parts)
 
 
 def _others(model: Any) -> Iterator[Skipped]:
@@ -206,21 +198,16 @@ def _others(model: Any) -> Iterator[Skipped]:
     for variable in model.weights:
         if id(variable) not in known and len(variable.shape) > 1 and variable.name != "bias":
             reason = "belongs to no layer of a class whose layout is known"
-            yield Skipped(variable.path.replace("/", "."), _OTHER, tuple(variable.shape), reason)
+            yield Skipped(variable.path.replace("/", "."), Kind.OTHER, tuple(variable.shape), reason)
 
 
-def _name(path: str, attribute: str, layout: _Layout) -> str:
-    plain = attribute in _PLAIN and layout.kind != "recurrent"
-    return path if plain else f"{path}.{attribute}"
-
-
-def _defect(variable: Any, mode: str | None, kind: str, parts: Sequence[Part]) -> str:
+def _defect(variable: Any, mode: str | None, kind: Kind, parts: Sequence[Part]) -> str:
     """Why a variable has no spectrum, or `""`; a float8 layer keeps its kernel in floating point."""
     if mode not in (None, "float8"):
         return f"quantized to {mode}"
     if not parts:
         return "its equation does not make it a matrix from summed to new axes"
-    shape = variable.shape if kind == "conv" else parts[0].shape(variable.shape)[1:]
+    shape = variable.shape if kind is Kind.CONV else parts[0].shape(variable.shape)[1:]
     return unfit(getattr(torch, variable.dtype), shape, kind)
 
 
@@ -230,24 +217,19 @@ def _defect(variable: Any, mode: str | None, kind: str, parts: Sequence[Part]) -
 def _parts(layer: Any, layout: _Layout, name: str, shape: Sequence[int], split: Split | None) -> Sequence[Part]:
     """What a weight is cut into; nothing where it is no matrix."""
     equation = getattr(layer, "equation", None)
-    if layout.kind == "conv":
-        return (Part("", _kernel),)
+    if layout.kind is Kind.CONV:
+        return (Part("", partial(torch.flatten, end_dim=-3)),)  # [*k, a, b] → [prod(k), a, b]
     if layout.gates:
         return blocks(layout.gates, (layer.units,) * len(layout.gates), axis=1)
     if equation is not None:
         rows = _summed_axes(equation)
         return (Part("", partial(_flat, axes=rows)),) if rows else ()
-    return (split_parts(split, name, shape, 1) if layout.kind == "dense" else ()) or WHOLE
-
-
-def _kernel(tensor: Tensor) -> Tensor:
-    """`[*k, a, b]` → `[prod(k), a, b]`."""
-    return tensor.flatten(0, -3)
+    return (split_parts(split, name, shape, 1) if layout.kind is Kind.DENSE else ()) or WHOLE
 
 
 def _flat(tensor: Tensor, axes: int) -> Tensor:
     """The first `axes` axes × the others."""
-    return tensor.reshape(prod(tensor.shape[:axes]), prod(tensor.shape[axes:]))
+    return tensor.flatten(axes).flatten(0, axes - 1)
 
 
 def _summed_axes(equation: str) -> int:
@@ -258,6 +240,7 @@ def _summed_axes(equation: str) -> int:
     """
     left, _, output = equation.replace(".", "").replace(" ", "").partition("->")
     inputs, _, kernel = left.partition(",")
+    # b: a batch axis, in both; i: summed; o: new
     sides = "".join("b" if axis in inputs and axis in output else "i" if axis in inputs else "o" for axis in kernel)
     first = sides.count(sides[0])
     mixed = "b" in sides or first == len(sides) or len(set(sides[:first])) > 1
@@ -269,7 +252,7 @@ def _summed_axes(equation: str) -> int:
 
 def _read(layer: Any, attribute: str) -> Tensor:
     """The weight a layer computes with now: a variable's value, or the tensor that LoRA makes of it."""
-    weight = getattr(layer, attribute)
+    weight = getattr(layer, attribute)  # with LoRA a property that adds the factors, and so no variable
     return _to_torch(getattr(weight, "value", weight))
 
 

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.kind import Kind
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.parts import Part, variant
 
 CHOICES = ("base", "delta", "merged")
 _HOME = "peft.tuners.lora.layer"
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-_INSIDE = (*_FACTORS, "lora_dropout", "lora_magnitude_vector")
+INSIDE = (*_FACTORS, "lora_dropout", "lora_magnitude_vector")
+"""Names of the modules in a LoRA layer that belong to the adapters, not to the adapted module."""
+
 
 Adapters = Mapping["tuple[int, str]", Any]
 """The LoRA layer around a weight, by the identity of the module that holds the weight and its attribute."""
@@ -46,11 +49,9 @@ def is_lora(module: nn.Module) -> bool:
 
 def find_adapters(root: nn.Module) -> Adapters:
     """The LoRA layers of a model by the weight they adapt."""
-    return {
-        (id(layer.get_base_layer()), _attribute(layer)): layer  # type: ignore[operator]
-        for layer in root.modules()
-        if is_lora(layer)
-    }
+    layers: list[Any] = [module for module in root.modules() if is_lora(module)]
+    # by id: a layer knows its module, the module knows no layer, and nothing may be written on either
+    return {(id(layer.get_base_layer()), _attribute(layer)): layer for layer in layers}
 
 
 def _attribute(layer: Any) -> str:
@@ -63,20 +64,14 @@ def _is(layer: object, *names: str) -> bool:
     return any(isinstance(layer, loaded(_HOME, name)) for name in names)
 
 
-def inner_modules(layer: nn.Module) -> Iterator[nn.Module]:
-    """The modules inside a LoRA layer that hold its factors, without the adapted module."""
-    for name, child in layer.named_children():
-        if name in _INSIDE:
-            yield from child.modules()
-
-
 def factors(layer: nn.Module, path: str) -> Iterator[Skipped]:
     """The factors of a LoRA layer, which have no spectrum of interest of their own."""
     for name, child in layer.named_children():
+        # an embedding's factors stand in a ParameterDict by adapter, the others in modules with a `weight`
         for inner, parameter in child.named_parameters() if name in _FACTORS else ():
             inner = inner.removesuffix(".weight")
             reason = f"factor of lora[{inner}]"
-            yield Skipped(f"{path}.{name}.{inner}", "other", tuple(parameter.shape), reason)
+            yield Skipped(f"{path}.{name}.{inner}", Kind.OTHER, tuple(parameter.shape), reason)
 
 
 def weight_shape(layer: Any) -> tuple[int, ...]:
@@ -98,26 +93,28 @@ def adapted(
         lora: Some of `"base"`, `"delta"` and `"merged"`.
         defect: Why the stored weight cannot be read; the deltas can.
     """
+    # DoRA and its like scale the sum, so neither base nor merged weight follows from the stored one by adding
     variants = [adapter for adapter in _adapters(layer) if adapter in getattr(layer, "lora_variant", {})]
     inside = [adapter for adapter in layer.merged_adapters if adapter in variants]
+    computed = [adapter for adapter in _active(layer) if adapter in variants]
     if "base" in lora:
-        reason = defect or (f"merged with lora[{inside[0]}], which is more than a sum" if inside else "")
-        base = variant(item, "", partial(_base, layer, read), part)
-        yield _skip(base, reason) if reason else base
+        base = variant(item, "", partial(_combined, layer, read, base=True), part)
+        reason = f"merged with lora[{inside[0]}], which is more than a sum" if inside else ""
+        yield _unless(defect or reason, base)
     else:
-        yield _skip(item, "base weight of an adapter: not in lora")
+        yield _unless("base weight of an adapter: not in lora", item)
     if "delta" in lora:
         for adapter in _adapters(layer):
             yield variant(item, f"lora[{adapter}]", partial(_delta, layer, adapter), part)
     if "merged" in lora:
-        merged = variant(item, "merged", partial(_merged, layer, read), part)
-        active = [adapter for adapter in _active(layer) if adapter in variants and not layer.merged]
-        reason = defect or (f"lora[{active[0]}] is more than a sum of base and delta" if active else "")
-        yield _skip(merged, reason) if reason else merged
+        merged = variant(item, "merged", partial(_combined, layer, read, base=False), part)
+        yield _unless(
+            defect or (f"lora[{computed[0]}] is more than a sum of base and delta" if computed else ""), merged
+        )
 
 
-def _skip(item: Matrix, reason: str) -> Skipped:
-    return Skipped(item.name, item.kind, item.shape, reason)
+def _unless(reason: str, item: Matrix) -> Matrix | Skipped:
+    return Skipped(item.name, item.kind, item.shape, reason) if reason else item
 
 
 def _adapters(layer: Any) -> list[str]:
@@ -125,23 +122,18 @@ def _adapters(layer: Any) -> list[str]:
 
 
 def _active(layer: Any) -> list[str]:
-    return [adapter for adapter in layer.active_adapters if adapter in _adapters(layer)]
+    """The adapters that the layer adds as it computes: none where they were merged into what is stored."""
+    return [] if layer.merged else [adapter for adapter in layer.active_adapters if adapter in _adapters(layer)]
 
 
-def _base(layer: Any, read: Callable[[], Tensor]) -> Tensor:
-    """W, without the adapters that were merged into what is stored."""
-    return reduce(lambda weight, adapter: _add(weight, -_delta(layer, adapter)), layer.merged_adapters, read())
-
-
-def _merged(layer: Any, read: Callable[[], Tensor]) -> Tensor:
-    """W + Σ s·B·A over the active adapters; what is stored if adapters were merged into it."""
-    active = [] if layer.merged else _active(layer)
-    return reduce(lambda weight, adapter: _add(weight, _delta(layer, adapter)), active, read())
-
-
-def _add(weight: Tensor, delta: Tensor) -> Tensor:
-    precision = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
-    return weight.to(precision) + delta.to(precision)
+def _combined(layer: Any, read: Callable[[], Tensor], *, base: bool) -> Tensor:
+    """W without the adapters that were merged into it (`base`), or W + Σ s·B·A over the active adapters."""
+    weight = read()
+    for adapter in layer.merged_adapters if base else _active(layer):
+        delta = _delta(layer, adapter)
+        precision = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
+        weight = torch.add(weight.to(precision), delta.to(precision), alpha=-1 if base else 1)
+    return weight
 
 
 def _delta(layer: Any, adapter: str) -> Tensor:
@@ -149,7 +141,7 @@ def _delta(layer: Any, adapter: str) -> Tensor:
     if adapter in layer.lora_embedding_A:
         left, right, transposed = layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter], True
     elif _is(layer, "ParamWrapper", "_ConvNd"):
-        delta: Tensor = layer.get_delta_weight(adapter)
+        delta: Tensor = layer.get_delta_weight(adapter)  # kernels and expert stacks fold their factors in own ways
         return delta
     else:
         left, right = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight

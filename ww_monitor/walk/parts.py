@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain, count
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix, Shards
+from ww_monitor.kind import Kind
+from ww_monitor.matrix import Matrix, Shards, Skipped
 from ww_monitor.walk.sharded import whole
+
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names that `torch.compile`, FSDP and activation checkpointing put into a path."""
 
 LEAST_EXPERT_SIDE = 8
 """Both sides of an expert's matrix have at least this many entries: below lie tables of scales and biases, and 8 is
@@ -41,6 +46,7 @@ class Part:
 
     def shape(self, whole: Sequence[int]) -> tuple[int, int, int]:
         """The shape of the part of a tensor of shape `whole`; nothing is read."""
+        # on the meta device, so that a cut says its shape by itself
         slices, rows, columns = self.stack(torch.empty(tuple(whole), dtype=torch.float32, device="meta")).shape
         return slices, rows, columns
 
@@ -48,21 +54,9 @@ class Part:
 Split = Mapping[str, "int | Sequence[int]"]
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def _kernel(tensor: Tensor) -> Tensor:
     """`[a, b, *k]` → `[prod(k), a, b]`."""
     return tensor.flatten(2).permute(2, 0, 1)
-
-
-def _block(tensor: Tensor, axis: int, start: int, size: int) -> Tensor:
-    return tensor.narrow(axis, start, size)
-
-
-def _every_second(tensor: Tensor, axis: int, start: int) -> Tensor:
-    return tensor.movedim(axis, -1)[..., start::2].movedim(-1, axis)
 
 
 def _of_groups(tensor: Tensor, groups: int, rows: int, start: int, size: int) -> Tensor:
@@ -74,7 +68,7 @@ def _expert(tensor: Tensor, take: Callable[[Tensor], Tensor], index: int) -> Ten
     return take(tensor)[index]
 
 
-WHOLE = (Part("", _as_it_is),)
+WHOLE = (Part("", torch.detach),)
 KERNEL = (Part("", _kernel),)
 
 
@@ -84,10 +78,10 @@ def blocks(ends: Sequence[str], sizes: Sequence[int], axis: int = 0) -> tuple[Pa
     >>> [part.shape((12, 5)) for part in blocks(("q", "k", "v"), (8, 2, 2))]
     [(1, 8, 5), (1, 2, 5), (1, 2, 5)]
     """
-    starts = accumulate(sizes, initial=0)
+    named = ("q", "k", "v", "gate", "up")  # ends that are roles
     return tuple(
-        Part(end, partial(_block, axis=axis, start=start, size=size), _role(end))
-        for end, start, size in zip(ends, starts, sizes, strict=False)
+        Part(end, partial(torch.narrow, dim=axis, start=start, length=size), end if end in named else "")
+        for end, start, size in zip(ends, accumulate(sizes, initial=0), sizes, strict=False)
     )
 
 
@@ -97,16 +91,10 @@ def interleaved_heads(queries: int, keys: int, head_dim: int) -> tuple[Part, ...
     The layout of GPT-NeoX and BLOOM (queries = keys) and of Falcon (keys = 1, or grouped), as their `forward` reshapes.
     """
     group = queries // keys
-    cuts = (("q", 0, group), ("k", group, 1), ("v", group + 1, 1))
+    cut = partial(_of_groups, groups=keys, rows=(group + 2) * head_dim)
     return tuple(
-        Part(
-            end,
-            partial(
-                _of_groups, groups=keys, rows=(group + 2) * head_dim, start=start * head_dim, size=count * head_dim
-            ),
-            end,
-        )
-        for end, start, count in cuts
+        Part(end, partial(cut, start=start * head_dim, size=count * head_dim), end)
+        for end, start, count in (("q", 0, group), ("k", group, 1), ("v", group + 1, 1))
     )
 
 
@@ -114,17 +102,15 @@ def halves(size: int, axis: int, *, alternate: bool) -> tuple[Part, ...]:
     """Gate and up projection out of one tensor: the first and the second half, or every second row."""
     if not alternate:
         return blocks(("gate", "up"), (size // 2, size // 2), axis)
-    return tuple(
-        Part(end, partial(_every_second, axis=axis, start=start), end) for start, end in enumerate(("gate", "up"))
-    )
+    before = (slice(None),) * axis
+    return tuple(Part(end, itemgetter((*before, slice(at, None, 2))), end) for at, end in enumerate(("gate", "up")))
 
 
 def each_expert(parts: Sequence[Part], experts: int) -> Iterator[Part]:
     """One matrix an expert out of parts `[experts, rows, columns]`; the number of the expert ends the name."""
     for part in parts:
         for index in range(experts):
-            end = f"{part.end}.{index}" if part.end else str(index)
-            yield Part(end, partial(_expert, take=part.take, index=index), part.role)
+            yield Part(joined(part.end, str(index)), partial(_expert, take=part.take, index=index), part.role)
 
 
 def is_expert_stack(owner: str, shape: Sequence[int]) -> bool:
@@ -133,9 +119,24 @@ def is_expert_stack(owner: str, shape: Sequence[int]) -> bool:
     return named and len(shape) == 3 and shape[0] > 1 and min(shape[1:]) >= LEAST_EXPERT_SIDE
 
 
+def joined(*names: str) -> str:
+    """The dotted name of what is not empty."""
+    return ".".join(filter(None, names))
+
+
+def unique(items: Iterable[Matrix | Skipped]) -> Iterator[Matrix | Skipped]:
+    """The items with `#2`, `#3`, … behind a name that came before."""
+    taken: set[str] = set()
+    for item in items:
+        names = chain([item.name], (f"{item.name}#{number}" for number in count(2)))
+        name = next(name for name in names if name not in taken)
+        taken.add(name)
+        yield replace(item, name=name)
+
+
 def matrix(
     name: str,
-    kind: str,
+    kind: Kind,
     part: Part,
     shape: Sequence[int],
     read: Callable[[], Tensor],
@@ -144,8 +145,7 @@ def matrix(
 ) -> Matrix:
     """The matrix that a part of a tensor makes; `role` counts where the cut gives none."""
     own_role = role if part.role is None else part.role
-    label = ".".join(filter(None, (name, part.end)))
-    return Matrix(label, kind, part.shape(shape), partial(_load, read, part), own_role, shards=shards)
+    return Matrix(joined(name, part.end), kind, part.shape(shape), partial(_load, read, part), own_role, shards=shards)
 
 
 @torch.no_grad()
@@ -156,25 +156,17 @@ def _load(read: Callable[[], Tensor], part: Part) -> Tensor:
 def variant(item: Matrix, label: str, read: Callable[[], Tensor], part: Part) -> Matrix:
     """The same part of another tensor, with `label` (if any) at the end of its name."""
     shards = None if item.shards is None else Shards(item.shards.ranks)  # what is computed has no pieces
-    return replace(
-        item, name=".".join(filter(None, (item.name, label))), load=partial(_load, read, part), shards=shards
-    )
+    return replace(item, name=joined(item.name, label), load=partial(_load, read, part), shards=shards)
 
 
-def _role(end: str) -> str | None:
-    return end if end in ("q", "k", "v", "gate", "up") else ""
-
-
-def unfit(dtype: torch.dtype, shape: Sequence[int], kind: str) -> str:
+def unfit(dtype: torch.dtype, shape: Sequence[int], kind: Kind) -> str:
     """Why a tensor has no spectrum, or `""`."""
-    least, most = (3, 5) if kind == "conv" else (2, 3)
-    defects = (
-        (dtype.is_complex, "complex weights"),
-        (not dtype.is_complex and not dtype.is_floating_point, "integer weights"),
-        (not least <= len(shape) <= most, f"{len(shape)}-dimensional where a {kind} weight has {least} to {most}"),
-        (0 in shape, f"empty: a zero in the shape {tuple(shape)}"),
-    )
-    return next((reason for found, reason in defects if found), "")
+    least, most = kind.about.ndim
+    if dtype.is_complex or not dtype.is_floating_point:
+        return "complex weights" if dtype.is_complex else "integer weights"
+    if not least <= len(shape) <= most:
+        return f"{len(shape)}-dimensional where {kind.about.label} have {least} to {most}"
+    return f"empty: a zero in the shape {tuple(shape)}" if 0 in shape else ""
 
 
 # --- the caller's own cuts
@@ -188,18 +180,12 @@ def check_split(where: str, split: Split | None) -> None:
         raise InvalidArgument(f"{where}: split must be a mapping from globs; got {type(split).__name__}")
     for pattern, sizes in split.items():
         listed = [sizes] if isinstance(sizes, int) else sizes
-        if not _are_sizes(listed):
+        numbers = isinstance(listed, Sequence) and all(type(size) is int and size >= 1 for size in listed)
+        if not (numbers and listed):
             raise InvalidArgument(
                 f"{where}: split[{pattern!r}] must be a number of parts or a sequence of their sizes, all >= 1; "
                 f"got {sizes!r}"
             )
-
-
-def _are_sizes(listed: object) -> bool:
-    """Whether `listed` is a sequence of one or more integers of at least 1."""
-    if not isinstance(listed, Sequence) or not listed:
-        return False
-    return all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in listed)
 
 
 def split_parts(split: Split | None, name: str, shape: Sequence[int], axis: int) -> tuple[Part, ...]:

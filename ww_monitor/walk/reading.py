@@ -14,32 +14,25 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ww_monitor.kind import Kind
 from ww_monitor.walk.parts import unfit
 from ww_monitor.walk.sharded import like_whole, read_whole
 
 
-def read(module: nn.Module, attribute: str) -> Tensor:
-    """The weight the module computes with: the tensor itself, or computed from what is stored now."""
-    if parametrize.is_parametrized(module, attribute):
-        return _evaluate(module.get_submodule(f"parametrizations.{attribute}"))
-    _, compute = _hook(module, attribute)
-    tensor: Tensor = compute()
-    return tensor
-
-
 def read_dense(module: nn.Module, attribute: str) -> Tensor:
     """The weight the module computes with, gathered if partitioned, dequantised where tensor or module offers it."""
-    return read_whole(stored_tensors(module, attribute), partial(_read_dense, module, attribute))
+    stored, compute, _ = _source(module, attribute)
+    return read_whole(stored, partial(_read_dense, module, compute))
 
 
-def _read_dense(module: nn.Module, attribute: str) -> Tensor:
-    tensor = read(module, attribute)
-    if _offers_dequantize(tensor):
-        return tensor.dequantize()
-    if not tensor.is_floating_point() and _offers_dequantize(module):
-        dense: Tensor = module.dequantize()  # type: ignore[operator]
-        return dense
-    return tensor
+def _read_dense(module: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+    tensor = compute()
+    return _dequantized(module, tensor) if is_packed(module, tensor) else tensor
+
+
+def _dequantized(module: nn.Module, packed: Tensor) -> Tensor:
+    dense: Tensor = (packed if _offers_dequantize(packed) else module).dequantize()  # type: ignore[operator]
+    return dense
 
 
 def is_packed(module: nn.Module, stored: Tensor) -> bool:
@@ -58,8 +51,7 @@ def dequantized_shape(module: nn.Module, stored: Tensor) -> tuple[int, ...] | No
     features = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if all(isinstance(size, int) for size in features):
         return features  # type: ignore[return-value]
-    dense: Tensor = (stored if _offers_dequantize(stored) else module).dequantize()  # type: ignore[operator]
-    return tuple(dense.shape)
+    return tuple(_dequantized(module, stored).shape)
 
 
 def _offers_dequantize(owner: Tensor | nn.Module) -> bool:
@@ -72,40 +64,36 @@ def _offers_dequantize(owner: Tensor | nn.Module) -> bool:
 def stand_in(module: nn.Module, attribute: str) -> Tensor | None:
     """A tensor with the shape, dtype, layout and device of the weight, computed only where they cannot be known."""
     if not parametrize.is_parametrized(module, attribute):
-        stored, _ = _hook(module, attribute)
-        tensor: Tensor | None = like_whole(getattr(module, stored, None))
-        return tensor
+        return like_whole(next(iter(_source(module, attribute)[0]), None))  # type: ignore[no-any-return]
     functions = module.get_submodule(f"parametrizations.{attribute}")
     of_torch = all(type(function).__module__ == parametrizations.__name__ for function in functions.children())
     checked = not functions.unsafe and not any(hasattr(function, "right_inverse") for function in functions.children())
     return originals(functions)[-1] if of_torch or checked else _evaluate(functions)
 
 
-def _hook(module: nn.Module, attribute: str) -> tuple[str, Callable[[], Tensor]]:
-    """The attribute that stores the weight and a function that computes it: pruning and norms of the older kind."""
+def sources(module: nn.Module, attribute: str) -> tuple[list[Tensor], bool]:
+    """The tensors that a weight is made of, and whether it is more than the one of them as it is."""
+    stored, _, computed = _source(module, attribute)
+    return stored, computed or any(is_packed(module, tensor) for tensor in stored)
+
+
+def _source(module: nn.Module, attribute: str) -> tuple[list[Tensor], Callable[[], Tensor], bool]:
+    """What a weight is made of, a function that computes it from that as it is now, and whether that does more."""
+    if parametrize.is_parametrized(module, attribute):
+        functions = module.get_submodule(f"parametrizations.{attribute}")
+        return originals(functions), partial(_evaluate, functions), True
+    stored, compute = attribute, partial(getattr, module, attribute)
+    # pruning and norms of the older kind: their hook writes the attribute in the next forward pass only, and nothing
+    # public tells which hooks a module has, nor what they write
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod) and hook._tensor_name == attribute:
-            return f"{attribute}_orig", partial(hook.apply_mask, module)
-        if isinstance(hook, SpectralNorm) and hook.name == attribute:
-            return f"{attribute}_orig", partial(hook.compute_weight, module, do_power_iteration=False)
-        if isinstance(hook, WeightNorm) and hook.name == attribute:
-            return f"{attribute}_v", partial(hook.compute_weight, module)
-    return attribute, partial(getattr, module, attribute)
-
-
-def stored_tensors(module: nn.Module, attribute: str) -> list[Tensor]:
-    """The tensors that a weight is made of: itself, or what a parametrization starts from."""
-    if parametrize.is_parametrized(module, attribute):
-        return originals(module.get_submodule(f"parametrizations.{attribute}"))
-    stored = getattr(module, _hook(module, attribute)[0], None)
-    return [stored] if isinstance(stored, Tensor) else []
-
-
-def is_computed(module: nn.Module, attribute: str) -> bool:
-    """Whether a weight is more than one stored tensor as it is."""
-    if parametrize.is_parametrized(module, attribute) or _hook(module, attribute)[0] != attribute:
-        return True
-    return any(is_packed(module, tensor) for tensor in stored_tensors(module, attribute))
+            stored, compute = f"{attribute}_orig", partial(hook.apply_mask, module)
+        elif isinstance(hook, SpectralNorm) and hook.name == attribute:
+            stored, compute = f"{attribute}_orig", partial(hook.compute_weight, module, do_power_iteration=False)
+        elif isinstance(hook, WeightNorm) and hook.name == attribute:
+            stored, compute = f"{attribute}_v", partial(hook.compute_weight, module)
+    tensor = getattr(module, stored, None)
+    return [tensor] if isinstance(tensor, Tensor) else [], compute, stored != attribute
 
 
 def originals(functions: nn.Module) -> list[Tensor]:
@@ -118,6 +106,7 @@ def _evaluate(functions: nn.Module) -> Tensor:
 
     `parametrize.cached()` is by-passed: a value without gradient in that cache would stop the training of the weight.
     """
+    # in training mode a spectral norm would take a power step first
     flags = [(module, module.training) for module in functions.modules()]
     copies = {name: buffer.clone() for name, buffer in functions.named_buffers()}
     device = originals(functions)[-1].device
@@ -144,7 +133,7 @@ def shape(tensor: Tensor) -> tuple[int, ...]:
     return () if is_lazy(tensor) else tuple(tensor.shape)
 
 
-def defect(weight: Tensor, kind: str, *, planned: bool = False) -> str:
+def defect(weight: Tensor, kind: Kind, *, planned: bool = False) -> str:
     """Why `weight` has no spectrum, or `""`; for a plan it may be on the meta device."""
     if is_lazy(weight):
         return "not initialised: a lazy module before its first forward pass"

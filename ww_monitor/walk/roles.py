@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from ww_monitor.kind import Kind
+
 _IN_ATTENTION = r"\w*att\w*\.(\w+\.)?"  # attn.  self_attention.  SelfAttention.  attention.self.
 _IN_MLP = r"(\w*mlp|feed_forward|DenseReluDense|layers\.\d+|experts\.\d+)\."
 
@@ -20,25 +22,24 @@ _ROLES = (  # (end of the name, role); the first match wins, so an attention's o
     (r"lm_head|embed_out|heads?|classifier|score|predictions\.decoder", "head"),
 )
 _PATTERNS = tuple((re.compile(rf"(^|.*\.)({ending})", re.IGNORECASE), role) for ending, role in _ROLES)
-_OF_KIND = {"conv": "conv", "embedding": "embed", "recurrent": ""}
 
 
-def infer_role(name: str, kind: str) -> str:
+def infer_role(name: str, kind: Kind) -> str:
     """What the matrix does in its block, or `""` if the name does not tell.
 
     Args:
         name: Cleaned dotted name of the matrix.
-        kind: Kind of the matrix; it decides alone for convolutions, embeddings and recurrent weights.
+        kind: Kind of the matrix; it decides alone where every matrix of the kind has one role.
 
     Returns:
         `"q"`, `"k"`, `"v"`, `"o"`, `"qkv"`, `"up"`, `"gate"`, `"down"`, `"embed"`, `"head"`, `"conv"` or `""`.
         The names known are those of GPT-2, Llama, BERT, T5, OPT, BLOOM and `torch.nn.Transformer`.
 
-    >>> infer_role("transformer.h.0.attn.c_proj", "dense"), infer_role("transformer.h.0.mlp.c_proj", "dense")
+    >>> infer_role("transformer.h.0.attn.c_proj", Kind.DENSE), infer_role("transformer.h.0.mlp.c_proj", Kind.DENSE)
     ('o', 'down')
     """
-    if kind in _OF_KIND:
-        return _OF_KIND[kind]
-    if kind == "attention":
+    if kind.about.role is not None:
+        return kind.about.role
+    if kind is Kind.ATTENTION:
         name = f"attention.{name.rpartition('.')[2]}"
     return next((role for pattern, role in _PATTERNS if pattern.fullmatch(name)), "")

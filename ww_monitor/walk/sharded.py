@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ww_monitor.matrices import Index, Matrix, Piece, Shards, Skipped
+from ww_monitor.matrix import Index, Matrix, Piece, Shards, Skipped
 
 _DTENSOR = ("torch.distributed.tensor", "DTensor")
 _FSDP = ("torch.distributed.fsdp", "FullyShardedDataParallel")

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.sharded import Layout
 
 Source = nn.Module | Mapping[str, Tensor] | str | Path

@@ -11,30 +11,18 @@ import torch
 from torch import Tensor
 
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrices import Matrix, Skipped
-from ww_monitor.walk import fused
+from ww_monitor.kind import Kind
+from ww_monitor.matrix import Matrix, Skipped
+from ww_monitor.walk import fused, parts
 from ww_monitor.walk.lora import low_rank
-from ww_monitor.walk.parts import (
-    KERNEL,
-    WHOLE,
-    Part,
-    Split,
-    blocks,
-    check_split,
-    is_expert_stack,
-    matrix,
-    split_parts,
-    unfit,
-)
+from ww_monitor.walk.parts import KERNEL, WHOLE, WRAPPERS, Part, Split
 from ww_monitor.walk.reading import identity, tied_to
 from ww_monitor.walk.roles import infer_role
 
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _EMBEDDING = re.compile(r"(.*_)?(embed(ding)?s?|emb|wte|wpe)(_(?!out).*)?|[a-z]*embed", re.IGNORECASE)
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
 _LORA = re.compile(r"(?P<name>.*)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.weight")
 _COMPUTED = re.compile(r"(.*\.)?(parametrizations\..*|weight\w*_(orig|g|v))")
-_OTHER = "other"
 
 
 @dataclass(frozen=True)
@@ -83,25 +71,22 @@ def walk_state_dict(tensors: Mapping[str, Tensor], *, split: Split | None = None
     >>> [(matrix.name, matrix.kind, matrix.shape) for matrix in walk_state_dict(tensors)]
     [('fc', 'dense', (1, 4, 8)), ('conv', 'conv', (9, 6, 4))]
     """
-    check_split("walk_state_dict", split)
+    parts.check_split("walk_state_dict", split)
     if not isinstance(tensors, Mapping):
         raise InvalidArgument(f"walk_state_dict: tensors must be a mapping; got {type(tensors).__name__}")
+    # what modules put there by `get_extra_state` may be any object, and is no weight
     tensors = {key: value for key, value in tensors.items() if not key.endswith("_extra_state")}
     wrong = next((key for key, value in tensors.items() if not isinstance(value, Tensor)), None)
     if wrong is not None:
         raise InvalidArgument(
             f"walk_state_dict: every value must be a tensor; got {type(tensors[wrong]).__name__} for {wrong!r}"
         )
-    return walk_unread({key: unread(tensor, partial(_self, tensor)) for key, tensor in tensors.items()}, split)
+    return walk_unread({key: unread(tensor, tensor.detach) for key, tensor in tensors.items()}, split)
 
 
 def unread(tensor: Tensor, read: Callable[[], Tensor]) -> Unread:
     """The description of a tensor that `read` reads."""
     return Unread(tuple(tensor.shape), tensor.dtype, read, identity(tensor))
-
-
-def _self(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def walk_unread(
@@ -115,7 +100,7 @@ def walk_unread(
             continue
         own = value.identity is None or _LORA.fullmatch(key)  # a factor may serve several layers: each has its delta
         if not own and value.identity in seen:
-            yield Skipped(_name(key), _OTHER, value.shape, tied_to(seen[value.identity]))
+            yield Skipped(_name(key), Kind.OTHER, value.shape, tied_to(seen[value.identity]))
             continue
         items = list(_items(key, value, tensors, split, scaling))
         if not own and any(isinstance(item, Matrix) for item in items):
@@ -125,9 +110,9 @@ def walk_unread(
 
 def _cleaned(tensors: Mapping[str, Unread]) -> dict[str, Unread]:
     """The tensors by their names without wrappers; `module.` goes where every name starts with it."""
-    dropped = (*_WRAPPERS, "base_layer") if any(_LORA.fullmatch(key) for key in tensors) else _WRAPPERS
+    dropped = (*WRAPPERS, "base_layer") if any(_LORA.fullmatch(key) for key in tensors) else WRAPPERS
     found = {".".join(part for part in key.split(".") if part not in dropped): tensors[key] for key in tensors}
-    parallel = all(key.startswith("module.") for key in found)
+    parallel = all(key.startswith("module.") for key in found)  # else it is an attribute of that name
     return {key.removeprefix("module.") if parallel else key: value for key, value in found.items()}
 
 
@@ -143,49 +128,44 @@ def _items(
     if factor := _LORA.fullmatch(key):
         yield from _delta(key, factor, tensors, scaling)
         return
-    kind, parts, reason = _meaning(key, value, tensors, split)
-    if not reason:
-        reason = "a storage type that is not read" if value.dtype is None else unfit(value.dtype, value.shape, kind)
+    kind, cuts, reason = _meaning(key, value, tensors, split)
+    unread = "a storage type that is not read"
+    reason = reason or (unread if value.dtype is None else parts.unfit(value.dtype, value.shape, kind))
     if reason:
         yield Skipped(_name(key), kind, value.shape, reason)
         return
-    name = key.rpartition(".")[0] if kind == "attention" else _name(key)
-    for part in parts:
-        yield matrix(name, kind, part, value.shape, value.read, infer_role(name, kind))
+    name = key.rpartition(".")[0] if kind is Kind.ATTENTION else _name(key)
+    yield from (parts.matrix(name, kind, part, value.shape, value.read, infer_role(name, kind)) for part in cuts)
 
 
 def _meaning(
     key: str, value: Unread, tensors: Mapping[str, Unread], split: Split | None
-) -> tuple[str, tuple[Part, ...], str]:
+) -> tuple[Kind, tuple[Part, ...], str]:
     """The kind of a tensor, its parts, and why it is no weight if it is none."""
     path, _, attribute = key.rpartition(".")
     rows, ndim = value.shape[0], len(value.shape)
     if _COMPUTED.fullmatch(key):
-        return _OTHER, (), "stored before pruning or a parametrization, which needs the model"
+        return Kind.OTHER, (), "stored before pruning or a parametrization, which needs the model"
     if _RECURRENT.fullmatch(attribute):
-        return "recurrent", WHOLE, ""
+        return Kind.RECURRENT, WHOLE, ""
     if attribute == "in_proj_weight" and ndim == 2 and rows % 3 == 0:
-        return "attention", blocks("qkv", (rows // 3,) * 3), ""
+        return Kind.ATTENTION, parts.blocks("qkv", (rows // 3,) * 3), ""
     if attribute in ("q_proj_weight", "k_proj_weight", "v_proj_weight") and ndim == 2:
-        return "attention", blocks(attribute[0], (rows,)), ""
-    if attribute != "weight" and is_expert_stack(path, value.shape):
+        return Kind.ATTENTION, parts.blocks(attribute[0], (rows,)), ""
+    if attribute != "weight" and parts.is_expert_stack(path, value.shape):
         beside = tensors.get(f"{path}.down_proj")
         layout = fused.layout_beside(value.shape, beside.shape if beside else None)
         declared = None if f"{key}_bias" in tensors else layout  # with a bias the two may alternate, as in GPT-OSS
-        return "dense", fused.expert_parts(attribute, value.shape, declared, separate=True), ""
+        return Kind.DENSE, fused.expert_parts(attribute, value.shape, declared, separate=True), ""
     if attribute != "weight":
-        return _OTHER, (), "its name is none of a known weight"
+        return Kind.OTHER, (), "its name is none of a known weight"
     if ndim > 2:
-        return "conv", KERNEL, ""
+        return Kind.CONV, KERNEL, ""
     if _EMBEDDING.fullmatch(path.rpartition(".")[2]):
-        return "embedding", WHOLE, ""
-    return "dense", _dense_parts(path, value.shape, split), ""
-
-
-def _dense_parts(name: str, shape: tuple[int, ...], split: Split | None) -> tuple[Part, ...]:
-    transposed = name.endswith("c_attn") and shape[1] in (2 * shape[0], 3 * shape[0])  # GPT-2 stores [in, out]
-    wished = split_parts(split, name, shape, int(transposed))
-    return wished or fused.fused_parts(name, shape, int(transposed), None) or WHOLE
+        return Kind.EMBEDDING, WHOLE, ""
+    transposed = path.endswith("c_attn") and value.shape[1] in (2 * rows, 3 * rows)  # GPT-2 stores [in, out]
+    wished = parts.split_parts(split, path, value.shape, int(transposed))
+    return Kind.DENSE, wished or fused.fused_parts(path, value.shape, int(transposed), None) or WHOLE, ""
 
 
 def _delta(
@@ -195,16 +175,16 @@ def _delta(
     name, adapter = factor["name"], factor["adapter"]
     ends = [f"{name}.lora_{which}{f'.{adapter}' if adapter else ''}.weight" for which in "AB"]
     label = f"lora[{adapter or 'default'}]"
-    yield Skipped(_name(key), _OTHER, tensors[key].shape, f"factor of {label}")
+    yield Skipped(_name(key), Kind.OTHER, tensors[key].shape, f"factor of {label}")
+    # at A only, so that the delta is listed once; a lone factor has none
     if factor["factor"] == "B" or not all(end in tensors for end in ends):
         return
     right, left = (tensors[end] for end in ends)
     if len(right.shape) != 2 or len(left.shape) != 2 or right.shape[0] != left.shape[1]:
         return
-    scale = scaling(name, right.shape[0]) if scaling else 1.0
-    shape = (left.shape[0], right.shape[1])
-    role = infer_role(name, "dense")
-    yield matrix(f"{name}.{label}", "dense", WHOLE[0], shape, partial(_product, left, right, scale), role)
+    scale, shape = scaling(name, right.shape[0]) if scaling else 1.0, (left.shape[0], right.shape[1])
+    read, role = partial(_product, left, right, scale), infer_role(name, Kind.DENSE)
+    yield parts.matrix(f"{name}.{label}", Kind.DENSE, WHOLE[0], shape, read, role)
 
 
 def _product(left: Unread, right: Unread, scaling: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
@@ -14,41 +14,21 @@ from torch.nn.parameter import Parameter, is_lazy
 from torch.nn.utils import parametrize
 
 from ww_monitor.errors import InvalidArgument, check_choice
-from ww_monitor.matrices import Matrix, Skipped
-from ww_monitor.walk import fused
+from ww_monitor.kind import Kind
+from ww_monitor.matrix import Matrix, Skipped
+from ww_monitor.walk import fused, parts, reading
 from ww_monitor.walk import lora as adapters
-from ww_monitor.walk.parts import KERNEL, WHOLE, Part, Split, blocks, check_split, is_expert_stack, matrix, split_parts
-from ww_monitor.walk.reading import (
-    defect,
-    dequantized_shape,
-    identity,
-    is_computed,
-    is_packed,
-    originals,
-    own_tensors,
-    read_dense,
-    shape,
-    stand_in,
-    stored_tensors,
-    tied_to,
-)
+from ww_monitor.walk.parts import KERNEL, WHOLE, WRAPPERS, Part, Split
 from ww_monitor.walk.roles import infer_role
 from ww_monitor.walk.sharded import Layout, by_unit, like_whole, shards_of, units
 
-_KINDS: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.Linear, "dense"),
-    (nn.Bilinear, "dense"),
-    (nn.Embedding, "embedding"),
-    (nn.EmbeddingBag, "embedding"),
-    (nn.Conv1d, "conv"),
-    (nn.Conv2d, "conv"),
-    (nn.Conv3d, "conv"),
-    (nn.ConvTranspose1d, "conv"),
-    (nn.ConvTranspose2d, "conv"),
-    (nn.ConvTranspose3d, "conv"),
-)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_KINDS: Mapping[Kind, tuple[type[nn.Module], ...]] = {
+    Kind.DENSE: (nn.Linear, nn.Bilinear),
+    Kind.EMBEDDING: (nn.Embedding, nn.EmbeddingBag),
+    Kind.CONV: _CONVOLUTIONS,
+}
 _GATES = (((nn.LSTM, nn.LSTMCell), "ifgo"), ((nn.GRU, nn.GRUCell), "rzn"))
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _QUANTIZED = (
     ("torch.ao.nn.quantized.modules.utils", "WeightedQuantizedModule"),
     ("torch.ao.nn.quantized.modules.embedding_ops", "Embedding"),
@@ -57,7 +37,6 @@ _QUANTIZED = (
 )
 _ROUTER = re.compile("[Rr]outer|Gate(?!d)|(?<![a-z])gate")  # class names of what sends tokens to experts
 _PACKED = ("weight", "qweight", "W_q")  # where quantised modules keep their integers
-_OTHER = "other"  # the kind of a `Skipped` that no known module owns
 
 
 def walk(
@@ -101,7 +80,7 @@ def walk(
     >>> [(matrix.name, matrix.kind, matrix.shape) for matrix in walk(net)]
     [('0', 'dense', (1, 4, 8)), ('2', 'conv', (9, 6, 4))]
     """
-    check_split("walk", split)
+    parts.check_split("walk", split)
     check_choice("walk", "experts", experts, ("separate", "pooled"))
     adapters.check_lora("walk", lora)
     root = _unwrap(model)
@@ -127,21 +106,20 @@ class _Walk:
         """What tied weights have in common: of a unit that is gathered again and again, the place in its storage."""
         unit = self.units.get(id(module))
         if unit is None or stored is None:
-            return identity(stored)
+            return reading.identity(stored)
         return id(unit), stored.storage_offset(), stored.shape, stored.stride()
 
 
 def _walk(root: nn.Module, this: _Walk) -> Iterator[Matrix | Skipped]:
-    taken: set[str] = set()
-    for item in by_unit(_modules(root), this.units, partial(_items_of, this)):
-        yield replace(item, name=_unique(item.name or _class_name(root), taken))
+    found = by_unit(_modules(root, "", set()), this.units, partial(_items_of, this))
+    return parts.unique(replace(item, name=item.name or _class_name(root)) for item in found)
 
 
 def _items_of(this: _Walk, path: str, module: nn.Module) -> list[Matrix | Skipped]:
     """The items of one module, which know whether it trains."""
-    this.owners.setdefault(path, module)
+    this.owners.setdefault(path, module)  # a module comes before its children, which ask for their owner
     frozen = not any(parameter.requires_grad for parameter in module.parameters())
-    items = _items(module, path, this)
+    items = _items(module, path, this)  # consumed here: a unit of FSDP is gathered for this call only
     return [replace(item, frozen=frozen) if isinstance(item, Matrix) else item for item in items]
 
 
@@ -151,47 +129,32 @@ def _items_of(this: _Walk, path: str, module: nn.Module) -> list[Matrix | Skippe
 def _unwrap(model: nn.Module) -> nn.Module:
     """The user's own root module, without the wrappers around it."""
     while True:
+        # `module` is a name that anybody may use: only these two classes mean it as a wrapper
         parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-        wrapper = "module" if parallel else next((w for w in _WRAPPERS if w in dict(model.named_children())), "")
+        wrapper = "module" if parallel else next((w for w in WRAPPERS if w in dict(model.named_children())), "")
         if not wrapper:
             return model
         model = model.get_submodule(wrapper)
 
 
-def _modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once with its cleaned path, except those that compute a parametrization or a LoRA delta."""
-    inside: set[int] = set()
-    adapted: set[str] = set()
-    for path, module in root.named_modules():
-        if parametrize.is_parametrized(module):
-            inside.update(map(id, module.get_submodule("parametrizations").modules()))
-        if adapters.is_lora(module):
-            inside.update(map(id, adapters.inner_modules(module)))
-            adapted.add(f"{path}.base_layer".lstrip("."))
-        if id(module) not in inside:
-            yield _clean(path, adapted), module
+def _modules(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once with its path, which wrappers and the `base_layer` of adapters leave no mark on.
 
-
-def _clean(path: str, adapted: set[str]) -> str:
-    """`path` without wrappers and without the `base_layer` of adapters."""
-    parts = path.split(".")
-    ends = [".".join(parts[: i + 1]) for i in range(len(parts))] if adapted else parts
-    return ".".join(part for part, end in zip(parts, ends, strict=True) if part not in _WRAPPERS and end not in adapted)
+    What computes a parametrization or a LoRA delta is part of the weight it makes, and left out.
+    """
+    seen.add(id(module))  # modules may define ==, and one that is used twice is listed once
+    yield path, module
+    adapted = adapters.is_lora(module)
+    inside = adapters.INSIDE if adapted else ("parametrizations",) if parametrize.is_parametrized(module) else ()
+    for name, child in module.named_children():
+        if id(child) not in seen and name not in inside:
+            plain = name in WRAPPERS or (adapted and name == "base_layer")
+            yield from _modules(child, path if plain else parts.joined(path, name), seen)
 
 
 def _join(path: str, attribute: str) -> str:
     """The dotted name of a parameter, without the plain `weight`."""
-    return ".".join(part for part in (path, "" if attribute == "weight" else attribute) if part)
-
-
-def _unique(name: str, taken: set[str]) -> str:
-    """`name`, or `name#2`, `name#3`, … where it is already taken."""
-    candidate, number = name, 1
-    while candidate in taken:
-        number += 1
-        candidate = f"{name}#{number}"
-    taken.add(candidate)
-    return candidate
+    return parts.joined(path, "" if attribute == "weight" else attribute)
 
 
 def _class_name(module: nn.Module) -> str:
@@ -215,7 +178,7 @@ class _Weight:
     """
 
     attribute: str
-    kind: str
+    kind: Kind
     parts: tuple[Part, ...] | None = WHOLE
     stem: str | None = None
     axis: int = 0
@@ -225,14 +188,15 @@ def _weights(module: nn.Module, path: str) -> Iterator[_Weight]:
     """The weights that a module has by its class, absent ones included, and the stacks of experts it holds itself."""
     if isinstance(module, nn.MultiheadAttention):
         embed_dim = module.embed_dim
-        yield _Weight("in_proj_weight", "attention", blocks("qkv", (embed_dim,) * 3), "")
-        yield from (_Weight(f"{part}_proj_weight", "attention", blocks(part, (embed_dim,)), "") for part in "qkv")
+        yield _Weight("in_proj_weight", Kind.ATTENTION, parts.blocks("qkv", (embed_dim,) * 3), "")
+        for part in "qkv":  # instead of the one above where keys or values have another width
+            yield _Weight(f"{part}_proj_weight", Kind.ATTENTION, parts.blocks(part, (embed_dim,)), "")
     elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         yield from _recurrent_weights(module)
     elif isinstance(module, adapters.loaded("transformers.pytorch_utils", "Conv1D")):
-        yield _Weight("weight", "dense", None, axis=1)
-    elif kind := next((kind for known, kind in _KINDS if isinstance(module, known)), ""):
-        fixed = None if isinstance(module, nn.Linear) else KERNEL if kind == "conv" else WHOLE
+        yield _Weight("weight", Kind.DENSE, None, axis=1)
+    elif kind := next((kind for kind, known in _KINDS.items() if isinstance(module, known)), None):
+        fixed = None if isinstance(module, nn.Linear) else KERNEL if kind is Kind.CONV else WHOLE
         yield _Weight("weight", kind, fixed)
     else:
         yield from _bare_weights(module, path)
@@ -241,30 +205,30 @@ def _weights(module: nn.Module, path: str) -> Iterator[_Weight]:
 def _recurrent_weights(module: nn.RNNBase | nn.RNNCellBase) -> Iterator[_Weight]:
     """weight_ih and weight_hh of every layer and direction, cut into gates, and the projection weight_hr, whole."""
     gates = next((gates for known, gates in _GATES if isinstance(module, known)), "")
-    cut = blocks(gates, (module.hidden_size,) * len(gates)) if gates else WHOLE
+    cut = parts.blocks(gates, (module.hidden_size,) * len(gates)) if gates else WHOLE
     ends = [""]
     if isinstance(module, nn.RNNBase):
         directions = ("", "_reverse")[: 1 + module.bidirectional]
         ends = [f"_l{layer}{direction}" for layer in range(module.num_layers) for direction in directions]
     for end in ends:
         for stem in ("weight_ih", "weight_hh", "weight_hr"):
-            yield _Weight(stem + end, "recurrent", WHOLE if stem == "weight_hr" else cut)
+            yield _Weight(stem + end, Kind.RECURRENT, WHOLE if stem == "weight_hr" else cut)
 
 
 def _bare_weights(module: nn.Module, path: str) -> Iterator[_Weight]:
     """The weights among the parameters of a module of an unknown class: a router, quantised ones, stacked experts."""
-    tensors = own_tensors(module)
+    tensors = reading.own_tensors(module)
     class_name = _class_name(module)
     for attribute, tensor in tensors.items():
         if is_lazy(tensor):
             continue
-        size = shape(like_whole(tensor))
-        if attribute in _PACKED and is_packed(module, tensor):
-            yield _Weight(attribute, "dense", None, stem="")
+        size = reading.shape(like_whole(tensor))
+        if attribute in _PACKED and reading.is_packed(module, tensor):
+            yield _Weight(attribute, Kind.DENSE, None, stem="")
         elif isinstance(tensor, Parameter) and tensor.is_floating_point():
             routes = attribute == "weight" and len(size) == 2 and _ROUTER.search(class_name)
-            if routes or is_expert_stack(f"{path}.{class_name}", size):
-                yield _Weight(attribute, "dense", None)
+            if routes or parts.is_expert_stack(f"{path}.{class_name}", size):
+                yield _Weight(attribute, Kind.DENSE, None)
 
 
 # --- from attributes to items
@@ -273,7 +237,7 @@ def _bare_weights(module: nn.Module, path: str) -> Iterator[_Weight]:
 def _items(module: nn.Module, path: str, this: _Walk) -> Iterator[Matrix | Skipped]:
     """The matrices of one module, then its parameters of two or more dimensions that are no known weight."""
     if any(isinstance(module, adapters.loaded(home, name)) for home, name in _QUANTIZED):
-        yield Skipped(path, _OTHER, (), "a quantized module: no floating-point weight")
+        yield Skipped(path, Kind.OTHER, (), "a quantized module: no floating-point weight")
         return
     if adapters.is_lora(module):
         yield from adapters.factors(module, path)
@@ -287,47 +251,44 @@ def _items(module: nn.Module, path: str, this: _Walk) -> Iterator[Matrix | Skipp
 @torch.no_grad()
 def _cut_weight(module: nn.Module, path: str, weight: _Weight, this: _Walk) -> list[Matrix | Skipped]:
     """The matrices of one weight, or the reason why there are none; nothing for an optional weight that is absent."""
-    name = _join(path, weight.attribute)
+    attribute, name = weight.attribute, _join(path, weight.attribute)
     size: tuple[int, ...] = ()
     try:
-        like = stand_in(module, weight.attribute)
+        like = reading.stand_in(module, attribute)
         if like is None:
             absent = Skipped(name, weight.kind, (), "no weight tensor in the module: packed or sharded elsewhere")
-            return [absent] if weight.attribute == "weight" else []
-        dense = dequantized_shape(module, like)
-        size = dense or shape(like)
-        key = this.identity(module, own_tensors(module).get(weight.attribute))
-        reason = "" if dense else defect(like, weight.kind, planned=this.layout is not None)
-        layer = this.adapters.get((id(module), weight.attribute))
+            return [absent] if attribute == "weight" else []
+        dense = reading.dequantized_shape(module, like)
+        size = dense or reading.shape(like)
+        key = this.identity(module, reading.own_tensors(module).get(attribute))
+        reason = "" if dense else reading.defect(like, weight.kind, planned=this.layout is not None)
+        layer = this.adapters.get((id(module), attribute))
         if (reason and layer is None) or key in this.seen:
-            return [Skipped(name, weight.kind, size, reason or tied_to(this.seen.get(key)))]
+            return [Skipped(name, weight.kind, size, reason or reading.tied_to(this.seen.get(key)))]
         size = adapters.weight_shape(layer) if reason else size
-        items = list(_parts(module, path, weight, size, this, reason))
-    except InvalidArgument:
+        items: list[Matrix | Skipped] = []
+        load = partial(reading.read_dense, module, attribute)
+        for item, part in _parts(module, path, weight, size, this):
+            items += [item] if layer is None else adapters.adapted(item, part, layer, load, this.lora, reason)
+    except InvalidArgument:  # the caller's `split` does not fit: that is to be told, not listed
         raise
     except Exception as error:  # noqa: BLE001 - the user's code runs here, and one broken layer must not end the walk
         return [Skipped(name, weight.kind, size, f"could not be read: {type(error).__name__}: {error}")]
-    if key is not None:
+    if key is not None:  # only what could be read: a tied weight that fails here may be readable elsewhere
         this.seen[key] = name
     return items
 
 
 def _parts(
-    module: nn.Module, path: str, weight: _Weight, size: tuple[int, ...], this: _Walk, reason: str
-) -> Iterator[Matrix | Skipped]:
-    """The matrices of a weight of shape `size`, and those of its adapters."""
+    module: nn.Module, path: str, weight: _Weight, size: tuple[int, ...], this: _Walk
+) -> Iterator[tuple[Matrix, Part]]:
+    """The matrices of a weight of shape `size`, each with the part of the weight that it is."""
     name = _join(path, weight.attribute if weight.stem is None else weight.stem)
-    parts = weight.parts or _cut(module, name, weight, size, this)
-    load, role = partial(read_dense, module, weight.attribute), infer_role(name, weight.kind)
-    layer = this.adapters.get((id(module), weight.attribute))
-    stored, computed = stored_tensors(module, weight.attribute), is_computed(module, weight.attribute)
-    for part in parts:
+    load, role = partial(reading.read_dense, module, weight.attribute), infer_role(name, weight.kind)
+    stored, computed = reading.sources(module, weight.attribute)
+    for part in weight.parts or _cut(module, name, weight, size, this):
         shards = (this.layout or shards_of)(stored, part.stack, size, computed=computed)
-        item = matrix(name, weight.kind, part, size, load, role, shards)
-        if layer is None:
-            yield item
-        else:
-            yield from adapters.adapted(item, part, layer, load, this.lora, reason)
+        yield parts.matrix(name, weight.kind, part, size, load, role, shards), part
 
 
 def _cut(module: nn.Module, name: str, weight: _Weight, size: tuple[int, ...], this: _Walk) -> tuple[Part, ...]:
@@ -337,25 +298,26 @@ def _cut(module: nn.Module, name: str, weight: _Weight, size: tuple[int, ...], t
         layout = fused.declared_layout(module) or fused.layout_beside(size, getattr(beside, "shape", None))
         return fused.expert_parts(weight.attribute, size, layout, separate=this.separate)
     owner = this.owners.get(name.rpartition(".")[0])
-    wished = split_parts(this.split, name, size, weight.axis)
+    wished = parts.split_parts(this.split, name, size, weight.axis)
     return wished or fused.fused_parts(name, size, weight.axis, owner) or WHOLE
 
 
 def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk) -> Iterator[Skipped]:
     """The module's own parameters and packed weights of two or more dimensions that none of `weights` stands for."""
+    # pruning, spectral and weight norm register their tensors under these ends
     listed = {weight.attribute + end for weight in weights for end in ("", "_orig", "_g", "_v")}
     owner = f"{'other ' if weights else ''}parameters of {_class_name(module)}"
-    tensors = own_tensors(module)
+    tensors = reading.own_tensors(module)
     if parametrize.is_parametrized(module):
         computed = module.get_submodule("parametrizations").named_children()
-        tensors |= {attribute: originals(functions)[-1] for attribute, functions in computed}
+        tensors |= {attribute: reading.originals(functions)[-1] for attribute, functions in computed}
     for attribute, tensor in tensors.items():
         if attribute in listed or is_lazy(tensor) or tensor.ndim < 2:
             continue
         reason = ""
         if isinstance(tensor, Parameter):
-            reason = tied_to(this.seen.get(this.identity(module, tensor))) or f"{owner} are not a known weight"
+            reason = reading.tied_to(this.seen.get(this.identity(module, tensor))) or f"{owner} are not a known weight"
         elif attribute in ("weight", "qweight") and not tensor.is_floating_point():
             reason = "integer weights"
         if reason:
-            yield Skipped(_join(path, attribute), _OTHER, shape(tensor), reason)
+            yield Skipped(_join(path, attribute), Kind.OTHER, reading.shape(tensor), reason)

@@ -9,15 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ww_monitor.errors import InvalidArgument
+from ww_monitor.errors import InvalidArgument, check_choice
+from ww_monitor.kind import Kind
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-CONV_EIGENVALUE_FACTOR = 0.5
-"""Every eigenvalue of a convolution slice is multiplied by this (weightwatcher 0.7.7's normalisation, kept
-so that published alpha-hat values stay comparable; it shifts log-scale metrics and leaves alpha alone)."""
-
 
 Index = range | tuple[int, ...]
 """Places along one axis of a matrix."""
@@ -62,21 +58,28 @@ class Matrix:
 
     Attributes:
         name: Cleaned dotted name, unique in its model.
-        kind: `"dense"`, `"embedding"`, `"conv"`, `"attention"` or `"recurrent"`.
+        kind: What layer it belongs to; also given by its word, as `"dense"`.
         shape: `(slices, rows, columns)` of what `load` returns; a dense weight has one slice.
         load: Returns the weights `[slices, rows, columns]`, detached, in storage dtype, on their device.
         role: What the matrix does in its block (`"q"`, `"up"`, `"head"`, …), or `""` where unknown.
         frozen: Whether training leaves it alone, as far as the walker can see.
         shards: Where it is spread over ranks, so that `load` is a collective; else `None`.
+
+    Raises:
+        InvalidArgument: if `kind` is none.
     """
 
     name: str
-    kind: str
+    kind: Kind
     shape: tuple[int, int, int]
     load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
     role: str = ""
     frozen: bool = False
     shards: Shards | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_choice(f"Matrix {self.name!r}", "kind", self.kind, tuple(Kind))
+        object.__setattr__(self, "kind", Kind(self.kind))
 
     @property
     def long_side(self) -> int:
@@ -96,7 +99,7 @@ class Matrix:
     @property
     def eigenvalue_factor(self) -> float:
         """What eigenvalues are multiplied by after the solve (0.5 for convolutions, else 1)."""
-        return CONV_EIGENVALUE_FACTOR if self.kind == "conv" else 1.0
+        return self.kind.about.eigenvalue_factor
 
     @property
     def cost(self) -> float:
@@ -147,22 +150,20 @@ class Select:
         if self.min_size < 1:
             raise InvalidArgument(f"Select: min_size must be >= 1; got {self.min_size!r}")
         if self.max_size is not None and self.max_size < self.min_size:
-            raise InvalidArgument(
-                f"Select: max_size must be None or >= min_size={self.min_size}; got {self.max_size!r}"
-            )
+            wanted = f"None or >= min_size={self.min_size}"
+            raise InvalidArgument(f"Select: max_size must be {wanted}; got {self.max_size!r}")
 
     def reason_to_skip(self, matrix: Matrix) -> str:
         """Why `matrix` is left out, or `""` if it is analysed."""
-        if self.include and not any(fnmatchcase(matrix.name, p) for p in self.include):
+        size, excluded = matrix.num_eigenvalues, [p for p in self.exclude if fnmatchcase(matrix.name, p)]
+        if self.include and not any(fnmatchcase(matrix.name, pattern) for pattern in self.include):
             return "matches no include pattern"
-        for pattern in self.exclude:
-            if fnmatchcase(matrix.name, pattern):
-                return f"excluded by pattern {pattern!r}"
-        if matrix.num_eigenvalues < self.min_size:
-            return f"{matrix.num_eigenvalues} eigenvalues, fewer than min_size={self.min_size}"
-        if self.max_size is not None and matrix.num_eigenvalues > self.max_size:
-            return f"{matrix.num_eigenvalues} eigenvalues, more than max_size={self.max_size}"
-        return ""
+        if excluded:
+            return f"excluded by pattern {excluded[0]!r}"
+        if size < self.min_size:
+            return f"{size} eigenvalues, fewer than min_size={self.min_size}"
+        too_large = self.max_size is not None and size > self.max_size
+        return f"{size} eigenvalues, more than max_size={self.max_size}" if too_large else ""
 
     def apply(self, items: Iterable[Matrix | Skipped]) -> Iterator[Matrix | Skipped]:
         """The same items in the same order, with every matrix that is not wanted turned into a `Skipped`."""

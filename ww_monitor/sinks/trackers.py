@@ -1,0 +1,50 @@
+"""Trackers that show more than numbers: the table of their dashboards."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from ww_monitor.record import Snapshot
+from ww_monitor.sinks import tensorboard, wandb
+from ww_monitor.sinks.dashboard import Dashboard
+
+DASHBOARDS: dict[str, type[Dashboard]] = {
+    "add_histogram_raw": tensorboard.Dashboard,  # a SummaryWriter, torch's or tensorboardX'
+    "define_metric": wandb.Dashboard,  # a Run
+}
+"""A method that the class of a tracker has and no other → its dashboard."""
+
+
+def dashboard_of(tracker: object) -> type[Dashboard] | None:
+    """The dashboard for a tracker, or `None` for what shows nothing but curves."""
+    # asked of the class: the stand-ins of loggers on other ranks have any attribute, and so has the module `wandb`
+    return next((board for method, board in DASHBOARDS.items() if hasattr(type(tracker), method)), None)
+
+
+class Dashboards:
+    """The dashboards of the trackers that a run has, made when a tracker is first shown something.
+
+    Args:
+        **options: Arguments of each `Dashboard`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+        self._by_tracker: WeakKeyDictionary[Any, Dashboard] = WeakKeyDictionary()
+
+    def update(self, tracker: Any, snapshot: Snapshot, step: int) -> None:
+        """Show one snapshot; nothing where the tracker has no dashboard.
+
+        Args:
+            tracker: Whatever a framework logs to.
+            snapshot: What was seen.
+            step: Where on the x axis its owner's curves have it.
+        """
+        if board := dashboard_of(tracker):
+            self._by_tracker.setdefault(tracker, board(**self._options)).update(tracker, snapshot, step)
+
+    def finish(self) -> None:
+        """Show what waited, in every tracker that is still there."""
+        for tracker, board in list(self._by_tracker.items()):
+            board.finish(tracker)
