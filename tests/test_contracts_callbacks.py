@@ -445,7 +445,6 @@ def test_the_default_cadence_sees_both_ends_and_says_what_it_costs(framework, tm
 MODES = {
     "sync": {},
     "async": {"mode": "async"},
-    "spread": {"layers_per_step": 1},
     "budget": {"every_n_steps": None},
     "everything": {"every_n_steps": 3, "metrics": "all", "track_delta": True},
 }

@@ -18,8 +18,9 @@ import torch
 
 from ww_monitor import checkpoint, errors, record, rules, schedule
 from ww_monitor.engine import Options
-from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.matrices import Matrix, Skipped
 from ww_monitor.monitor import Monitor
+from ww_monitor.settings import Select
 from ww_monitor.sinks.console import table
 from ww_monitor.sinks.memory import Memory
 from ww_monitor.survey import survey
@@ -759,7 +760,6 @@ def test_a_warm_up_that_fails_is_said_and_ends_nothing(monkeypatch):
     ("arguments", "whole", "waited", "lost"),
     [
         ({}, False, 1, 1.0),
-        ({"layers_per_step": 1}, False, 1, 1.0),
         ({"mode": "async"}, False, 0, 1.0),
         ({"mode": "async"}, True, 1, 1.0),
     ],

@@ -18,7 +18,7 @@ from ww_monitor.record import (
     Histogram,
     History,
     Layer,
-    SkippedLayer,
+    Skipped,
     Snapshot,
     TrapEntry,
     layer_key,
@@ -52,7 +52,7 @@ def full_snapshot() -> Snapshot:
     )
     return Snapshot(
         (whole, failed),
-        (SkippedLayer("bias", "other", (3,), "one dimension"),),
+        (Skipped("bias", "other", (3,), "one dimension"),),
         {"alpha": 2.5, "sigma": NAN},
         (Finding("trap", "encoder.0", "critical", "1 trap", step=40), Finding("x", "", "info", "over", 40, "end")),
         step=40,

@@ -11,11 +11,12 @@ from ww_monitor.baseline import Baseline
 from ww_monitor.compare import Distances, distances
 from ww_monitor.engine import Options
 from ww_monitor.errors import InvalidArgument, LayerError, MissingDependency, SpectralWarning, WWMonitorError
-from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.matrices import Matrix, Skipped
 from ww_monitor.metric import metrics
 from ww_monitor.monitor import Monitor
 from ww_monitor.plan import Description, describe
 from ww_monitor.record import Finding, History, Layer, Snapshot
+from ww_monitor.settings import Select
 from ww_monitor.transforms import Transformed, svd_sharpen, svd_smooth
 
 __version__ = "0.1.0"

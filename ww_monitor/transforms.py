@@ -12,7 +12,8 @@ import torch
 
 from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.errors import InvalidArgument, check_choice
-from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.matrices import Matrix, Skipped
+from ww_monitor.settings import Select
 from ww_monitor.spectra.elements import elements
 from ww_monitor.spectra.erg import correlation_space
 from ww_monitor.spectra.marchenko_pastur import bulk
@@ -116,7 +117,7 @@ def svd_smooth(
     def smooth(matrix: Matrix, weights: torch.Tensor) -> _Change:
         return _smooth(matrix, weights, keep)
 
-    return _transform(model, smooth, inplace=inplace, select=Select(include, exclude))
+    return _transform(model, smooth, inplace=inplace, select=Select(include=include, exclude=exclude))
 
 
 def svd_sharpen(
@@ -166,7 +167,7 @@ def svd_sharpen(
     def sharpen(matrix: Matrix, weights: torch.Tensor) -> _Change:
         return _sharpen(matrix, weights, method, seed)
 
-    return _transform(model, sharpen, inplace=inplace, select=Select(include, exclude))
+    return _transform(model, sharpen, inplace=inplace, select=Select(include=include, exclude=exclude))
 
 
 # --- one layer

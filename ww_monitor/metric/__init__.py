@@ -2,12 +2,9 @@
 
 from ww_monitor.metric import default, measurements, weightwatcher
 from ww_monitor.metric.batch import (
-    FITS,
-    FIX_FINGERS,
     PHASES,
     VERDICTS,
     Batch,
-    Definitions,
     phases,
     statuses,
     verdicts,
@@ -16,15 +13,12 @@ from ww_monitor.metric.registry import MEASUREMENTS, Loaded, measure, measuremen
 from ww_monitor.metric.table import PRESETS, TABLE, Metric, choose, metrics
 
 __all__ = [
-    "FITS",
-    "FIX_FINGERS",
     "MEASUREMENTS",
     "PHASES",
     "PRESETS",
     "TABLE",
     "VERDICTS",
     "Batch",
-    "Definitions",
     "Loaded",
     "Metric",
     "choose",

@@ -11,21 +11,18 @@ import numpy as np
 import torch
 
 from ww_monitor.matrices import Matrix
+from ww_monitor.settings import AnalysisOptions
 from ww_monitor.spectra import weightwatcher
 from ww_monitor.spectra.alternatives import Comparison, TruncatedFit, compare, fit_truncated, goodness_of_fit
 from ww_monitor.spectra.erg import CorrelationSpace, correlation_space
 from ww_monitor.spectra.estimators import FingerFit, SoftAlpha, fit_hill, fit_without_fingers, soft_alpha
-from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE, Bulk, bulk
+from ww_monitor.spectra.marchenko_pastur import Bulk, bulk
 from ww_monitor.spectra.null import NullBand, null_band
 from ww_monitor.spectra.powerlaw import SMALL_SAMPLE, TailFit, fit_tail
 from ww_monitor.spectra.status import Status
 from ww_monitor.spectra.subspaces import numerical_floor
-from ww_monitor.spectra.traps import REPLICAS
 
 NAN = float("nan")
-
-FITS = ("csn", "hill", "truncated")
-FIX_FINGERS = (None, "clip_xmax")
 
 POOR_FIT = 1.25
 """ks · √n_tail above which a tail is no power law: the 1 % point of the Kolmogorov–Smirnov test with an estimated
@@ -36,21 +33,6 @@ it lenient."""
 LEAST_BULK_SIDE = 5
 """Shortest side for which the law of λmax is tested: Johnstone 2001 finds it good from about 5 on. The 16 × 1 slices of
 a first convolution on grey images have no bulk."""
-
-
-@dataclass(frozen=True)
-class Definitions:
-    """Which definitions a batch follows; the fields mean what they do in `ww_monitor.analyze`."""
-
-    preset: str = "default"
-    fit: str = "csn"
-    fit_k: int | None = None
-    fix_fingers: str | None = None
-    significance: float = SIGNIFICANCE
-    seed: int = 0
-    replicas: int = REPLICAS
-    aspect_ratio: float | None = None
-
 
 Values = torch.Tensor | list[Any]
 """What is known of B matrices, by row: a tensor `[B, …]`, or a list with `None` where nothing is known."""
@@ -68,7 +50,7 @@ class Batch:
         matrices: Their names and shapes, without weights.
         solved_on: Where each was solved; see `ww_monitor.record.Layer`.
         measured: What the registry of measurements has read from the weights, by name.
-        definitions: Whose definitions to use.
+        definitions: Which definitions to follow.
     """
 
     slice_eigenvalues: torch.Tensor
@@ -78,7 +60,7 @@ class Batch:
     matrices: Sequence[Matrix] = ()
     solved_on: Sequence[str] = ()
     measured: Mapping[str, Values] = field(default_factory=dict)
-    definitions: Definitions = field(default_factory=Definitions)
+    definitions: AnalysisOptions = field(default_factory=AnalysisOptions)
 
     def __len__(self) -> int:
         """B."""

@@ -19,9 +19,10 @@ import torch
 from ww_monitor.distributed import deal
 from ww_monitor.distributed.inventory import Held
 from ww_monitor.errors import check_choice, check_positive_int
-from ww_monitor.matrices import Matrix, Select, Skipped
+from ww_monitor.matrices import Matrix, Skipped
 from ww_monitor.plan.architectures import Config, Laid, architecture
 from ww_monitor.plan.description import Rates, measured_rates, operations
+from ww_monitor.settings import Select
 
 SHARDINGS = ("fsdp", "ddp")
 """`"fsdp"`: FSDP2, every stored tensor cut along its first dimension over all ranks; `"ddp"`: a replica on each."""
@@ -151,7 +152,7 @@ def plan_ranks(
     check_positive_int("plan", "world_size", world_size)
     check_choice("plan", "sharding", sharding, SHARDINGS)
     check_choice("plan", "dtype", dtype, DTYPES)
-    select = Select(include, exclude, min_size, max_size)
+    select = Select(include=include, exclude=exclude, min_size=min_size, max_size=max_size)
     laid, num_skipped = _wanted(architecture(model) if isinstance(model, str | Path | Mapping) else model, select)
     speed = measured_rates() if rates is None else rates
     size = DTYPES[dtype].itemsize

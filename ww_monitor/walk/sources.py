@@ -14,9 +14,6 @@ from ww_monitor.matrices import Matrix, Skipped
 
 Source = nn.Module | Mapping[str, Tensor] | str | Path
 
-WHOLE: Mapping[str, int] = {"*": 1}
-"""`split` that leaves every fused weight whole, as weightwatcher does."""
-
 
 def walk_source(
     source: Source,
