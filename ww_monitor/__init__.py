@@ -17,6 +17,7 @@ from ww_monitor.monitor import Monitor
 from ww_monitor.plan import Description, describe
 from ww_monitor.record import Finding, History, Layer, Snapshot
 from ww_monitor.settings import Select
+from ww_monitor.spectra.shuffle import keep_permutations
 from ww_monitor.transforms import Transformed, svd_sharpen, svd_smooth
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "analyze",
     "describe",
     "distances",
+    "keep_permutations",
     "metrics",
     "svd_sharpen",
     "svd_smooth",

@@ -78,8 +78,8 @@ class Dashboard:
       and `ww_band/alpha_high`.
     - `ww_esd/<layer>`: a histogram of log10 λ.
     - `ww/findings`: as text, what begins, what ends, and what holds.
-    - `ww/alpha_map`: alpha of every layer over time as a picture, its legend as text. Drawn anew at each of the first
-      64 snapshots and 32 times in every doubling of their number from then on.
+    - `ww/alpha_map`: alpha of every layer over time as a picture, its legend as text; needs matplotlib. Drawn
+      anew at each of the first 64 snapshots and 32 times in every doubling of their number from then on.
     - `ww_spectrum/<name>`: what `figures` draws.
 
     Args:
@@ -143,7 +143,10 @@ class Dashboard:
         page.drawn = page.count
         if not page.alpha_map.layer_names:
             return
-        writer.add_image(MAP_KEY, page.alpha_map.draw(), step, dataformats="HWC")
+        picture = page.alpha_map.draw()
+        if picture is None:
+            return
+        writer.add_image(MAP_KEY, picture, step, dataformats="HWC")
         legend = page.alpha_map.legend()
         if legend != page.legend:
             page.legend = legend
