@@ -85,13 +85,7 @@ class Monitor(Guarded):
         self.sinks: list[Sink] = list(given.sinks)
         self.keep = given.keep
         self.select = given.select or Select()
-        self.survey = Survey(
-            self.options,
-            mode=given.mode,
-            copy_budget_bytes=given.copy_budget_bytes,
-            across_ranks=given.across_ranks,
-            track_delta=given.track_delta,
-        )
+        self.survey = Survey(self.options, given, across_ranks=given.across_ranks)
         self.history = History()
         self.last_step: int | None = None
         self._next_step: int | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ww_monitor.engine import Options, analyze_matrices
+from ww_monitor.settings import RunOptions
 from ww_monitor.survey import Survey, stills, survey
 from ww_monitor.survey.stills import still
 from ww_monitor.survey.unchanged import Checked
@@ -27,7 +28,7 @@ def change(net):
 
 
 def make_survey(**options):
-    return Survey(Options(), **options)
+    return Survey(Options(), RunOptions(**options))
 
 
 def rows(snapshot):

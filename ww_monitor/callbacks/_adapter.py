@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +21,8 @@ from ww_monitor.sinks import tensorboard, wandb
 from ww_monitor.sinks.console import Console, table
 from ww_monitor.sinks.jsonl import JsonLines
 from ww_monitor.walk.sources import Source, walk_source
+
+_Kind = TypeVar("_Kind")
 
 HISTORY_FILE = "ww_history.jsonl"
 
@@ -227,6 +231,17 @@ class Session:
         self.monitor.sinks = [sink for sink in self.monitor.sinks if sink not in self._own]
         if self.history_path is not None:
             _chosen.discard(self.history_path)
+
+
+def calling_object(kind: type[_Kind]) -> _Kind | None:
+    """The object of this class whose method is calling: a framework passes everything to its callbacks but itself."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, kind):
+            return caller
+        frame = frame.f_back
+    return None
 
 
 def history_path(folder: Path, *, continues: str = "") -> Path:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 
-from ww_monitor.callbacks._adapter import Adapter
+from ww_monitor.callbacks._adapter import Adapter, calling_object
 from ww_monitor.errors import MissingDependency
 from ww_monitor.record import NAN, Snapshot, summary_key
 from ww_monitor.settings import CallbackOptions, KerasOptions
@@ -78,7 +77,8 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         self._close()
         self._begun = False
         with self.monitor.guard("looking at the other callbacks", always=True):
-            self._look_around(_calling_list())
+            calling = calling_object(keras.callbacks.CallbackList)
+            self._look_around([] if calling is None else list(calling.callbacks))
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """First snapshot; not when training begins, because a later callback may restore weights then."""
@@ -215,17 +215,6 @@ def _monitored(callback: Any) -> str:
     """The value of ours that a callback monitors, or `""`."""
     key = getattr(callback, "monitor", "")
     return key if isinstance(key, str) and key.startswith(_log_key(summary_key(""))) else ""
-
-
-def _calling_list() -> Sequence[Any]:
-    """The callbacks of the list whose event is running, in its order: Keras does not pass it to them."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, keras.callbacks.CallbackList):
-            return list(caller.callbacks)
-        frame = frame.f_back
-    return ()
 
 
 def _processes() -> tuple[int, int]:

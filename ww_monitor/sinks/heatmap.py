@@ -124,7 +124,7 @@ class AlphaMap:
         bar = figure.colorbar(_scale(), cax=axes(full_width - 66, 14, max(height, 6 * _LINE)), extend="both")
         bar.set_ticks([2, 4, 6])
         bar.ax.tick_params(labelsize=_FONT_POINTS, length=2)
-        canvas = FigureCanvasAgg(figure)
+        canvas: Any = FigureCanvasAgg(figure)
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

@@ -13,6 +13,7 @@ from ww_monitor.engine import Options, analyze_matrices, snapshot_of
 from ww_monitor.engine.threads import hold_to_one_thread
 from ww_monitor.matrices import Matrix, Skipped
 from ww_monitor.record import Snapshot
+from ww_monitor.settings import RunOptions
 from ww_monitor.survey.background import Background, Done
 from ww_monitor.survey.stills import Still, still
 from ww_monitor.survey.unchanged import Checked, Unchanged
@@ -25,26 +26,16 @@ class Survey:
 
     Args:
         options: How to analyse.
-        mode: This and the next three as in `ww_monitor.Monitor`.
-        copy_budget_bytes: Memory on the device for a copy of the weights.
+        run: Its `mode`, `copy_budget_bytes` and `track_delta`.
         across_ranks: Share the work among the processes of torch.distributed; every look is made at once then.
-        track_delta: Follow how far each matrix has moved from its weights at the first look.
     """
 
-    def __init__(
-        self,
-        options: Options,
-        *,
-        mode: str = "sync",
-        copy_budget_bytes: int | None = None,
-        across_ranks: bool = False,
-        track_delta: bool = False,
-    ) -> None:
+    def __init__(self, options: Options, run: RunOptions, *, across_ranks: bool = False) -> None:
         self.options = options
-        self.mode = mode
-        self.copy_budget_bytes = copy_budget_bytes
+        self.mode = run.mode
+        self.copy_budget_bytes = run.copy_budget_bytes
+        self.track_delta = run.track_delta
         self.across_ranks = across_ranks
-        self.track_delta = track_delta
         self._forget()
 
     def _forget(self) -> None:
