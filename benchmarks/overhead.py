@@ -94,7 +94,6 @@ def in_turns(result: Measured, pairs: int) -> Iterator[tuple[Options | None, lis
 
 SYNC: Options = {"max_overhead": 0.02}
 ASYNC: Options = {"max_overhead": 0.02, "mode": "async"}
-SPREAD: Options = {"max_overhead": 0.02, "layers_per_step": "auto"}
 
 
 def on_host() -> dict[str, Row]:
@@ -103,7 +102,7 @@ def on_host() -> dict[str, Row]:
         "gpt": ("GPT, 4 blocks of 256, 16 × 128 bytes, AdamW", gpt_on_bytes),
         "cnn": ("CNN, 6 convolutions, SGD", cnn_on_patterns),
     }
-    ways = {"sync": ("sync", SYNC), "async": ("async", ASYNC), "auto": ('sync, layers_per_step="auto"', SPREAD)}
+    ways = {"sync": ("sync", SYNC), "async": ("async", ASYNC)}
     return {
         f"{run}-{way}": Row(title, build, how, options, Bound(most=3, unit=" %"))
         for run, (title, build) in runs.items()
@@ -131,7 +130,7 @@ def tiny(device: torch.device) -> dict[str, Row]:
     return {
         "gpt-sync": Row("tiny GPT", gpt, "sync", SYNC, None),
         "gpt-async": Row("tiny GPT", gpt, "async", ASYNC, None),
-        "cnn-auto": Row("tiny CNN", partial(cnn_on_patterns, width=8, batch=8), "auto", SPREAD, None),
+        "cnn-sync": Row("tiny CNN", partial(cnn_on_patterns, width=8, batch=8), "sync", SYNC, None),
         "gpt2-async": Row("tiny GPT, bf16", bf16, "async, explicit", {"every_n_steps": 5, "mode": "async"}, None),
     }
 

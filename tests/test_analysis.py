@@ -154,7 +154,7 @@ BAD_ARGUMENTS = {
     "metric of the other preset": ({"metrics": "D"}, r"metrics must be among 'alpha', .*; got 'D'"),
     "include": ({"include": "fc*"}, r"include must be a sequence of globs; got the string 'fc\*'"),
     "exclude": ({"exclude": "fc*"}, r"exclude must be a sequence of globs; got the string 'fc\*'"),
-    "min_size": ({"min_size": 0}, r"min_size must be >= 1; got 0"),
+    "min_size": ({"min_size": 0}, r"min_size must be an integer >= 1; got 0"),
     "max_size": ({"max_size": 7}, r"max_size must be None or >= min_size=8; got 7"),
     "no replicas": ({"replicas": 0}, r"replicas must be an integer >= 1; got 0"),
     "half a replica": ({"replicas": 1.5}, r"replicas must be an integer >= 1; got 1.5"),

@@ -15,8 +15,10 @@ PACKAGE = "ww_monitor"
 
 LEVELS = (
     {"errors", "kind"},
+    {"record", "signatures"},
     {"matrix", "spectra"},
-    {"walk", "metric", "record", "schedule", "guarded"},
+    {"settings"},
+    {"walk", "metric", "schedule", "guarded"},
     {"engine", "rules", "checkpoint", "sinks", "baseline"},
     {"distributed"},
     {"survey"},
@@ -25,9 +27,6 @@ LEVELS = (
     {"cli"},
 )
 """What stands where; a folder is one word. A module may import what stands below it, and its own folder."""
-
-WITHOUT_OURS = {"errors": set(), "record": {"errors", "kind"}}
-"""Modules that may import less than their level allows: records must be readable without an engine."""
 
 WALKERS = {"_adapter": {"sources"}}
 """Who of the callbacks knows a walker: what they share."""
@@ -44,10 +43,10 @@ FRAMEWORKS = {
     "wandb": {"sinks.wandb"},
     "tensorboard": {"sinks.tensorboard"},
     "torch.utils.tensorboard": {"sinks.tensorboard"},
-    "matplotlib": {"plots"},
-    "PIL": {"sinks.heatmap"},
+    "matplotlib": {"plots", "sinks.heatmap"},
+    "PIL": set(),
     "plotly": {"plots", "report"},
-    "pandas": {"record", "compare", "description"},
+    "pandas": {"record.snapshot", "compare", "description"},
     "rich": {"sinks.console", "cli"},
     "typer": {"cli"},
     "tqdm": set(),
@@ -107,8 +106,6 @@ def forbidden(name: str, tree: ast.AST) -> list[str]:
     targets = ours(tree)
     folder = name.split(".")[0]
     wrong = {t for t in targets if t == "" or (t.split(".")[0] != folder and level(t) >= level(name))}
-    if name in WITHOUT_OURS:
-        wrong |= targets - WITHOUT_OURS[name]
     if folder == "callbacks":
         allowed = {f"walk.{walker}" for walker in WALKERS.get(name.removeprefix("callbacks."), ())}
         wrong |= {t for t in targets if t.startswith("walk") and t not in allowed}

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import threading
 import time
 import warnings
@@ -445,7 +446,6 @@ def test_the_default_cadence_sees_both_ends_and_says_what_it_costs(framework, tm
 MODES = {
     "sync": {},
     "async": {"mode": "async"},
-    "spread": {"layers_per_step": 1},
     "budget": {"every_n_steps": None},
     "everything": {"every_n_steps": 3, "metrics": "all", "track_delta": True},
 }
@@ -674,6 +674,39 @@ def test_a_process_that_is_not_the_first_says_and_writes_nothing(framework, tmp_
     assert len(sink.history) == 0
     assert "ww_monitor" not in capsys.readouterr().out
     assert (run.steps, seen_by(monitor)) == (4, [0, 2, 4])  # it stops with the first
+
+
+# --- what the last release has written
+
+STATES = Path(__file__).parent / "states"
+SAVED = {
+    "lightning": ("lightning.ckpt", lambda checkpoint: checkpoint),
+    "huggingface": ("trainer_state.json", lambda checkpoint: checkpoint / "trainer_state.json"),
+    "keras": ("keras.json", lambda checkpoint: checkpoint.with_suffix(".json")),
+}
+"""Written after 4 steps by version 0.1 (commit 1929194), and where it is in a checkpoint of today."""
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_checkpoint_of_the_last_release_resumes(name, tmp_path):
+    """What it has seen, told and counted goes on, in its own history file."""
+    framework, weights = FRAMEWORKS[name](), make_weights(trap=True)
+
+    def monitor() -> Any:
+        return make(framework, tmp_path, stop_on="traps", patience=50)
+
+    file, place = SAVED[name]
+    checkpoint = framework.train(tmp_path, monitor(), steps=4, weights=weights, lr=1e-4, save=True).checkpoint
+    shutil.copy(STATES / file, place(checkpoint))
+    shutil.copy(STATES / "history.jsonl", tmp_path / "ww_history.jsonl")
+    resumed = monitor()
+    framework.train(tmp_path, resumed, steps=8, weights=weights, lr=1e-4, resume=checkpoint)
+    assert files_in(tmp_path) == {"ww_history.jsonl": [0, 2, 4, 6, 8]}
+    assert seen_by(resumed) == [0, 2, 4, 6, 8]
+    told = [finding for finding in History.read(tmp_path / "ww_history.jsonl").findings if finding.rule == "trap"]
+    assert [(finding.step, finding.state) for finding in told] == [(0, "begin")]
+    (count,) = [count for (rule, _), count in resumed.monitor.findings.held.items() if rule == "trap"]
+    assert count == 5
 
 
 # --- in the background

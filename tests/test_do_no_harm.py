@@ -149,7 +149,6 @@ CALLBACKS = {
     },
     "every epoch": {"every_n_steps": None, "every_n_epochs": 1},
     "with stop_on, that never comes to stop": {"stop_on": "traps", "patience": 1000},
-    "one layer a step": {"layers_per_step": 1},
     "in the background": {"mode": "async"},
     "as often as the budget allows": {"every_n_steps": None},
 }

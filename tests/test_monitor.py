@@ -21,10 +21,12 @@ from tests.matrices import matrix
 from tests.registries import before_measurement, before_summary
 from ww_monitor import checkpoint, errors, record, rules, schedule
 from ww_monitor.engine import Options, run
-from ww_monitor.matrix import Select, Skipped
+from ww_monitor.matrix import Skipped
 from ww_monitor.monitor import Monitor
+from ww_monitor.settings import Select
 from ww_monitor.sinks.console import table
 from ww_monitor.sinks.memory import Memory
+from ww_monitor.survey import survey
 
 
 def healthy(seed: int = 0, size: int = 32) -> torch.Tensor:
@@ -747,6 +749,52 @@ def test_a_warm_up_that_fails_is_said_and_ends_nothing(monkeypatch):
     assert monitor.observe([matrix("fc", healthy())], step=0) is not None
 
 
+# --- in the background
+
+
+def test_a_failed_analysis_in_the_background_costs_its_own_snapshot_only(monkeypatch):
+    """Those behind it are published; with `strict`, which raises, by the next call."""
+    analyze = survey.analyze_matrices
+
+    def fails(*arguments, step, **options):
+        if step == 1:
+            raise MemoryError("no room")
+        return analyze(*arguments, step=step, **options)
+
+    monkeypatch.setattr(survey, "analyze_matrices", fails)
+    for strict in (False, True):
+        monitor, sink = Monitor(mode="async", options=Options(strict=strict)), Memory()
+        monitor.sinks.append(sink)
+        for step in range(3):
+            monitor.observe([matrix("fc", healthy())], step=step)
+            assert monitor.survey.join(60)
+        if strict:
+            with pytest.raises(MemoryError):
+                monitor.collect()
+        else:
+            with pytest.warns(errors.SpectralWarning, match="analysis failed: MemoryError: no room"):
+                monitor.collect()
+        monitor.close()
+        assert [snapshot.step for snapshot in sink.history] == [0, 2]
+
+
+def test_rules_look_back_as_far_while_training_as_on_the_history_file():
+    """Each finding begins at the same step in a monitor and in `replay` of what it has seen."""
+    monitor, told = Monitor(), []
+    for step in range(2 * rules.LOOKBACK):
+        weights = healthy()
+        weights[3, 4] = 0.2 + 0.004 * step  # so slowly that only the oldest snapshot at hand makes it an approach
+        told += monitor.observe([matrix("fc", weights)], step=step).findings
+    seen, active, replayed = record.History(), [], []
+    for snapshot in monitor.history:
+        seen.append(snapshot)
+        holding = rules.apply_rules(rules.TRAINING_RULES, seen)
+        replayed += rules.transitions(active, holding, step=snapshot.step)
+        active = holding
+    assert "trap_approaching" in {finding.rule for finding in told}
+    assert replayed == told
+
+
 # --- whose time it is
 
 
@@ -754,7 +802,6 @@ def test_a_warm_up_that_fails_is_said_and_ends_nothing(monkeypatch):
     ("arguments", "whole", "waited", "lost"),
     [
         ({}, False, 1, 1.0),
-        ({"layers_per_step": 1}, False, 1, 1.0),
         ({"mode": "async"}, False, 0, 1.0),
         ({"mode": "async"}, True, 1, 1.0),
     ],

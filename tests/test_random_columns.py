@@ -10,7 +10,8 @@ import torch
 
 import ww_monitor
 from tests.reference.cases import CASES, SEED, published, rows_of
-from ww_monitor.metric import Batch, Definitions, choose
+from ww_monitor.metric import Batch, choose
+from ww_monitor.settings import AnalysisOptions
 from ww_monitor.spectra.eigenvalues import eigenvalues
 from ww_monitor.spectra.weightwatcher import Randomized
 
@@ -61,7 +62,7 @@ def test_columns_equal_the_tools_on_its_own_shuffles(case):
         status=torch.zeros(1, dtype=torch.int64),
         long_side=torch.tensor([float(max(slices.shape[1:]))], dtype=torch.float64),
         eps=torch.tensor([torch.finfo(torch.float32).eps], dtype=torch.float64),
-        definitions=Definitions(preset="weightwatcher"),
+        definitions=AnalysisOptions(preset="weightwatcher"),
         measured={"randomized": [legacy_shuffles(slices, factor)]},
     )
     row = rows_of(case)[0]

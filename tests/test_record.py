@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from ww_monitor.record import (
     Histogram,
     History,
     Layer,
-    SkippedLayer,
+    Skipped,
     Snapshot,
     TrapEntry,
     layer_key,
@@ -52,7 +53,7 @@ def full_snapshot() -> Snapshot:
     )
     return Snapshot(
         (whole, failed),
-        (SkippedLayer("bias", "other", (3,), "one dimension"),),
+        (Skipped("bias", "other", (3,), "one dimension"),),
         {"alpha": 2.5, "sigma": NAN},
         (Finding("trap", "encoder.0", "critical", "1 trap", step=40), Finding("x", "", "info", "over", 40, "end")),
         step=40,
@@ -409,3 +410,15 @@ def test_a_layer_is_found_by_name_as_by_looking_at_every_row(names):
         rows = [(one.step, row) for one in history for row in one.layers if row.name == name]
         assert history.of_layer(name) == [row for _, row in rows]
         assert history.series("alpha", layer=name) == ([step for step, _ in rows], [r.value("alpha") for _, r in rows])
+
+
+def test_a_history_file_of_the_last_release_is_read():
+    """Written by version 0.1 (commit 1929194), before rows told where they were solved: every value comes back."""
+    path = Path(__file__).parent / "states" / "history.jsonl"
+    written, read = map(json.loads, path.read_text().splitlines()), History.read(path)
+    for line, snapshot in zip(written, read, strict=True):
+        now = snapshot.to_dict()
+        assert [layer.pop("solved_on") for layer in now["layers"]] == [""] * len(line["layers"])
+        assert json.loads(json.dumps(now)) == line
+    assert [snapshot.step for snapshot in read] == [0, 2, 4]
+    assert [finding.rule for finding in read.findings if finding.severity == "critical"] == ["trap"]

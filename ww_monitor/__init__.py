@@ -19,10 +19,12 @@ from ww_monitor.errors import (
     SpectralWarning,
     WWMonitorError,
 )
-from ww_monitor.matrix import Matrix, Select, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.metric import metrics
 from ww_monitor.monitor import Monitor
 from ww_monitor.record import Finding, History, Layer, Snapshot
+from ww_monitor.settings import Select
+from ww_monitor.spectra.shuffle import keep_permutations
 from ww_monitor.transforms import Transformed, svd_sharpen, svd_smooth
 
 __version__ = "0.1.0"
@@ -50,6 +52,7 @@ __all__ = [
     "analyze",
     "describe",
     "distances",
+    "keep_permutations",
     "metrics",
     "svd_sharpen",
     "svd_smooth",

@@ -11,8 +11,9 @@ import torch
 
 from ww_monitor.baseline import TOP, relative
 from ww_monitor.errors import LayerError, MissingDependency, check_choice, check_positive_int
-from ww_monitor.matrix import Matrix, Select, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.record import NAN
+from ww_monitor.settings import Select
 from ww_monitor.spectra.subspaces import cka, overlap, subspace
 from ww_monitor.walk.delta import pair
 from ww_monitor.walk.sources import Source, walk_source
@@ -57,7 +58,7 @@ def distances(
     >>> {key: round(value, 3) for key, value in distances(net, double).summary.items() if key != "frobenius"}
     {'relative': 1.0, 'cka': 1.0, 'left_overlap': 1.0, 'right_overlap': 1.0}
     """
-    select = Select(include, exclude, min_size=1)
+    select = Select(include=include, exclude=exclude, min_size=1)
     return compare_matrices(select.apply(walk_source(a)), select.apply(walk_source(b)), top=top, unpaired=unpaired)
 
 

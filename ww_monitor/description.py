@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ww_monitor.errors import MissingDependency
-from ww_monitor.matrix import Matrix, Select, Skipped
+from ww_monitor.matrix import Matrix, Skipped
+from ww_monitor.settings import Select
 from ww_monitor.walk.sharded import shards_of
 from ww_monitor.walk.sources import Source, walk_source
 
@@ -46,7 +47,8 @@ def describe(
     >>> [(row.name, row.shape, row.num_eigenvalues) for row in plan.rows], [item.reason for item in plan.skipped]
     ([('0', (1, 100, 200), 100), ('1', (9, 8, 3), 27)], ['4 eigenvalues, fewer than min_size=8'])
     """
-    return plan_matrices(Select(include, exclude, min_size, max_size).apply(walk_source(model, layout=shards_of)))
+    select = Select(include=include, exclude=exclude, min_size=min_size, max_size=max_size)
+    return plan_matrices(select.apply(walk_source(model, layout=shards_of)))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,10 @@ class InvalidArgument(WWMonitorError, ValueError):
     """An argument has a value that makes no sense; the message names it, its value and the choices."""
 
 
+class UnknownArgument(InvalidArgument, TypeError):
+    """There is no argument of that name; the message names the nearest, or all."""
+
+
 class LayerError(WWMonitorError):
     """A layer could not be analysed and `strict=True` was asked for; the message names layer and step."""
 
@@ -41,3 +45,9 @@ def check_positive_int(where: str, argument: str, value: object) -> None:
     """Raise `InvalidArgument` unless `value` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidArgument(f"{where}: {argument} must be an integer >= 1; got {value!r}")
+
+
+def check_share(where: str, argument: str, value: object) -> None:
+    """Raise `InvalidArgument` unless `value` is a number between 0 and 1."""
+    if not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise InvalidArgument(f"{where}: {argument} must be between 0 and 1; got {value!r}")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
 
-from ww_monitor.errors import InvalidArgument, check_choice
+from ww_monitor.errors import check_choice
 from ww_monitor.kind import Kind
+from ww_monitor.record import Skipped
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Index", "Matrix", "Piece", "Shards", "Skipped"]
 
 Index = range | tuple[int, ...]
 """Places along one axis of a matrix."""
@@ -106,67 +108,3 @@ class Matrix:
         """Floating-point work of one analysis in units of one multiply-add, M²N + M³ a slice."""
         n, m = self.long_side, self.short_side
         return float(self.shape[0] * (m * m * n + m**3))
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A weight that was left out, and why."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    reason: str
-
-
-@dataclass(frozen=True)
-class Select:
-    """Which matrices to analyse.
-
-    Args:
-        include: Globs on the name; an empty sequence keeps every matrix.
-        exclude: Globs on the name; a match leaves the matrix out, also when it is included.
-        min_size: Least number of pooled eigenvalues (slices · M). 8 is the least tail a power-law fit accepts.
-        max_size: Largest number of pooled eigenvalues, or `None` for no bound.
-
-    Raises:
-        InvalidArgument: if a pattern list is a bare string, or the sizes are not `1 <= min_size <= max_size`.
-
-    >>> Select(include=["encoder.*"], exclude=["*.head"]).reason_to_skip(
-    ...     Matrix("encoder.head", "dense", (1, 64, 32), lambda: torch.zeros(1, 64, 32)))
-    "excluded by pattern '*.head'"
-    """
-
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    min_size: int = 8
-    max_size: int | None = None
-
-    def __post_init__(self) -> None:
-        for argument in ("include", "exclude"):
-            if isinstance(getattr(self, argument), str):
-                raise InvalidArgument(
-                    f"Select: {argument} must be a sequence of globs; got the string {getattr(self, argument)!r}"
-                )
-        if self.min_size < 1:
-            raise InvalidArgument(f"Select: min_size must be >= 1; got {self.min_size!r}")
-        if self.max_size is not None and self.max_size < self.min_size:
-            wanted = f"None or >= min_size={self.min_size}"
-            raise InvalidArgument(f"Select: max_size must be {wanted}; got {self.max_size!r}")
-
-    def reason_to_skip(self, matrix: Matrix) -> str:
-        """Why `matrix` is left out, or `""` if it is analysed."""
-        size, excluded = matrix.num_eigenvalues, [p for p in self.exclude if fnmatchcase(matrix.name, p)]
-        if self.include and not any(fnmatchcase(matrix.name, pattern) for pattern in self.include):
-            return "matches no include pattern"
-        if excluded:
-            return f"excluded by pattern {excluded[0]!r}"
-        if size < self.min_size:
-            return f"{size} eigenvalues, fewer than min_size={self.min_size}"
-        too_large = self.max_size is not None and size > self.max_size
-        return f"{size} eigenvalues, more than max_size={self.max_size}" if too_large else ""
-
-    def apply(self, items: Iterable[Matrix | Skipped]) -> Iterator[Matrix | Skipped]:
-        """The same items in the same order, with every matrix that is not wanted turned into a `Skipped`."""
-        for item in items:
-            reason = self.reason_to_skip(item) if isinstance(item, Matrix) else ""
-            yield Skipped(item.name, item.kind, item.shape, reason) if reason else item

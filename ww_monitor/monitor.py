@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from time import perf_counter
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from ww_monitor import checkpoint
 from ww_monitor.engine import Options, warm_up
-from ww_monitor.errors import InvalidArgument, check_choice, check_positive_int
+from ww_monitor.errors import InvalidArgument
 from ww_monitor.guarded import Guarded
-from ww_monitor.matrix import Matrix, Select, Skipped
-from ww_monitor.record import History, Snapshot
-from ww_monitor.rules import LOOKBACK, STOP_ON, TRAINING_RULES, Holding, Rule, metrics_of_the_past
-from ww_monitor.schedule import MAX_OVERHEAD, Budget, Schedule, never
+from ww_monitor.matrix import Matrix, Skipped
+from ww_monitor.record import History, Rule, Sink, Snapshot
+from ww_monitor.rules import LOOKBACK, TRAINING_RULES, Holding, metrics_of_the_past
+from ww_monitor.schedule import Budget, Schedule, never
 from ww_monitor.schedule import every_n_steps as schedule_every_n_steps
-from ww_monitor.sinks import Sink
+from ww_monitor.settings import RunOptions, Select
+from ww_monitor.signatures import method_taking
 from ww_monitor.survey import Survey, wait_for_queued
 
 JOIN_SECONDS = 60.0
@@ -28,6 +30,21 @@ WARN_AFTER_SECONDS = 60.0
 KEEP_ROWS = 20_000
 """Rows of layers up to which snapshots are kept in memory: a row takes some 3 KB, hence at most some 64 MB (our
 choice), 416 snapshots of GPT-2 small. One of 64 eigenvalues more counts as one more row."""
+
+
+@dataclass(frozen=True)
+class MonitorOptions(RunOptions):
+    """What a `Monitor` takes."""
+
+    where: ClassVar[str] = "Monitor"
+    _: KW_ONLY
+    across_ranks: Annotated[
+        bool,
+        "Share the work among the processes of torch.distributed. All of them then call `observe` at the same steps and"
+        " get the same snapshots; only the first should have sinks. Every look is made at once then.",
+    ] = False
+    select: Annotated[Select | None, "Which matrices to analyse; `None` for `Select()`."] = None
+    options: Annotated[Options | None, "How to analyse; `None` for `Options()`."] = None
 
 
 class Monitor(Guarded):
@@ -43,98 +60,32 @@ class Monitor(Guarded):
     ...     snapshot = monitor.observe(walk(model), step=step) if monitor.due(step) else None
     >>> [snapshot.step for snapshot in monitor.history]
     [0, 2, 4]
-
-    Args:
-        every_n_steps: Analyse when a multiple of this is reached. If neither this nor `every_n_epochs` is given, as
-            often as `max_overhead` allows.
-        every_n_epochs: Analyse at the end of every so many epochs.
-        max_overhead: Share of the run's time that training may lose to the monitor. With an explicit cadence it only
-            warns, once, after a minute.
-        layers_per_step: `"all"`, or into how many layers a step an analysis is spread, `"auto"` for as many as take a
-            tenth of a step. The snapshot is complete, and published, when every layer has been read; each row keeps
-            the step at which it was.
-        mode: `"sync"`, or `"async"`: training goes on while a thread analyses a copy of the weights. One more copy may
-            wait; if a third is taken the waiting one is dropped and counted in `ww/snapshots_dropped`.
-        still_bytes: Memory on the training device for such a copy; what does not fit is copied to the host. A quarter
-            of what is free if it is not given.
-        across_ranks: Share the work among the processes of torch.distributed. All of them then call `observe` at the
-            same steps and get the same snapshots; only the first should have sinks. Every look is whole and made at
-            once then.
-        rules: What to look for; see `ww_monitor.rules`.
-        sinks: Where snapshots go.
-        stop_on: `"traps"`, `"broken_layers"`, or `None`: what makes `stop_reason` non-empty. Its rule is applied also
-            where `rules` leaves it out.
-        patience: For how many consecutive snapshots it must hold in the same layer.
-        select: Which matrices to analyse.
-        options: How to analyse.
-        track_delta: Follow how far each matrix has moved from its weights at the first snapshot: `delta_norm` =
-            ‖W − W₀‖_F/‖W₀‖_F, and `left_rotation`, `right_rotation` = how far its 8 leading singular directions have
-            turned, 0 to 1. Fine-tuning turns them while spectra stay put. Holds a copy of the weights on the host;
-            after a resume the first snapshot is that of the resumed run.
-        keep: Snapshots that `history` keeps at most, the latest ones, beside the first; fewer, but never less than the
-            16 that rules see, where they would have more than 20,000 layers between them. The sinks get all.
-
-    Raises:
-        InvalidArgument: naming the argument, its value and the choices.
     """
 
-    def __init__(
-        self,
-        *,
-        every_n_steps: int | None = None,
-        every_n_epochs: int | None = None,
-        max_overhead: float = MAX_OVERHEAD,
-        layers_per_step: int | str = "all",
-        mode: str = "sync",
-        still_bytes: int | None = None,
-        across_ranks: bool = False,
-        rules: Sequence[Rule] = TRAINING_RULES,
-        sinks: Iterable[Sink] = (),
-        stop_on: str | None = None,
-        patience: int = 3,
-        select: Select | None = None,
-        options: Options | None = None,
-        track_delta: bool = False,
-        keep: int = 256,
-    ) -> None:
-        for argument, value in (
-            ("every_n_steps", every_n_steps),
-            ("every_n_epochs", every_n_epochs),
-            ("patience", patience),
-            ("keep", keep),
-        ):
-            if value is not None:
-                check_positive_int("Monitor", argument, value)
-        check_choice("Monitor", "stop_on", stop_on, (None, *STOP_ON))
-        sinks = list(sinks)
-        for sink in sinks:
-            if isinstance(sink, type) or not isinstance(sink, Sink):
-                raise InvalidArgument(f"Monitor: sinks must have write and close; got {sink!r}")
-        self.every_n_steps = every_n_steps
-        self.every_n_epochs = every_n_epochs
-        self.budget = Budget(max_overhead)
-        self.within_budget = every_n_steps is None and every_n_epochs is None
-        self.schedule: Schedule = never if every_n_steps is None else schedule_every_n_steps(every_n_steps)
-        self.findings = Holding(rules, stop_on=stop_on, patience=patience)
-        self.sinks: list[Sink] = sinks
-        self.keep = keep
-        self.select = select or Select()
-        self.options = options or Options()
+    @method_taking(MonitorOptions)
+    def __init__(self, given: MonitorOptions) -> None:
+        """Check every argument now, not at the first step.
+
+        Raises:
+            InvalidArgument: naming the argument, its value and the choices.
+        """
+        self.options = given.options or Options()
         super().__init__(strict=self.options.strict)
-        if stop_on == "traps" and "num_traps" not in {metric.name for metric in self.options.chosen}:
+        if given.stop_on == "traps" and "num_traps" not in {metric.name for metric in self.options.chosen}:
             raise InvalidArgument(
                 "Monitor: stop_on='traps' needs the metric 'num_traps', which these options leave out; got"
                 f" metrics={self.options.metrics!r} with preset={self.options.preset!r}; name it, or use 'all'"
             )
-        self.survey = Survey(
-            self.options,
-            self.budget,
-            layers_per_step=layers_per_step,
-            mode=mode,
-            still_bytes=still_bytes,
-            across_ranks=across_ranks,
-            track_delta=track_delta,
-        )
+        self.every_n_steps, self.every_n_epochs = given.every_n_steps, given.every_n_epochs
+        self.within_budget = self.every_n_steps is None and self.every_n_epochs is None
+        self.schedule: Schedule = never if self.every_n_steps is None else schedule_every_n_steps(self.every_n_steps)
+        self.budget = Budget(given.max_overhead)
+        rules = TRAINING_RULES if given.rules is None else given.rules
+        self.findings = Holding(rules, stop_on=given.stop_on, patience=given.patience)
+        self.sinks: list[Sink] = list(given.sinks)
+        self.keep = given.keep
+        self.select = given.select or Select()
+        self.survey = Survey(self.options, given, across_ranks=given.across_ranks)
         self.history = History()
         self.last_step: int | None = None
         self._next_step: int | None = None
@@ -169,9 +120,8 @@ class Monitor(Guarded):
     @across_ranks.setter
     def across_ranks(self, value: bool) -> None:
         self.survey.across_ranks = value
-        if value and (self.survey.mode, self.survey.layers_per_step) != ("sync", "all"):
-            message = "on several ranks every look is whole and made at once; mode and layers_per_step are left aside"
-            self.say_once("across ranks", message)
+        if value and self.survey.mode != "sync":
+            self.say_once("across ranks", "on several ranks every look is made at once; mode is left aside")
 
     def is_seen(self, step: int) -> bool:
         """Whether there is a snapshot of optimizer step `step`."""
@@ -190,8 +140,6 @@ class Monitor(Guarded):
             return False
         self._begin_anew_before(step)
         self.budget.tick(step, busy=self.survey.busy)
-        if self.survey.under_way:
-            return True
         return self._due_within_budget(step) if self.within_budget else self.schedule(step, self.last_step)
 
     def _due_within_budget(self, step: int) -> bool:
@@ -242,11 +190,11 @@ class Monitor(Guarded):
             matrices: What a walker yields; weights are read during the call.
             step: Optimizer step, counted in completed updates.
             epoch: Epoch, where there is one.
-            whole: Analyse all layers now and wait for it, whatever `layers_per_step` and `mode` say.
+            whole: Analyse now and wait for it, whatever `mode` says.
 
         Returns:
-            The snapshot with the findings that begin or end; `None` if there is none yet (the background or the next
-            steps will complete it), or if the analysis failed as a whole, which is said once as a `SpectralWarning`.
+            The snapshot with the findings that begin or end; `None` if the background will complete it, or if the
+            analysis failed as a whole, which is said once as a `SpectralWarning`.
 
         Raises:
             LayerError: with `Options(strict=True)`, if a layer fails.
@@ -266,12 +214,14 @@ class Monitor(Guarded):
         return published[0] if published else None
 
     def collect(self) -> list[Snapshot]:
-        """The snapshots that the background has completed, oldest first, now with findings and in the sinks."""
+        """The snapshots that the background has completed, oldest first, now with findings and in the sinks.
+
+        An analysis that failed there costs its own snapshot only, and is said once as a `SpectralWarning`.
+        """
         published: list[Snapshot] = []
-        with self.guard("analysis"):
-            for snapshot in self.survey.collect():
-                with self.timed():
-                    published.append(self._publish(snapshot))
+        while (done := self.survey.next_done()) is not None:
+            with self.guard("analysis"), self.timed():
+                published.append(self._publish(self.survey.completed(done)))
         return published
 
     def finish(self) -> list[Snapshot]:
@@ -315,7 +265,7 @@ class Monitor(Guarded):
 
     def _record(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with its findings, which memory now holds."""
-        seen = History([*self.history.snapshots[-LOOKBACK:], snapshot])
+        seen = History([*self.history, snapshot])  # of which rules see the last LOOKBACK, as in `replay`
         snapshot = snapshot.with_findings(self.findings.judge(seen, failed=self._say_failed_rule))
         self.history.append(snapshot)
         self.history.forget(latest=max(LOOKBACK, min(self.keep, KEEP_ROWS // max(1, _rows(snapshot)))))

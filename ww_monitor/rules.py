@@ -13,9 +13,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from ww_monitor.record import Finding, History, Layer, Severity
-
-Rule = Callable[[History], Iterable[Finding]]
+from ww_monitor.record import Finding, History, Layer, Rule, Severity
 
 LOOKBACK = 16
 """Snapshots before the last that rules see: it bounds their cost, and what a checkpoint must hold."""

@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from statistics import median
 
-from ww_monitor.errors import InvalidArgument, check_positive_int
+from ww_monitor.errors import check_positive_int, check_share
+from ww_monitor.settings import MAX_OVERHEAD
 
 Schedule = Callable[[int, int | None], bool]
 """`schedule(step, last)`: whether to analyse at optimizer step `step`, the last analysed step being `last`."""
@@ -32,9 +33,6 @@ def never(step: int, last: int | None) -> bool:
     """False: only explicit calls analyse."""
     return False
 
-
-MAX_OVERHEAD = 0.02
-"""Share of a run's time that training may lose to the monitor (our choice: what nobody switches a monitor off for)."""
 
 WARM_UP = 3
 """First steps that are not timed: compilation, caches and allocators make them slow."""
@@ -68,8 +66,7 @@ class Budget:
     """
 
     def __init__(self, share: float = MAX_OVERHEAD, *, clock: Callable[[], float] = time.perf_counter) -> None:
-        if not 0 < share < 1:
-            raise InvalidArgument(f"Budget: max_overhead must be between 0 and 1; got {share!r}")
+        check_share("Budget", "max_overhead", share)
         self.share = share
         self.looks = 0
         self._clock = clock

@@ -14,7 +14,8 @@ import torch
 
 from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.errors import InvalidArgument, check_choice
-from ww_monitor.matrix import Matrix, Select, Skipped
+from ww_monitor.matrix import Matrix, Skipped
+from ww_monitor.settings import Select
 from ww_monitor.spectra.elements import elements
 from ww_monitor.spectra.erg import correlation_space
 from ww_monitor.spectra.marchenko_pastur import bulk
@@ -120,7 +121,9 @@ def svd_smooth(
         raise InvalidArgument(
             f"svd_smooth: keep must be one of {listed}, an integer >= 1 or a float in (0, 1]; got {keep!r}"
         )
-    return _transform(model, partial(_smooth, keep=keep), inplace=inplace, select=Select(include, exclude))
+    return _transform(
+        model, partial(_smooth, keep=keep), inplace=inplace, select=Select(include=include, exclude=exclude)
+    )
 
 
 def svd_sharpen(
@@ -167,7 +170,7 @@ def svd_sharpen(
     """
     check_choice("svd_sharpen", "method", method, ("directions", "clip"))
     change = partial(_sharpen, method=method, seed=seed)
-    return _transform(model, change, inplace=inplace, select=Select(include, exclude))
+    return _transform(model, change, inplace=inplace, select=Select(include=include, exclude=exclude))
 
 
 # --- one layer

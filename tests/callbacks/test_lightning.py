@@ -673,7 +673,7 @@ def test_the_state_key_is_the_same_in_every_process():
         ({"preset": "ww"}, "preset must be one of 'default', 'weightwatcher'; got 'ww'"),
         ({"metrics": ["alfa"]}, "metrics must be among 'alpha', .*; got 'alfa'"),
         ({"include": "net.*"}, r"include must be a sequence of globs; got the string 'net\.\*'"),
-        ({"min_size": 0}, "min_size must be >= 1; got 0"),
+        ({"min_size": 0}, "min_size must be an integer >= 1; got 0"),
         ({"max_size": 1}, "max_size must be None or >= min_size=8; got 1"),
         ({"sinks": [print]}, "sinks must have write and close; got"),
     ],

@@ -18,7 +18,6 @@ from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.metric import MEASUREMENTS, TABLE, measurement
 from ww_monitor.metric.measurements import LEAST_TRAP_SIDE
 from ww_monitor.metric.table import metric
-from ww_monitor.record import SkippedLayer
 from ww_monitor.spectra import host
 from ww_monitor.spectra.elements import elements
 from ww_monitor.spectra.traps import HEADROOM_TO_SHUFFLE, shuffled
@@ -175,7 +174,7 @@ def test_a_layer_has_the_same_numbers_alone_as_in_a_group():
 
 def test_skipped_items_are_passed_on():
     snapshot = analyze_matrices([Skipped("bias", "other", (3, 4), "why"), matrix("fc", normal(20, 10))], Options())
-    assert snapshot.skipped == (SkippedLayer("bias", "other", (3, 4), "why"),)
+    assert snapshot.skipped == (Skipped("bias", "other", (3, 4), "why"),)
     assert len(snapshot.layers) == 1
 
 

@@ -13,6 +13,7 @@ from random_matrices import SHAPES, normal, outlier, wishart_eigenvalues
 import ww_monitor
 from benchmarks import early_stop
 from benchmarks.early_stop import Tally
+from ww_monitor.errors import InvalidArgument
 from ww_monitor.spectra import shuffle, traps
 from ww_monitor.spectra.eigenvalues import Eigenvalues
 from ww_monitor.spectra.elements import Elements, elements, large_entries
@@ -428,7 +429,7 @@ def test_threads_share_permutations_and_get_what_one_thread_gets(monkeypatch):
 
 def test_kept_permutations_stay_within_their_memory(monkeypatch):
     monkeypatch.setattr(shuffle, "_CACHE", shuffle._Cache())
-    monkeypatch.setattr(shuffle, "CACHED_BYTES", 4_000)
+    shuffle.keep_permutations(4_000)
     first = permutation(300, seed=0, replica=0)
     for replica in range(1, 10):
         permutation(300, seed=0, replica=replica)
@@ -437,6 +438,11 @@ def test_kept_permutations_stay_within_their_memory(monkeypatch):
     large = permutation(2_000, seed=0, replica=0)
     assert permutation(2_000, seed=0, replica=0) is not large
     assert permutation(300, seed=0, replica=0) is first
+    shuffle.keep_permutations(0)
+    assert shuffle._CACHE.nbytes == 0
+    assert torch.equal(permutation(300, seed=0, replica=0), first)
+    with pytest.raises(InvalidArgument, match="nbytes must be an integer >= 0; got -1"):
+        shuffle.keep_permutations(-1)
 
 
 def test_a_permutation_is_what_torch_draws_and_costs_four_bytes_an_element():

@@ -1,4 +1,4 @@
-"""A survey gives the same rows however it reads: at once, spread over steps, or from copies in the background."""
+"""A survey gives the same rows however it reads: at once, or from copies in the background."""
 
 import dataclasses
 import functools
@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.registries import before_measurement, before_summary
+from tests.registries import before_measurement
 from ww_monitor.engine import Options, analyze_matrices
-from ww_monitor.errors import InvalidArgument
 from ww_monitor.matrix import Matrix
-from ww_monitor.schedule import Budget
+from ww_monitor.settings import RunOptions
 from ww_monitor.survey import Survey, stills, survey
 from ww_monitor.survey.stills import still
 from ww_monitor.survey.unchanged import Checked
@@ -32,11 +31,16 @@ def change(net):
 
 
 def make_survey(**options):
-    return Survey(Options(), Budget(), **options)
+    return Survey(Options(), RunOptions(**options))
 
 
 def rows(snapshot):
     return {layer.name: {k: v for k, v in layer.metrics.items() if not math.isnan(v)} for layer in snapshot.layers}
+
+
+def collected(watcher):
+    """The snapshots that the background has completed."""
+    return [watcher.completed(done) for done in iter(watcher.next_done, None)]
 
 
 def look(watcher, net, step, **options):
@@ -65,47 +69,6 @@ def test_a_look_is_an_analysis_of_all():
     assert snapshot.summary == pytest.approx(expected.summary, nan_ok=True)
 
 
-def test_layers_spread_over_steps_keep_the_step_they_were_read_at():
-    net, watcher = make_net(), make_survey(layers_per_step=2)
-    first = analyze_matrices(walk(net), Options())
-    assert look(watcher, net, 10) is None
-    assert watcher.under_way
-    change(net)
-    snapshot = look(watcher, net, 11)
-    assert not watcher.under_way
-    assert [(layer.name, layer.step) for layer in snapshot.layers] == [("0", 10), ("1", 10), ("2", 11), ("3", 11)]
-    assert snapshot.step == 11
-    second = analyze_matrices(walk(net), Options())
-    assert rows(snapshot) == {**rows(second), **{name: rows(first)[name] for name in ("0", "1")}}
-
-
-def test_a_round_that_is_told_to_be_whole_reads_only_what_is_left(analysed):
-    net, watcher = make_net(), make_survey(layers_per_step=1)
-    look(watcher, net, 1)
-    assert analysed() == ["0"]
-    assert look(watcher, net, 2, whole=True) is not None
-    assert analysed() == ["1", "2", "3"]
-
-
-def test_auto_takes_as_many_layers_as_a_tenth_of_a_step_allows(analysed):
-    net, budget = make_net(), Budget()
-    watcher = Survey(Options(), budget, layers_per_step="auto")
-    look(watcher, net, 0, whole=True)
-    costs = [item.cost for item in walk(net)]
-    watcher._seconds_per_cost = 1.0
-    for allowed, expected in ((sum(costs[:2]), ["0", "1"]), (0.0, ["2"]), (1e12, ["3"])):
-        budget._steps[False], budget._seconds[False] = 1, allowed / survey.STEP_SHARE
-        watcher._seconds_per_cost = 1.0
-        analysed()
-        look(watcher, net, 1)
-        assert analysed() == expected
-
-
-def test_auto_takes_one_layer_while_nothing_has_been_timed(analysed):
-    look(make_survey(layers_per_step="auto"), make_net(), 0)
-    assert analysed() == ["0"]
-
-
 def test_frozen_layers_are_analysed_once_and_again_when_they_change(analysed):
     net, watcher = make_net(), make_survey()
     net[1].requires_grad_(False)
@@ -129,7 +92,7 @@ def test_the_background_analyses_the_weights_of_the_step_it_was_given():
     assert look(watcher, net, 7) is None
     change(net)
     assert watcher.join(60)
-    (snapshot,) = watcher.collect()
+    (snapshot,) = collected(watcher)
     assert snapshot.step == 7
     found = rows(snapshot)
     assert {name: found[name] == pytest.approx(expected[name], rel=1e-9) for name in expected} == dict.fromkeys(
@@ -144,7 +107,7 @@ def test_dropped_snapshots_are_counted(monkeypatch):
     for step in range(20):
         look(watcher, net, step)
     watcher.join(60)
-    snapshots = list(watcher.collect())
+    snapshots = collected(watcher)
     assert len(snapshots) + snapshots[-1].summary["snapshots_dropped"] == 20
     assert [snapshot.step for snapshot in snapshots] == sorted(snapshot.step for snapshot in snapshots)
     assert snapshots[-1].step == 19
@@ -162,7 +125,7 @@ def test_frozen_layers_are_neither_copied_nor_analysed_again_in_the_background(a
     for step, expected in ((1, ["0", "1", "2", "3"]), (2, ["0", "2", "3"])):
         look(watcher, net, step)
         watcher.join(60)
-        (snapshot,) = watcher.collect()
+        (snapshot,) = collected(watcher)
         assert analysed() == expected
     assert [layer.step for layer in snapshot.layers] == [2, 1, 2, 2]
     watcher.close(60)
@@ -175,7 +138,7 @@ def test_drift_is_that_of_the_copied_weights():
     look(watcher, net, 1)
     change(net)
     watcher.join(60)
-    (snapshot,) = watcher.collect()
+    (snapshot,) = collected(watcher)
     expected = watcher._baseline.drift(list(walk(net)))["0"]["delta_norm"]
     assert 0 < snapshot.layers[0].value("delta_norm") < expected
     watcher.close(60)
@@ -190,22 +153,28 @@ def test_a_weight_that_cannot_be_copied_costs_its_row_only():
     items[1] = type(items[1])(items[1].name, "dense", items[1].shape, load)
     watcher.look(items, step=0, epoch=None)
     watcher.join(60)
-    (snapshot,) = watcher.collect()
+    (snapshot,) = collected(watcher)
     assert [layer.status for layer in snapshot.layers] == ["ok", "error: OSError: gone", "ok", "ok"]
     watcher.close(60)
 
 
-def test_an_analysis_that_fails_in_the_background_raises_when_it_is_collected(monkeypatch):
+def test_an_analysis_that_fails_in_the_background_costs_its_own_snapshot_only(monkeypatch):
+    """Those that were completed before and after it are handed out."""
+
+    def fail(*arguments, step, **options):
+        if step == 1:
+            raise MemoryError("no room")
+        return analyze_matrices(*arguments, step=step, **options)
+
     watcher = make_survey(mode="async")
-
-    def fail():
-        raise MemoryError("no room")
-
-    before_summary(monkeypatch, "alpha", fail)
-    look(watcher, make_net(), 0)
-    watcher.join(60)
+    monkeypatch.setattr(survey, "analyze_matrices", fail)
+    for step in range(3):
+        look(watcher, make_net(), step)
+        watcher.join(60)
+    assert watcher.completed(watcher.next_done()).step == 0
     with pytest.raises(MemoryError, match="no room"):
-        list(watcher.collect())
+        watcher.completed(watcher.next_done())
+    assert [snapshot.step for snapshot in collected(watcher)] == [2]
     watcher.close(60)
 
 
@@ -264,7 +233,7 @@ def test_a_copy_is_dead_once_its_layer_was_analysed(monkeypatch, items, track_de
     before_measurement(monkeypatch, "live_sides", lambda loaded: seen.append(alive()))
     watcher.look(items, step=1, epoch=None)
     watcher.join(60)
-    (snapshot,) = watcher.collect()
+    (snapshot,) = collected(watcher)
     assert [layer.status for layer in snapshot.layers] == ["ok"] * 4
     assert rows(snapshot)["1"]["alpha"] == pytest.approx(expected["1"]["alpha"])
     assert ("delta_norm" in snapshot.summary) == track_delta
@@ -282,7 +251,7 @@ def test_no_copy_outlives_its_analysis_though_nobody_has_collected_it_or_it_fail
     watcher.join(60)
     assert alive() == [False] * 8
     with pytest.raises(ArithmeticError, match="no factor"):
-        list(watcher.collect())
+        collected(watcher)
     watcher.close(60)
 
 
@@ -305,28 +274,14 @@ def test_what_torch_has_reserved_and_not_allocated_is_free(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("still_bytes", [None, 1])
-def test_a_gpus_weights_are_copied_there_or_to_pinned_memory(still_bytes):
+@pytest.mark.parametrize("copy_budget_bytes", [None, 1])
+def test_a_gpus_weights_are_copied_there_or_to_pinned_memory(copy_budget_bytes):
     net = make_net().cuda()
-    watcher = make_survey(mode="async", still_bytes=still_bytes)
+    watcher = make_survey(mode="async", copy_budget_bytes=copy_budget_bytes)
     expected = rows(analyze_matrices(walk(net), Options()))
     look(watcher, net, 7)
     change(net)
     watcher.join(60)
-    (snapshot,) = watcher.collect()
+    (snapshot,) = collected(watcher)
     assert rows(snapshot)["0"] == pytest.approx(expected["0"], rel=1e-8)
     watcher.close(60)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"mode": "threads"}, "mode must be one of 'sync', 'async'"),
-        ({"layers_per_step": 0}, "layers_per_step must be an integer >= 1"),
-        ({"layers_per_step": "some"}, "layers_per_step must be"),
-        ({"still_bytes": 0}, "still_bytes must be"),
-    ],
-)
-def test_a_wrong_choice_is_refused(options, message):
-    with pytest.raises(InvalidArgument, match=message):
-        make_survey(**options)

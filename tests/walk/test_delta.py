@@ -8,7 +8,8 @@ from torch import nn
 
 from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.matrix import Matrix, Select, Skipped
+from ww_monitor.matrix import Matrix, Skipped
+from ww_monitor.settings import Select
 from ww_monitor.walk.delta import delta, pair
 from ww_monitor.walk.torch import walk
 

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 
 from ww_monitor.engine import Options
-from ww_monitor.matrix import Select
 from ww_monitor.monitor import Monitor
-from ww_monitor.record import Snapshot
-from ww_monitor.rules import TRAINING_RULES, Rule
-from ww_monitor.schedule import MAX_OVERHEAD
-from ww_monitor.sinks import Sink
+from ww_monitor.record import Sink, Snapshot
+from ww_monitor.settings import AnalysisOptions, CallbackOptions, RunOptions, Select
+from ww_monitor.signatures import method_taking
 from ww_monitor.sinks.console import Console, table
 from ww_monitor.sinks.jsonl import JsonLines
 from ww_monitor.sinks.trackers import Dashboards
-from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE
-from ww_monitor.spectra.traps import REPLICAS
-from ww_monitor.walk.sources import WHOLE, Source, walk_source
+from ww_monitor.walk.sources import Source, walk_source
+
+_Kind = TypeVar("_Kind")
 
 HISTORY_FILE = "ww_history.jsonl"
 
@@ -43,114 +42,20 @@ class Adapter:
     _step_key: str | None = None
     """The x axis that the framework declares in W&B."""
 
-    def __init__(
-        self,
-        every_n_steps: int | None = None,
-        every_n_epochs: int | None = None,
-        *,
-        max_overhead: float = MAX_OVERHEAD,
-        layers_per_step: int | str = "all",
-        mode: str = "sync",
-        still_bytes: int | None = None,
-        stop_on: str | None = None,
-        patience: int = 3,
-        preset: str = "default",
-        metrics: Sequence[str] | str | None = None,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
-        min_size: int = 8,
-        max_size: int | None = None,
-        seed: int = 0,
-        replicas: int = REPLICAS,
-        significance: float = SIGNIFICANCE,
-        fit: str = "csn",
-        fit_k: int | None = None,
-        fix_fingers: str | None = None,
-        aspect_ratio: float | None = None,
-        split: Mapping[str, int | Sequence[int]] | None = None,
-        experts: Literal["separate", "pooled"] = "separate",
-        lora: Sequence[str] = ("base", "delta"),
-        track_delta: bool = False,
-        strict: bool = False,
-        rules: Sequence[Rule] = TRAINING_RULES,
-        sinks: Sequence[Sink] = (),
-        console: bool = True,
-        history: bool = True,
-    ) -> None:
+    @method_taking(CallbackOptions)
+    def __init__(self, given: CallbackOptions) -> None:
         """Check every argument now, not at the first step.
-
-        Args:
-            every_n_steps: Analyse when a multiple of this many optimizer steps is reached; if neither this nor
-                `every_n_epochs` is given, as often as `max_overhead` allows. Always before the first step and after
-                the last.
-            every_n_epochs: Analyse at the end of every so many epochs.
-            max_overhead: Share of the run's time that training may lose to the monitor; this and the next three as in
-                `ww_monitor.Monitor`.
-            layers_per_step: `"all"`, or how many layers to analyse a step, `"auto"` for as many as take a tenth of one.
-            mode: `"sync"`, or `"async"` to analyse copies of the weights while training goes on.
-            still_bytes: Memory on the training device for such a copy.
-            stop_on: `"traps"` stops the run when a correlation trap persists, `"broken_layers"` when a layer is NaN.
-            patience: In how many consecutive snapshots.
-            preset: `"default"` or `"weightwatcher"`.
-            metrics: Names of metrics, `None` for the standard ones, or `"all"`.
-            include: Globs on layer names.
-            exclude: Globs on layer names.
-            min_size: Least number of eigenvalues of a layer.
-            max_size: Largest number of eigenvalues of a layer.
-            seed: Seed of the private generator that shuffles.
-            replicas: Shuffles a layer that may hold a trap.
-            significance: Probability of a false spike in a random layer, and of a false trap in one shuffle of it.
-            fit: `"csn"`, `"hill"` or `"truncated"`; this and the next three as in `ww_monitor.analyze`.
-            fit_k: Size of the Hill estimator's tail.
-            fix_fingers: `"clip_xmax"` or `None`.
-            aspect_ratio: Of the windows that the tail is fitted to, or `None`.
-            split: How to cut fused weights; this and the next two as in `ww_monitor.analyze`.
-            experts: `"separate"` or `"pooled"`.
-            lora: Which of `"base"`, `"delta"` and `"merged"`.
-            track_delta: Follow W − W₀ and the rotation of the leading subspaces (see `ww_monitor.Monitor`).
-            strict: Raise when a layer fails.
-            rules: What to look for (`ww_monitor.rules`).
-            sinks: Further sinks.
-            console: Print findings, a line at the start, and a table at the end.
-            history: Write the history file.
 
         Raises:
             InvalidArgument: naming the argument, its value and the choices.
         """
         super().__init__()
-        self.monitor = build_monitor(
-            every_n_steps=every_n_steps,
-            every_n_epochs=every_n_epochs,
-            max_overhead=max_overhead,
-            layers_per_step=layers_per_step,
-            mode=mode,
-            still_bytes=still_bytes,
-            stop_on=stop_on,
-            patience=patience,
-            preset=preset,
-            metrics=metrics,
-            include=include,
-            exclude=exclude,
-            min_size=min_size,
-            max_size=max_size,
-            seed=seed,
-            replicas=replicas,
-            significance=significance,
-            fit=fit,
-            fit_k=fit_k,
-            fix_fingers=fix_fingers,
-            aspect_ratio=aspect_ratio,
-            strict=strict,
-            rules=rules,
-            sinks=sinks,
-            track_delta=track_delta,
-        )
-        if split is None and preset == "weightwatcher":
-            split = WHOLE
-        self._walk = partial(walk_source, split=split, experts=experts, lora=lora)
-        self._walk(torch.nn.Module())  # a wrong choice is refused here
-        self._console = console
-        self._history = history
+        options = Options(**AnalysisOptions.of(given).keywords())
+        self.monitor = Monitor(**RunOptions.of(given).keywords(), select=Select.of(given), options=options)
+        self._how = given.for_walker(given.preset)
+        walk_source(torch.nn.Module(), **self._how)  # a wrong choice is refused here
+        self._console = given.console
+        self._history = given.history
         self._session: Session | None = None
         self._history_name = ""
         self._resumed = False
@@ -203,7 +108,7 @@ class Adapter:
             whole: Wait for a snapshot of now: at the beginning and at the end of a run.
         """
         done = self.monitor.finish() if whole else self.monitor.collect()
-        snapshot = self.monitor.observe(self._walk(model), step=step, epoch=epoch, whole=whole)
+        snapshot = self.monitor.observe(walk_source(model, **self._how), step=step, epoch=epoch, whole=whole)
         return done if snapshot is None else [*done, snapshot]
 
     def _announce(self) -> None:
@@ -254,22 +159,6 @@ class Adapter:
                 if value != field.default and field.name != "strict":
                     settings.append(f"{field.name}={value!r}")
         return ", ".join(settings)
-
-
-def build_monitor(**arguments: Any) -> Monitor:
-    """The Monitor of a callback's flat arguments, checked at construction.
-
-    Args:
-        **arguments: Those of `Monitor`, with the fields of its `select` and `options` beside them.
-
-    Raises:
-        InvalidArgument: naming the argument, its value and the choices.
-    """
-    parts: dict[str, Any] = {}
-    for name, kind in (("select", Select), ("options", Options)):
-        mine = [field.name for field in fields(kind) if field.name in arguments]
-        parts[name] = kind(**{field: arguments.pop(field) for field in mine})
-    return Monitor(**arguments, **parts)
 
 
 class Session:
@@ -328,6 +217,17 @@ class Session:
         self.monitor.sinks = [sink for sink in self.monitor.sinks if sink not in self._own]
         if self.history_path is not None:
             _chosen.discard(self.history_path)
+
+
+def calling_object(kind: type[_Kind]) -> _Kind | None:
+    """The object of this class whose method is calling: a framework passes everything to its callbacks but itself."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, kind):
+            return caller
+        frame = frame.f_back
+    return None
 
 
 def history_path(folder: Path, *, continues: str = "") -> Path:

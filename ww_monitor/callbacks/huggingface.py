@@ -7,10 +7,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from ww_monitor.callbacks._adapter import Adapter
+from ww_monitor.callbacks._adapter import Adapter, calling_object
 from ww_monitor.errors import MissingDependency
 from ww_monitor.record import Snapshot, summary_key
 from ww_monitor.sinks.trackers import dashboard_of
@@ -80,7 +79,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the files; what a run that died has left open is closed first."""
         self._close()
-        self._handler = _calling_handler() or self._handler
+        self._handler = calling_object(CallbackHandler) or self._handler
         self._known: dict[str, float] = {}
         self._training, self._begun = True, False
         if self._key in state.stateful_callbacks:
@@ -272,17 +271,6 @@ class _WhenSaved(Mapping[str, Any]):
 
     def _made(self) -> dict[str, Any]:
         return {"args": {}, "attributes": self._make()}
-
-
-def _calling_handler() -> CallbackHandler | None:
-    """The handler whose event is running: a Trainer passes everything to its callbacks but itself."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, CallbackHandler):
-            return caller
-        frame = frame.f_back
-    return None
 
 
 def _tracker(callback: Any) -> Any:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 
-from ww_monitor.callbacks._adapter import Adapter
+from ww_monitor.callbacks._adapter import Adapter, calling_object
 from ww_monitor.errors import MissingDependency
 from ww_monitor.record import NAN, Snapshot, summary_key
+from ww_monitor.settings import CallbackOptions, KerasOptions
+from ww_monitor.signatures import method_taking
 
 try:
     import keras
@@ -50,7 +51,7 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
     Training is bit-identical with and without it. A failure inside becomes a status or one `SpectralWarning`. Where
     several processes train, all know the values and stop alike, and the first one writes.
 
-    The other arguments are described with `Adapter.__init__`.
+    The arguments are described with `__init__`.
     """
 
     _epoch: int | None = None
@@ -58,29 +59,15 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
     _updates_done = 0
     _within_line = False
 
-    def __init__(
-        self,
-        every_n_steps: int | None = None,
-        every_n_epochs: int | None = None,
-        *,
-        folder: str | Path = "ww_logs",
-        **arguments: Any,
-    ) -> None:
+    @method_taking(KerasOptions)
+    def __init__(self, given: KerasOptions) -> None:
         """Check every argument now, not at the first step.
-
-        Args:
-            every_n_steps: Analyse when a multiple of this many optimizer steps is reached; if neither this nor
-                `every_n_epochs` is given, as often as `max_overhead` allows. Always before the first step and after
-                the last.
-            every_n_epochs: Analyse at the end of every so many epochs.
-            folder: Where the history file goes; it is made at the first snapshot.
-            **arguments: As of every callback.
 
         Raises:
             InvalidArgument: naming the argument, its value and the choices.
         """
-        super().__init__(every_n_steps, every_n_epochs, **arguments)
-        self._folder = Path(folder)
+        super().__init__(**CallbackOptions.of(given).keywords())
+        self._folder = Path(given.folder)
         self._known: dict[str, float] = {}
         self._unknown: dict[str, float] = {}
         self._watched: set[str] = set()
@@ -90,7 +77,8 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         self._close()
         self._begun = False
         with self.monitor.guard("looking at the other callbacks", always=True):
-            self._look_around(_calling_list())
+            calling = calling_object(keras.callbacks.CallbackList)
+            self._look_around([] if calling is None else list(calling.callbacks))
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """First snapshot; not when training begins, because a later callback may restore weights then."""
@@ -227,17 +215,6 @@ def _monitored(callback: Any) -> str:
     """The value of ours that a callback monitors, or `""`."""
     key = getattr(callback, "monitor", "")
     return key if isinstance(key, str) and key.startswith(_log_key(summary_key(""))) else ""
-
-
-def _calling_list() -> Sequence[Any]:
-    """The callbacks of the list whose event is running, in its order: Keras does not pass it to them."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, keras.callbacks.CallbackList):
-            return list(caller.callbacks)
-        frame = frame.f_back
-    return ()
 
 
 def _processes() -> tuple[int, int]:

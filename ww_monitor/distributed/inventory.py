@@ -15,7 +15,6 @@ import torch
 from ww_monitor.errors import WWMonitorError
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Index, Matrix, Piece, Skipped
-from ww_monitor.record import SkippedLayer
 
 SUMS = 5
 """Σ w, Σ w², smallest, largest entry and number of zeros, of each slice."""
@@ -231,7 +230,7 @@ def _with_piece(held: Held, piece: Piece, known: Sequence[int]) -> Held:
 # --- what the first rank concludes
 
 
-def merge(lists: Sequence[Sequence[Held]]) -> tuple[list[Job], list[SkippedLayer]]:
+def merge(lists: Sequence[Sequence[Held]]) -> tuple[list[Job], list[Skipped]]:
     """What there is to analyse and what was left out, by first holder and position there.
 
     A matrix with the same name, shape and content on several ranks is a replica and held by all of them. Where the
@@ -248,12 +247,12 @@ def merge(lists: Sequence[Sequence[Held]]) -> tuple[list[Job], list[SkippedLayer
         for place, one in enumerate(held):
             found.setdefault(one.name, []).append((rank, place, one))
     jobs: list[tuple[tuple[int, int], Job]] = []
-    skipped: list[tuple[tuple[int, int], SkippedLayer]] = []
+    skipped: list[tuple[tuple[int, int], Skipped]] = []
     for name, entries in found.items():
         matrices = [entry for entry in entries if entry[2].reason is None]
         if not matrices:
             rank, place, one = entries[0]
-            skipped.append(((rank, place), SkippedLayer(name, one.kind, one.shape, one.reason or "")))
+            skipped.append(((rank, place), Skipped(name, one.kind, one.shape, one.reason or "")))
         groups = _by_content(name, matrices)
         for group in groups:
             job = _job(name if len(groups) == 1 else f"{name}@rank{group[0][0]}", group)
@@ -261,7 +260,7 @@ def merge(lists: Sequence[Sequence[Held]]) -> tuple[list[Job], list[SkippedLayer
     return [job for _, job in sorted(jobs, key=lambda one: one[0])], [one for _, one in sorted(skipped, key=_first)]
 
 
-def _first(entry: tuple[tuple[int, int], SkippedLayer]) -> tuple[int, int]:
+def _first(entry: tuple[tuple[int, int], Skipped]) -> tuple[int, int]:
     return entry[0]
 
 

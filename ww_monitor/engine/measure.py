@@ -29,7 +29,7 @@ def measured(loaded: Loaded, status: torch.Tensor, options: Options) -> dict[str
         for b, code in enumerate(of_layer.tolist()):
             if code not in (Status.OK, Status.ZERO):
                 raise ValueError(_complaint(loaded.layers[b] if loaded.weights else None, code))
-    return measure(loaded, (of_layer == Status.OK).tolist(), options.needs, options.definitions)
+    return measure(loaded, (of_layer == Status.OK).tolist(), options.needs, options)
 
 
 def batch_of(
@@ -62,7 +62,7 @@ def batch_of(
         matrices=loaded.matrices,
         solved_on=where,
         measured=values,
-        definitions=options.definitions,
+        definitions=options,
     )
 
 

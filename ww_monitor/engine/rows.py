@@ -13,7 +13,7 @@ from ww_monitor.engine.options import Options
 from ww_monitor.errors import LayerError
 from ww_monitor.matrix import Matrix
 from ww_monitor.metric import PHASES, VERDICTS, Batch, Metric, phases, statuses, verdicts
-from ww_monitor.record import NAN, Histogram, Layer, SkippedLayer, Snapshot, TrapEntry
+from ww_monitor.record import NAN, Histogram, Layer, Skipped, Snapshot, TrapEntry
 from ww_monitor.spectra.device import accelerator_of
 from ww_monitor.spectra.status import Status
 
@@ -121,7 +121,7 @@ def _histograms(spectra: np.ndarray, floors: np.ndarray, status: Sequence[int]) 
 
 def snapshot_of(
     layers: Sequence[Layer],
-    skipped: Sequence[SkippedLayer],
+    skipped: Sequence[Skipped],
     options: Options,
     *,
     step: int | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
@@ -17,7 +18,7 @@ from ww_monitor.engine.threads import alone, workers
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.metric import Batch, Loaded
-from ww_monitor.record import Layer, SkippedLayer, Snapshot
+from ww_monitor.record import Layer, Snapshot
 from ww_monitor.spectra.device import accelerator_of
 from ww_monitor.spectra.host import Library
 
@@ -55,12 +56,12 @@ def analyze_matrices(
     """
     start = time.perf_counter()
     matrices: list[Matrix] = []
-    skipped: list[SkippedLayer] = []
+    skipped: list[Skipped] = []
     for item in items:
         if isinstance(item, Matrix):
             matrices.append(item)
         else:
-            skipped.append(SkippedLayer(item.name, str(item.kind), tuple(item.shape), item.reason))
+            skipped.append(replace(item, kind=str(item.kind), shape=tuple(item.shape)))
     layers = {layer.name: layer for layer in _rows(matrices, options, step, background)}
     ordered = [layers[matrix.name] for matrix in matrices]
     seconds = time.perf_counter() - start

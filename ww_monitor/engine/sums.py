@@ -27,7 +27,7 @@ def needs_weights(matrix: Matrix, found: Moments, options: Options) -> bool:
     finite = bool(torch.isfinite(found.squares).all())
     if not finite or not found.squares.any():
         return options.strict and not finite  # the row is blank; the complaint counts entries
-    return reads_weights(Loaded([matrix], (), torch.float64, found), options.needs, options.definitions)
+    return reads_weights(Loaded([matrix], (), torch.float64, found), options.needs, options)
 
 
 def layer_of_gram(

@@ -11,46 +11,22 @@ import numpy as np
 import torch
 
 from ww_monitor.matrix import Matrix
+from ww_monitor.settings import AnalysisOptions
 from ww_monitor.spectra import weightwatcher
 from ww_monitor.spectra.alternatives import Comparison, TruncatedFit, compare, fit_truncated, goodness_of_fit
 from ww_monitor.spectra.erg import CorrelationSpace, correlation_space
 from ww_monitor.spectra.estimators import FingerFit, SoftAlpha, fit_hill, fit_without_fingers, soft_alpha
-from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE, Bulk, bulk
+from ww_monitor.spectra.marchenko_pastur import Bulk, bulk
 from ww_monitor.spectra.null import NullBand, null_band
-from ww_monitor.spectra.powerlaw import SMALL_SAMPLE, TailFit, fit_tail
+from ww_monitor.spectra.powerlaw import TailFit, fit_tail
 from ww_monitor.spectra.status import Status
 from ww_monitor.spectra.subspaces import numerical_floor
-from ww_monitor.spectra.traps import REPLICAS
 
 NAN = float("nan")
-
-FITS = ("csn", "hill", "truncated")
-FIX_FINGERS = (None, "clip_xmax")
-
-POOR_FIT = 1.25
-"""ks · √n_tail above which a tail is no power law: the 1 % point of the Kolmogorov–Smirnov test with an estimated
-exponential scale (Lilliefors 1969, JASA 64), since ln λ of a power-law tail is exponential. The choice of xmin makes
-it lenient."""
-
 
 LEAST_BULK_SIDE = 5
 """Shortest side for which the law of λmax is tested: Johnstone 2001 finds it good from about 5 on. The 16 × 1 slices of
 a first convolution on grey images have no bulk."""
-
-
-@dataclass(frozen=True)
-class Definitions:
-    """Which definitions a batch follows; the fields mean what they do in `ww_monitor.analyze`."""
-
-    preset: str = "default"
-    fit: str = "csn"
-    fit_k: int | None = None
-    fix_fingers: str | None = None
-    significance: float = SIGNIFICANCE
-    seed: int = 0
-    replicas: int = REPLICAS
-    aspect_ratio: float | None = None
-
 
 Values = torch.Tensor | list[Any]
 """What is known of B matrices, by row: a tensor `[B, …]`, or a list with `None` where nothing is known."""
@@ -68,7 +44,7 @@ class Batch:
         matrices: Their names and shapes, without weights.
         solved_on: Where each was solved; see `ww_monitor.record.Layer`.
         measured: What the registry of measurements has read from the weights, by name.
-        definitions: Whose definitions to use.
+        definitions: Which definitions to follow.
     """
 
     slice_eigenvalues: torch.Tensor
@@ -78,7 +54,7 @@ class Batch:
     matrices: Sequence[Matrix] = ()
     solved_on: Sequence[str] = ()
     measured: Mapping[str, Values] = field(default_factory=dict)
-    definitions: Definitions = field(default_factory=Definitions)
+    definitions: AnalysisOptions = field(default_factory=AnalysisOptions)
 
     def __len__(self) -> int:
         """B."""
@@ -301,82 +277,3 @@ def _together(name: str, parts: Sequence[Batch]) -> Values:
         for part in parts
     ]
     return torch.cat([column.to(first.device) for column in columns])
-
-
-def statuses(batch: Batch) -> torch.Tensor:
-    """`[B]` the `Status` of the row: OK, or why it has no spectrum or no tail."""
-    return torch.where(batch.status == Status.OK, batch.tail.status, batch.status)
-
-
-VERDICTS = (
-    "ok", "not_finite", "zero", "solver_failed", "degenerate", "rank_deficient", "few_eigenvalues", "random_like",
-    "poor_fit",
-)  # fmt: skip
-"""What `verdicts` counts through. The first four are the `Status` of a spectrum, by number."""
-
-
-def verdicts(batch: Batch) -> torch.Tensor:
-    """`[B]` index into `VERDICTS`: what each row's numbers can be trusted for, the first that applies.
-
-    - `not_finite`, `zero`, `solver_failed`: there is no spectrum.
-    - `degenerate`: all eigenvalues are equal to within 64 storage roundings (an orthogonal matrix).
-    - `rank_deficient`: fewer than half of the eigenvalues are numerically not zero.
-    - `few_eigenvalues`: fewer than 20, where alpha has a standard error of more than a quarter of alpha − 1.
-    - `random_like`: no eigenvalue exceeds what a random matrix has, so alpha describes noise.
-    - `poor_fit`: the tail is no power law (`POOR_FIT`).
-    - `ok`.
-    """
-    tail, n = batch.tail, batch.eigenvalues.shape[1]
-    tests = [
-        ("degenerate", batch.flat),
-        ("rank_deficient", batch.rank < n / 2),
-        ("few_eigenvalues", (tail.num_fitted < SMALL_SAMPLE) | (tail.status == Status.FEW_EIGENVALUES)),
-        ("degenerate", tail.status == Status.DEGENERATE),
-        ("random_like", (batch.bulk.num_spikes == 0) & torch.isfinite(batch.bulk.variance)),
-        ("poor_fit", tail.ks * tail.n_tail.sqrt() > POOR_FIT),
-    ]
-    return torch.where(batch.status == Status.OK, _first(tests, VERDICTS, batch), batch.status)
-
-
-PHASES = (
-    "", "rank-collapse", "random-like", "very heavy-tailed", "heavy-tailed", "bulk-decay", "bleeding-out",
-    "bulk+spikes",
-)  # fmt: skip
-
-BLEEDING = 1.2
-"""λmax over the bulk edge up to which spikes bleed out of the bulk rather than stand apart from it (our choice)."""
-
-
-def phases(batch: Batch) -> torch.Tensor:
-    """`[B]` index into `PHASES`: which phase of training each row is in, the first that applies; 0 if unknown.
-
-    - rank-collapse: verdict `rank_deficient`;
-    - random-like: no spike above the random bulk;
-    - very heavy-tailed, heavy-tailed, bulk-decay: a good fit with alpha < 2, < 4, ≤ 6;
-    - bleeding-out, bulk+spikes: spikes within, or beyond, 1.2 times the bulk edge.
-
-    Source: Martin & Mahoney 2021 (JMLR 22), who name the 5+1 phases and their exponents; as they and their tool say,
-    alpha means nothing in the random-like phase and is unstable in the last two.
-    """
-    verdict, alpha = verdicts(batch), batch.tail.alpha
-    ratio = batch.eigenvalues[:, -1] / batch.bulk.edge_max
-    fits = verdict == VERDICTS.index("ok")
-    learnt = fits | (verdict == VERDICTS.index("poor_fit"))
-    tests = [
-        ("rank-collapse", verdict == VERDICTS.index("rank_deficient")),
-        ("random-like", verdict == VERDICTS.index("random_like")),
-        ("very heavy-tailed", fits & (alpha < 2)),
-        ("heavy-tailed", fits & (alpha < 4)),
-        ("bulk-decay", fits & (alpha <= 6)),
-        ("bleeding-out", learnt & (ratio < BLEEDING)),
-        ("bulk+spikes", learnt),
-    ]
-    return _first(tests, PHASES, batch)
-
-
-def _first(tests: Sequence[tuple[str, torch.Tensor]], names: Sequence[str], batch: Batch) -> torch.Tensor:
-    """`[B]` index of the name of the first test that holds, 0 where none does."""
-    found = torch.zeros_like(batch.status)
-    for name, holds in reversed(tests):
-        found = torch.where(holds, names.index(name), found)
-    return found

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from ww_monitor.metric.batch import NAN, Definitions, Values
+from ww_monitor.metric.batch import NAN, Values
 from ww_monitor.metric.registry import Loaded, measurement
+from ww_monitor.settings import AnalysisOptions
 from ww_monitor.spectra import weightwatcher
 from ww_monitor.spectra.eigenvalues import eigenvalues
 from ww_monitor.spectra.elements import Elements, elements_of, large_entries, needs_trimming
@@ -22,13 +23,13 @@ LEAST_TRAP_SIDE = 8
 """Slices with a shorter side have no trap metrics: the laws behind them hold for large matrices (M from 5 to 10 on)."""
 
 
-def _all_alive(loaded: Loaded, definitions: Definitions) -> bool:
+def _all_alive(loaded: Loaded, definitions: AnalysisOptions) -> bool:
     """Whether there are too few zeros for a whole row or column of them."""
     return bool((loaded.known_moments.zeros < loaded.matrices[0].short_side).all())
 
 
 @measurement(gram_suffices=_all_alive, asked=lambda definitions: True)
-def live_sides(loaded: Loaded, known: Mapping[str, Values], definitions: Definitions) -> dict[str, Values]:
+def live_sides(loaded: Loaded, known: Mapping[str, Values], definitions: AnalysisOptions) -> dict[str, Values]:
     """`live_sides` `[B, 2]`: N and M without rows and columns of zeros, mean over slices.
 
     A pruned unit leaves no random bulk.
@@ -48,12 +49,12 @@ def _too_thin(loaded: Loaded) -> bool:
     return loaded.matrices[0].short_side < LEAST_TRAP_SIDE
 
 
-def _nothing_to_trim(loaded: Loaded, definitions: Definitions) -> bool:
+def _nothing_to_trim(loaded: Loaded, definitions: AnalysisOptions) -> bool:
     return _too_thin(loaded) or not bool(needs_trimming(loaded.known_moments, _size(loaded)).any())
 
 
 @measurement(gram_suffices=_nothing_to_trim)
-def elements(loaded: Loaded, known: Mapping[str, Values], definitions: Definitions) -> dict[str, Values]:
+def elements(loaded: Loaded, known: Mapping[str, Values], definitions: AnalysisOptions) -> dict[str, Values]:
     """`trap_headroom` and `mean_shift` `[B]`, those of the worst slice; `slice_…` `[B, S]` what they are made of."""
     count, slices = len(loaded.matrices), loaded.matrices[0].shape[0]
     if _too_thin(loaded):
@@ -82,7 +83,7 @@ def _largest(values: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isinf(largest) & (largest < 0), NAN, largest)
 
 
-def _far_from_a_trap(loaded: Loaded, definitions: Definitions) -> bool:
+def _far_from_a_trap(loaded: Loaded, definitions: AnalysisOptions) -> bool:
     if _too_thin(loaded):
         return True
     headroom = elements_of(loaded.known_moments, _size(loaded)).headroom
@@ -90,7 +91,7 @@ def _far_from_a_trap(loaded: Loaded, definitions: Definitions) -> bool:
 
 
 @measurement(gram_suffices=_far_from_a_trap, after=("elements",))
-def shuffled(loaded: Loaded, known: Mapping[str, Values], definitions: Definitions) -> dict[str, Values]:
+def shuffled(loaded: Loaded, known: Mapping[str, Values], definitions: AnalysisOptions) -> dict[str, Values]:
     """`num_traps`, `trap_severity`, `trap_p_value` `[B]` and `trap_entries`, from shuffles of slices near a trap."""
     headroom = known["trap_headroom"]
     assert isinstance(headroom, torch.Tensor)
@@ -129,7 +130,7 @@ def _flat(values: Values) -> torch.Tensor:
 
 
 @measurement(asked=lambda definitions: definitions.aspect_ratio is not None)
-def windows(loaded: Loaded, known: Mapping[str, Values], definitions: Definitions) -> dict[str, Values]:
+def windows(loaded: Loaded, known: Mapping[str, Values], definitions: AnalysisOptions) -> dict[str, Values]:
     """`window_eigenvalues` `[B, n']`, ascending, of windows of one aspect ratio."""
     ratio, factor = definitions.aspect_ratio or 1.0, loaded.matrices[0].eigenvalue_factor
     cut = [eigenvalues(windows_of(layer, ratio)).values.flatten().sort().values for layer in loaded.layers]
@@ -137,7 +138,7 @@ def windows(loaded: Loaded, known: Mapping[str, Values], definitions: Definition
 
 
 @measurement()
-def randomized(loaded: Loaded, known: Mapping[str, Values], definitions: Definitions) -> dict[str, Values]:
+def randomized(loaded: Loaded, known: Mapping[str, Values], definitions: AnalysisOptions) -> dict[str, Values]:
     """`randomized`: weightwatcher's shuffled spectra, a `Randomized` a row."""
     factor, found = loaded.matrices[0].eigenvalue_factor, []
     for layer in loaded.layers:
@@ -147,6 +148,6 @@ def randomized(loaded: Loaded, known: Mapping[str, Values], definitions: Definit
 
 
 @measurement()
-def vectors(loaded: Loaded, known: Mapping[str, Values], definitions: Definitions) -> dict[str, Values]:
+def vectors(loaded: Loaded, known: Mapping[str, Values], definitions: AnalysisOptions) -> dict[str, Values]:
     """`vectors`: `[3, R, M]` a row, the metrics of the singular vectors."""
     return {"vectors": [vector_metrics(layer) for layer in loaded.layers]}

@@ -15,7 +15,8 @@ import torch
 
 from ww_monitor.errors import InvalidArgument
 from ww_monitor.matrix import Matrix
-from ww_monitor.metric.batch import NAN, Definitions, Values
+from ww_monitor.metric.batch import NAN, Values
+from ww_monitor.settings import AnalysisOptions
 from ww_monitor.spectra.elements import Moments
 
 
@@ -92,11 +93,11 @@ class Loaded:
         )
 
 
-Function = Callable[[Loaded, Mapping[str, Values], Definitions], Mapping[str, Values]]
-Predicate = Callable[[Loaded, Definitions], bool]
+Function = Callable[[Loaded, Mapping[str, Values], AnalysisOptions], Mapping[str, Values]]
+Predicate = Callable[[Loaded, AnalysisOptions], bool]
 
 
-def _never(loaded: Loaded, definitions: Definitions) -> bool:
+def _never(loaded: Loaded, definitions: AnalysisOptions) -> bool:
     return False
 
 
@@ -117,7 +118,7 @@ class Measurement:
     function: Function
     gram_suffices: Predicate
     after: tuple[str, ...]
-    asked: Callable[[Definitions], bool]
+    asked: Callable[[AnalysisOptions], bool]
 
 
 MEASUREMENTS: dict[str, Measurement] = {}
@@ -128,7 +129,7 @@ def measurement(
     *,
     gram_suffices: Predicate = _never,
     after: tuple[str, ...] = (),
-    asked: Callable[[Definitions], bool] = lambda definitions: False,
+    asked: Callable[[AnalysisOptions], bool] = lambda definitions: False,
 ) -> Callable[[Function], Function]:
     """Enter a function into the registry, under its own name.
 
@@ -147,7 +148,7 @@ def measurement(
     return enter
 
 
-def wanted(needs: Collection[str], definitions: Definitions) -> list[Measurement]:
+def wanted(needs: Collection[str], definitions: AnalysisOptions) -> list[Measurement]:
     """The measurements of these names and those the definitions ask for, each after those that it works on.
 
     Raises:
@@ -169,13 +170,13 @@ def wanted(needs: Collection[str], definitions: Definitions) -> list[Measurement
     return list(found.values())
 
 
-def reads_weights(loaded: Loaded, needs: Collection[str], definitions: Definitions) -> bool:
+def reads_weights(loaded: Loaded, needs: Collection[str], definitions: AnalysisOptions) -> bool:
     """Whether a measurement takes more of a matrix than its Gram matrix and its moments."""
     return not all(one.gram_suffices(loaded, definitions) for one in wanted(needs, definitions))
 
 
 def measure(
-    loaded: Loaded, known: Sequence[bool], needs: Collection[str], definitions: Definitions
+    loaded: Loaded, known: Sequence[bool], needs: Collection[str], definitions: AnalysisOptions
 ) -> dict[str, Values]:
     """The values of all measurements, by name; NaN or `None` for a matrix without a spectrum.
 
@@ -183,7 +184,7 @@ def measure(
         loaded: The matrices, with their moments.
         known: Which of them have a spectrum.
         needs: Names of measurements.
-        definitions: Theirs.
+        definitions: Which definitions to follow.
     """
     rows = [b for b, has_spectrum in enumerate(known) if has_spectrum]
     values: dict[str, Values] = {}

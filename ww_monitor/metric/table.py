@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
 from ww_monitor.errors import InvalidArgument
 from ww_monitor.metric.batch import Batch
+from ww_monitor.settings import Preset
 
-PRESETS = ("default", "weightwatcher")
+PRESETS: tuple[str, ...] = get_args(Preset)
 
 Function = Callable[[Batch], torch.Tensor]
 Reducer = Callable[[Sequence[float]], float]

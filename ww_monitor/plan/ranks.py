@@ -22,9 +22,10 @@ from ww_monitor.engine.run import workspace
 from ww_monitor.engine.sums import needs_weights
 from ww_monitor.errors import InvalidArgument, check_choice, check_positive_int
 from ww_monitor.kind import Kind
-from ww_monitor.matrix import Matrix, Select, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.metric import Loaded
 from ww_monitor.plan.models import Config, configured
+from ww_monitor.settings import Select
 from ww_monitor.spectra.elements import Moments
 from ww_monitor.walk.sharded import EvenShards
 

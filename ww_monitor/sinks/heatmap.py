@@ -1,50 +1,25 @@
-"""Alpha by depth and time as one picture: a plain RGB array, whose cost does not grow with the run."""
+"""Alpha by depth and time as one picture, whose cost does not grow with the run; drawn if matplotlib is there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from ww_monitor.errors import MissingDependency
 from ww_monitor.record import NAN, Snapshot
 
 Figures = Callable[[Snapshot], Mapping[str, np.ndarray]]
 """A snapshot → pictures by name, uint8 `[height, width, 3]`; see `ww_monitor.plots.SpectralFigures`."""
 
-_VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
-_COLOURS = (
-    (1.0, (103, 0, 13)),
-    (1.999, (251, 106, 74)),
-    *((2.0 + step, colour) for step, colour in enumerate(_VIRIDIS)),
-    (6.001, (205, 205, 205)),
-    (10.0, (110, 110, 110)),
-)
-"""Alpha → colour: reds below 2, viridis (readable without colour vision) from 2 to 6, greys above."""
-
-_UNKNOWN = 255
-_INK = (40, 40, 40)
+_BELOW, _ABOVE, _UNKNOWN = "#fb6a4a", "#cdcdcd", "#ffffff"
+_DPI = 100
+_FONT_POINTS = 8.5
+_LINE, _LETTER = 16, 7.6
+"""Pixels of a line of text, and of a wide letter, at that size."""
 _MAX_LABEL = 36
-_FONT_SIZE = 12
-_GAP = 8
-
-
-def alpha_colours(alpha: np.ndarray) -> np.ndarray:
-    """The colours of values of alpha: red below 2, viridis from 2 to 6, grey above, white where it is not known.
-
-    Args:
-        alpha: Any shape.
-
-    Returns:
-        uint8 of that shape and a last dimension of 3.
-
-    >>> alpha_colours(np.array([2.0, 4.0, float("nan")])).tolist()
-    [[68, 1, 84], [33, 145, 140], [255, 255, 255]]
-    """
-    anchors = [value for value, _ in _COLOURS]
-    channels = [np.interp(alpha, anchors, [colour[c] for _, colour in _COLOURS]) for c in range(3)]
-    return np.where(np.isnan(alpha)[..., None], _UNKNOWN, np.stack(channels, -1)).round().astype(np.uint8)
 
 
 def is_milestone(count: int) -> bool:
@@ -113,70 +88,83 @@ class AlphaMap:
         rows = [[values.get(name, NAN) for _, values in self.columns] for name in self.layer_names]
         return np.array(rows, dtype=float).reshape(len(self.layer_names), len(self.columns))
 
-    def draw(self) -> np.ndarray:
+    def draw(self) -> np.ndarray | None:
         """The picture, uint8 `[height, width, 3]`: layers down, steps across, the scale of colours at the right.
 
-        Raises:
-            MissingDependency: if pillow, which draws the letters, is not installed.
+        `None` where matplotlib is not installed.
         """
-        values = self.values
+        if find_spec("matplotlib") is None:
+            return None
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        values, steps = self.values, self.steps
         rows, columns = max(1, values.shape[0]), max(1, values.shape[1])
-        height, width = min(18, max(2, 640 // rows)), min(36, max(3, 720 // columns))
-        cells = alpha_colours(values).repeat(height, 0).repeat(width, 1)
-        return _with_labels(cells, _short(self.layer_names), self.steps, row_height=height)
+        cell = min(18, max(2, 640 // rows))
+        height, width = cell * rows, min(36, max(3, 720 // columns)) * columns
+        names = [_label(name) for name in self.layer_names]
+        left = 12 + _LETTER * max(map(len, names), default=0)
+        full_width, full_height = left + max(width, 160) + 90, 3 * _LINE + max(height, 6 * _LINE)
+        figure = Figure((full_width / _DPI, full_height / _DPI), _DPI, facecolor="white")
+
+        def axes(x: float, wide: float, high: float) -> Any:
+            top = 1 - (1.5 * _LINE + high) / full_height
+            return figure.add_axes((x / full_width, top, wide / full_width, high / full_height))
+
+        ax = axes(left, width, height)
+        ax.set_axis_off()  # texts alone are drawn in half the time of an axis
+        text = partial(ax.text, fontsize=_FONT_POINTS, parse_math=False)
+        if values.size:
+            ax.imshow(alpha_colours(values), aspect="auto", interpolation="nearest")
+            for row in range(0, len(names), -(-_LINE // cell)):
+                text(-0.5 - 6 * columns / width, row, names[row], ha="right", va="center")
+            for column in {0, len(steps) - 1}:
+                text(column, rows - 0.5 + 4 / cell, f"{steps[column]:,}", ha="center", va="top")
+            text(-0.5, -0.5 - 4 / cell, "alpha by layer (down) and step (across)", va="bottom")
+        bar = figure.colorbar(_scale(), cax=axes(full_width - 66, 14, max(height, 6 * _LINE)), extend="both")
+        bar.set_ticks([2, 4, 6])
+        bar.ax.tick_params(labelsize=_FONT_POINTS, length=2)
+        canvas: Any = FigureCanvasAgg(figure)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
     def legend(self) -> str:
         """What the picture shows, in Markdown: rows, columns and colours."""
         rows = "\n".join(f"| {row} | `{name}` |" for row, name in enumerate(self.layer_names, start=1))
         return (
             "Alpha of every layer: a row a layer, the first on top; a column a snapshot, the step grows to the right. "
-            "Red: below 2. Dark blue (2) over green to yellow (6): the band of trained layers. "
-            f"Grey: above 6. White: not known.\n\n| row | layer |\n|---|---|\n{rows}"
+            "Dark blue (2) over green to yellow (6): the band of trained layers. Red: below. Grey: above. "
+            f"White: not known.\n\n| row | layer |\n|---|---|\n{rows}"
         )
 
 
-def _short(names: list[str]) -> list[str]:
-    """Names cut at the front: the number of the block and the kind of layer stand at the end."""
-    return [name if len(name) <= _MAX_LABEL else f"..{name[2 - _MAX_LABEL :]}" for name in names]
+def alpha_colours(alpha: np.ndarray) -> np.ndarray:
+    """The colours of values of alpha: red below 2, viridis from 2 to 6, grey above, white where it is not known.
+
+    Viridis is readable without colour vision, and no red or grey of its ends is as dark or as bright.
+
+    Args:
+        alpha: One or two dimensions.
+
+    Returns:
+        uint8 of that shape and a last dimension of 3.
+
+    >>> alpha_colours(np.array([2.0, 4.0, float("nan")])).tolist()
+    [[68, 1, 84], [32, 144, 140], [255, 255, 255]]
+    """
+    return np.asarray(_scale().to_rgba(alpha, bytes=True))[..., :3]
 
 
-def _with_labels(cells: np.ndarray, names: list[str], steps: list[int], *, row_height: int) -> np.ndarray:
-    image_kind, draw_kind, font = _letters()
-    left = _GAP + max((int(font.getlength(_latin(name))) for name in names), default=0)
-    line = _FONT_SIZE + 4
-    bar = _colour_bar(max(len(cells), 6 * line))
-    height, width = 2 * line + len(bar) + _GAP, left + _GAP + max(cells.shape[1], 160) + 2 * _GAP + 80
-    canvas = np.full((height, width, 3), 255, dtype=np.uint8)
-    top, x, x_bar = line + _GAP // 2, left + _GAP, width - 70
-    canvas[top : top + len(cells), x : x + cells.shape[1]] = cells
-    canvas[top : top + len(bar), x_bar : x_bar + bar.shape[1]] = bar
-    picture = image_kind.fromarray(canvas)
-    draw = draw_kind.Draw(picture)
-    draw.text((x, 0), "alpha by layer (down) and step (across)", fill=_INK, font=font)
-    every = -(-line // row_height)
-    for row in range(0, len(names), every):
-        middle = top + row * row_height + row_height // 2
-        draw.text((left, middle), _latin(names[row]), fill=_INK, font=font, anchor="rm")
-    for step, edge, anchor in ((steps[0], x, "la"), (steps[-1], x + cells.shape[1], "ra")) if steps else ():
-        if edge == x or len(steps) > 3:
-            draw.text((edge, top + len(cells) + 2), f"{step:,}", fill=_INK, font=font, anchor=anchor)
-    for value, label in ((10, "> 10"), (6, "6"), (4, "4"), (2, "2"), (1, "< 1")):
-        y = top + int((10 - value) / 9 * (len(bar) - 1))
-        draw.text((x_bar + bar.shape[1] + 4, y), label, fill=_INK, font=font, anchor="lm")
-    return np.asarray(picture)
+def _scale() -> Any:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    colours = colormaps["viridis"].with_extremes(under=_BELOW, over=_ABOVE, bad=_UNKNOWN)
+    return ScalarMappable(Normalize(2, 6), colours)
 
 
-def _colour_bar(height: int) -> np.ndarray:
-    return alpha_colours(np.linspace(10, 1, height))[:, None].repeat(16, 1)
-
-
-def _letters() -> tuple[Any, Any, Any]:
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError as error:
-        raise MissingDependency("AlphaMap.draw: needs pillow; pip install pillow") from error
-    return Image, ImageDraw, ImageFont.load_default(_FONT_SIZE)
-
-
-def _latin(text: str) -> str:
-    return text.encode("latin-1", "replace").decode("latin-1")
+def _label(name: str) -> str:
+    """A name cut at the front, for the number of the block and the kind of layer stand at the end; in known letters."""
+    short = name if len(name) <= _MAX_LABEL else f"..{name[2 - _MAX_LABEL :]}"
+    return short.encode("latin-1", "replace").decode("latin-1")

@@ -65,8 +65,8 @@ class Dashboard(dashboard.Dashboard):
       `ww_band/alpha_high`. TensorBoard shows one layout a run: `layout = False` leaves both out.
     - `ww_esd/<layer>`: a histogram of log10 λ.
     - `ww/findings`: as text, what begins, what ends, and what holds.
-    - `ww/alpha_map`: alpha of every layer over time as a picture, its legend as text. Drawn anew at each of the first
-      64 snapshots and 32 times in every doubling of their number from then on.
+    - `ww/alpha_map`: alpha of every layer over time as a picture, its legend as text; needs matplotlib. Drawn
+      anew at each of the first 64 snapshots and 32 times in every doubling of their number from then on.
     - `ww_spectrum/<name>`: what `figures` draws.
     """
 
@@ -112,7 +112,10 @@ class Dashboard(dashboard.Dashboard):
         self._drawn = self.count
         if not self.alpha_map.layer_names:
             return
-        writer.add_image(MAP_KEY, self.alpha_map.draw(), step, dataformats="HWC")
+        picture = self.alpha_map.draw()
+        if picture is None:
+            return
+        writer.add_image(MAP_KEY, picture, step, dataformats="HWC")
         legend = self.alpha_map.legend()
         if legend != self._legend:  # a text is shown at every step it was written at
             self._legend = legend

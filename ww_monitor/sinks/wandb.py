@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -79,7 +78,7 @@ class Dashboard(dashboard.Dashboard):
 
     - `ww_esd/<layer>`: a histogram of log10 λ, in every row.
     - `ww/layers`: a table, a line a layer with status, verdict and metrics, and `ww/alpha_map`: alpha of every layer
-      over time as a picture (needs pillow); both in each of the first 64 rows and in 32 of every doubling from then on.
+      over time as a picture, which needs matplotlib; both in each of the first 64 rows and in 32 of every doubling.
     - `ww_spectrum/<name>`: what `figures` draws.
     - an alert for a finding that begins, informational ones left out: once a rule and layer, all layers of a rule in
       one, and no rule more than once in `alert_seconds`; what comes in between waits. W&B itself drops a title that
@@ -116,8 +115,8 @@ class Dashboard(dashboard.Dashboard):
         }
         if snapshot.layers and is_milestone(self.count):
             media[summary_key("layers")] = _table(wandb, snapshot)
-            if find_spec("PIL") is not None:
-                media[summary_key("alpha_map")] = wandb.Image(self.alpha_map.draw(), caption="alpha by layer and step")
+            if (drawn := self.alpha_map.draw()) is not None:
+                media[summary_key("alpha_map")] = wandb.Image(drawn, caption="alpha by layer and step")
         media.update({key: wandb.Image(picture) for key, picture in self._pictures(snapshot).items()})
         return media
 

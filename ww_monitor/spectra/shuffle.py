@@ -8,13 +8,15 @@ from collections.abc import Sequence
 
 import torch
 
+from ww_monitor.errors import InvalidArgument
 from ww_monitor.spectra import lapack
 from ww_monitor.spectra.device import accelerator_of
 from ww_monitor.spectra.elements import Elements
 
 CACHED_BYTES = 256 << 20
-"""Memory for permutations that are kept: three of 4096 × 4096. Drawing one takes longer than the iteration that it
-serves, so a matrix looked at again and again should find its own. Our choice."""
+"""Memory of this process for permutations that are kept, unless `keep_permutations` says otherwise: three of
+4096 × 4096. Drawing one takes longer than the iteration that it serves, so a matrix looked at again and again should
+find its own. Our choice."""
 
 _CHUNK = 1 << 18
 """Entries that the host holds in float64 at a time: 2 MiB stay in a core's cache, and BLAS wants no fewer."""
@@ -29,9 +31,25 @@ def on_host(tensor: torch.Tensor) -> bool:
 def permutation(size: int, *, seed: int, replica: int) -> torch.Tensor:
     """A permutation of `size` that depends on nothing but its arguments, int32 where that suffices.
 
-    The last ones are kept, up to `CACHED_BYTES`, and handed out again: do not write into them.
+    The last ones are kept (`keep_permutations`) and handed out again: do not write into them.
     """
     return _CACHE.get(size, stream(seed, replica))
+
+
+def keep_permutations(nbytes: int) -> None:
+    """Keep the permutations used last, up to so many bytes in this process; 0 keeps none. Any thread may say so.
+
+    A permutation takes 4 bytes an entry of the largest matrix that is shuffled. No number of a snapshot depends on it.
+
+    Args:
+        nbytes: Bytes on the host; 256 MiB until it is called.
+
+    Raises:
+        InvalidArgument: if it is no integer of at least 0.
+    """
+    if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 0:
+        raise InvalidArgument(f"keep_permutations: nbytes must be an integer >= 0; got {nbytes!r}")
+    _CACHE.limit(nbytes)
 
 
 def stream(seed: int, replica: int) -> int:
@@ -49,7 +67,8 @@ def order_for(matrix: torch.Tensor, *, seed: int, replica: int) -> torch.Tensor:
 class _Cache:
     """Permutations used last, for all threads. Two threads may draw the same one at once, then one is dropped."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = CACHED_BYTES) -> None:
+        self._limit = limit
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
 
@@ -64,12 +83,20 @@ class _Cache:
                 self._kept.move_to_end((size, seed))
                 return self._kept[size, seed]
         drawn = _draw(size, seed, torch.device("cpu"))
-        if drawn.nbytes <= CACHED_BYTES:
-            with self._lock:
+        with self._lock:
+            if drawn.nbytes <= self._limit:
                 self._kept[size, seed] = drawn
-                while sum(order.nbytes for order in self._kept.values()) > CACHED_BYTES:
-                    self._kept.popitem(last=False)
+                self._shrink()
         return drawn
+
+    def limit(self, nbytes: int) -> None:
+        with self._lock:
+            self._limit = nbytes
+            self._shrink()
+
+    def _shrink(self) -> None:
+        while sum(order.nbytes for order in self._kept.values()) > self._limit:
+            self._kept.popitem(last=False)
 
 
 _CACHE = _Cache()

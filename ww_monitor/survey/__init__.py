@@ -1,10 +1,10 @@
-"""How the weights of a model are read: all at once, a few layers a step, or as copies in the background.
+"""How the weights of a model are read: now, or as copies in the background.
 
 `survey` makes the snapshots, `unchanged` keeps the rows of frozen matrices, `stills` copy the weights of one step, and
 `background` is the thread that analyses them. `queued` waits for what training does on its accelerators.
 """
 
 from ww_monitor.survey.queued import wait_for_queued
-from ww_monitor.survey.survey import MODES, Survey
+from ww_monitor.survey.survey import Survey
 
-__all__ = ["MODES", "Survey", "wait_for_queued"]
+__all__ = ["Survey", "wait_for_queued"]

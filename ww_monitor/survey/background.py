@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -26,6 +26,16 @@ class Done(Generic[Job, Result]):
     job: Job
     result: Result | None
     error: Exception | None = None
+
+    def get(self) -> Result:
+        """The result.
+
+        Raises:
+            Exception: what the job raised.
+        """
+        if self.error is not None:
+            raise self.error
+        return cast("Result", self.result)
 
 
 class Background(Generic[Job, Result]):
@@ -68,12 +78,10 @@ class Background(Generic[Job, Result]):
                 self._thread = threading.Thread(target=self._work, name="ww_monitor background", daemon=True)
                 self._thread.start()
 
-    def finished(self) -> list[Done[Job, Result]]:
-        """What has been done since the last call, in order; never waits."""
+    def next_done(self) -> Done[Job, Result] | None:
+        """What has been done and not been handed out, the oldest first; never waits."""
         with self._changed:
-            done = list(self._done)
-            self._done.clear()
-        return done
+            return self._done.popleft() if self._done else None
 
     def join(self, timeout: float) -> bool:
         """Wait until nothing runs or waits; false if that takes longer."""

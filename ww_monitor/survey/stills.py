@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ FREE_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Still:
-    """Copies of the weights of one step.
+    """The weights of one step: copies of them, or the live ones where there are none.
 
     Attributes:
         step: Optimizer step.
@@ -35,7 +35,7 @@ class Still:
     epoch: int | None
     items: Sequence[Matrix | Skipped]
     checked: Checked
-    copies: Mapping[str, _Copy]
+    copies: Mapping[str, _Copy] = field(default_factory=dict)
     copied: Sequence[Any] = ()
 
     @contextmanager

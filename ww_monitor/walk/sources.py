@@ -15,9 +15,6 @@ from ww_monitor.walk.sharded import Layout
 
 Source = nn.Module | Mapping[str, Tensor] | str | Path
 
-WHOLE: Mapping[str, int] = {"*": 1}
-"""`split` that leaves every fused weight whole, as weightwatcher does."""
-
 
 def walk_source(
     source: Source,

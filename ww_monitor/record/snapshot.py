@@ -1,4 +1,4 @@
-"""What was seen: snapshots, findings and their history, as plain frozen data that outlives the run.
+"""One analysis of a model as plain frozen data: its rows, what was left out, findings, and the saved form.
 
 Key names are made here and nowhere else: `ww/<metric>` for the model, `ww_<metric>/<layer>` for a layer, so that
 TensorBoard and W&B open one section a metric.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ww_monitor.errors import MissingDependency, WWMonitorError
@@ -106,8 +105,8 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class SkippedLayer:
-    """A weight that was not analysed, and why."""
+class Skipped:
+    """A weight that was left out, and why."""
 
     name: str
     kind: str
@@ -157,7 +156,7 @@ class Snapshot:
     """
 
     layers: tuple[Layer, ...]
-    skipped: tuple[SkippedLayer, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
     summary: Mapping[str, float] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     step: int | None = None
@@ -234,7 +233,7 @@ class Snapshot:
             raise WWMonitorError(f"Snapshot.from_dict: schema {data['schema']} is newer than this version's {SCHEMA}")
         return cls(
             layers=tuple(_layer_from_dict(layer) for layer in data["layers"]),
-            skipped=tuple(SkippedLayer(**{**s, "shape": tuple(s["shape"])}) for s in data["skipped"]),
+            skipped=tuple(Skipped(**{**s, "shape": tuple(s["shape"])}) for s in data["skipped"]),
             summary=_nan_for_none(data["summary"]),
             findings=tuple(Finding(**finding) for finding in data["findings"]),
             step=data["step"],
@@ -259,106 +258,6 @@ class Snapshot:
             raise MissingDependency("Snapshot.to_pandas: needs pandas; pip install 'ww-monitor[plots]'") from error
         row = _weightwatcher_row if self.preset == "weightwatcher" else _row
         return pandas.DataFrame([row(index, layer) for index, layer in enumerate(self.layers)])
-
-
-class History:
-    """Snapshots in the order of their steps.
-
-    Attributes:
-        snapshots: Those at hand.
-        left_out: How many more there were, between the first and the second at hand (see `forget`).
-
-    >>> history = History([Snapshot((Layer("fc", "dense", (1, 8, 8), metrics={"alpha": 3.0}),), step=10)])
-    >>> history.series("alpha", layer="fc")
-    ([10], [3.0])
-    """
-
-    def __init__(self, snapshots: Iterable[Snapshot] = ()) -> None:
-        self.snapshots: list[Snapshot] = list(snapshots)
-        self.left_out = 0
-
-    def __len__(self) -> int:
-        return len(self.snapshots)
-
-    def __iter__(self) -> Iterator[Snapshot]:
-        return iter(self.snapshots)
-
-    def __getitem__(self, index: int) -> Snapshot:
-        return self.snapshots[index]
-
-    @property
-    def last(self) -> Snapshot:
-        """The latest snapshot."""
-        return self.snapshots[-1]
-
-    @property
-    def layer_names(self) -> list[str]:
-        """Every layer that occurs, in the order of first occurrence."""
-        return list(dict.fromkeys(layer.name for snapshot in self.snapshots for layer in snapshot.layers))
-
-    @property
-    def findings(self) -> list[Finding]:
-        """The findings of all snapshots, in order."""
-        return [finding for snapshot in self.snapshots for finding in snapshot.findings]
-
-    def append(self, snapshot: Snapshot) -> None:
-        """Add a snapshot."""
-        self.snapshots.append(snapshot)
-
-    def forget(self, *, latest: int) -> None:
-        """Leave out what lies between the first snapshot and the `latest` last ones.
-
-        >>> history = History(Snapshot((), step=step) for step in range(10))
-        >>> history.forget(latest=3)
-        >>> [snapshot.step for snapshot in history], history.left_out
-        ([0, 7, 8, 9], 6)
-        """
-        surplus = max(0, len(self.snapshots) - 1 - latest)
-        del self.snapshots[1 : 1 + surplus]
-        self.left_out += surplus
-
-    def _rewind(self, step: int | None) -> None:
-        while step is not None and self.snapshots and self.last.step is not None and self.last.step >= step:
-            self.snapshots.pop()
-
-    def of_layer(self, name: str) -> list[Layer]:
-        """The records of one layer, where it occurs, in order."""
-        return [layer for snapshot in self.snapshots for layer in snapshot.named(name)]
-
-    def series(self, metric: str, *, layer: str | None = None) -> tuple[list[int], list[float]]:
-        """Steps and values of a metric, of one layer or (with `None`) of the model; unknown values are NaN."""
-        steps, values = [], []
-        for index, snapshot in enumerate(self.snapshots):
-            if layer is None:
-                found = [snapshot.summary.get(metric, NAN)]
-            else:
-                found = [row.value(metric) for row in snapshot.named(layer)]
-            steps += [index if snapshot.step is None else snapshot.step] * len(found)
-            values += found
-        return steps, values
-
-    @classmethod
-    def read(cls, path: str | Path) -> History:
-        """The history in a JSON Lines file; a torn last line (a run that was killed) is left out.
-
-        Where a run was resumed from before its last snapshot, what it saw again replaces what was seen first.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            WWMonitorError: if a line before the last is no snapshot, naming the line.
-        """
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        history = cls()
-        for number, line in enumerate(lines, start=1):
-            try:
-                snapshot = Snapshot.from_dict(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                if number < len(lines):
-                    raise WWMonitorError(f"History.read: line {number} of {path} is no snapshot") from error
-            else:
-                history._rewind(snapshot.step)
-                history.append(snapshot)
-        return history
 
 
 def _layer_from_dict(data: Mapping[str, Any]) -> Layer:

@@ -1,0 +1,235 @@
+"""Every option once: its type, default, bound and documentation.
+
+A field of one of the classes below is an option: `Annotated[type, text]`, or `Annotated[type, text, check]`. `analyze`,
+`Monitor` and the callbacks take the fields of such a class as their keywords (see `ww_monitor.signatures`): type
+checkers know names and types, `help()`, `inspect.signature` and YAML the defaults and the texts too. A new option is a
+field here and the place that uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from ww_monitor.errors import InvalidArgument, check_positive_int, check_share
+from ww_monitor.matrix import Matrix
+from ww_monitor.record import Rule, Sink, Skipped
+from ww_monitor.signatures import Settings
+from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE
+from ww_monitor.spectra.traps import REPLICAS
+
+Preset = Literal["default", "weightwatcher"]
+
+MAX_OVERHEAD = 0.02
+"""Share of a run's time that training may lose to the monitor (our choice: what nobody switches a monitor off for)."""
+
+WHOLE: Mapping[str, int] = {"*": 1}
+"""`split` that leaves every fused weight whole, as weightwatcher does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalysisOptions(Settings):
+    """Which definitions an analysis follows."""
+
+    preset: Annotated[
+        Preset, '`"default"`, or `"weightwatcher"` for that tool\'s columns and definitions (version 0.7.7).'
+    ] = "default"
+    metrics: Annotated[
+        Sequence[str] | str | None,
+        'Names of metrics; `None` for the preset\'s standard ones, `"all"` for those that cost a multiple too.',
+    ] = None
+    seed: Annotated[int, "Seed of the private generator that shuffles."] = 0
+    replicas: Annotated[int, "Shuffles a layer that may hold a trap.", check_positive_int] = REPLICAS
+    significance: Annotated[
+        float,
+        "Probability of a false spike in a random layer, and of a false trap in one shuffle of it.",
+        check_share,
+    ] = SIGNIFICANCE
+    fit: Annotated[
+        Literal["csn", "hill", "truncated"],
+        '`"csn"` (Clauset, Shalizi & Newman), `"hill"` (the `fit_k` largest eigenvalues), or `"truncated"` (a power'
+        ' law with exponential cut-off from the xmin of `"csn"` on).',
+    ] = "csn"
+    fit_k: Annotated[
+        int | None, "Size of the Hill estimator's tail; `None` for half of the eigenvalues.", check_positive_int
+    ] = None
+    fix_fingers: Annotated[
+        Literal[None, "clip_xmax"],
+        '`"clip_xmax"` leaves up to ten largest eigenvalues out where that lowers alpha by more than 1.',
+    ] = None
+    aspect_ratio: Annotated[
+        float | None,
+        "Fit the tail to windows of this ratio of long to short side (FARMS), so that alpha can be compared between"
+        " layers of different shape; `None` fits the whole matrices.",
+    ] = None
+    strict: Annotated[bool, "Raise on the first layer that fails, instead of giving it a status."] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.fit_k is not None and self.fit != "hill") or (self.fix_fingers and self.fit == "hill"):
+            raise InvalidArgument(
+                f"{self.where}: fit_k goes with fit='hill', fix_fingers with the others; got fit={self.fit!r},"
+                f" fit_k={self.fit_k!r}, fix_fingers={self.fix_fingers!r}"
+            )
+        if self.aspect_ratio is not None and not self.aspect_ratio >= 1:
+            raise InvalidArgument(f"{self.where}: aspect_ratio must be None or >= 1; got {self.aspect_ratio!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select(Settings):
+    """Which matrices to analyse.
+
+    >>> import torch
+    >>> Select(include=["encoder.*"], exclude=["*.head"]).reason_to_skip(
+    ...     Matrix("encoder.head", "dense", (1, 64, 32), lambda: torch.zeros(1, 64, 32)))
+    "excluded by pattern '*.head'"
+    """
+
+    include: Annotated[Sequence[str], "Globs on layer names; none keeps all."] = ()
+    exclude: Annotated[Sequence[str], "Globs on layer names to leave out, also where they are included."] = ()
+    min_size: Annotated[
+        int, "Least number of eigenvalues of a layer; 8 is the least tail a power-law fit accepts.", check_positive_int
+    ] = 8
+    max_size: Annotated[int | None, "Largest number of eigenvalues of a layer.", check_positive_int] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("include", self.include), ("exclude", self.exclude)):
+            if isinstance(value, str):
+                raise InvalidArgument(f"{self.where}: {name} must be a sequence of globs; got the string {value!r}")
+        if self.max_size is not None and self.max_size < self.min_size:
+            raise InvalidArgument(
+                f"{self.where}: max_size must be None or >= min_size={self.min_size}; got {self.max_size!r}"
+            )
+
+    def reason_to_skip(self, matrix: Matrix) -> str:
+        """Why `matrix` is left out, or `""` if it is analysed."""
+        if self.include and not any(fnmatchcase(matrix.name, p) for p in self.include):
+            return "matches no include pattern"
+        for pattern in self.exclude:
+            if fnmatchcase(matrix.name, pattern):
+                return f"excluded by pattern {pattern!r}"
+        if matrix.num_eigenvalues < self.min_size:
+            return f"{matrix.num_eigenvalues} eigenvalues, fewer than min_size={self.min_size}"
+        if self.max_size is not None and matrix.num_eigenvalues > self.max_size:
+            return f"{matrix.num_eigenvalues} eigenvalues, more than max_size={self.max_size}"
+        return ""
+
+    def apply(self, items: Iterable[Matrix | Skipped]) -> Iterator[Matrix | Skipped]:
+        """The same items in the same order, with every matrix that is not wanted turned into a `Skipped`."""
+        for item in items:
+            reason = self.reason_to_skip(item) if isinstance(item, Matrix) else ""
+            yield Skipped(item.name, item.kind, item.shape, reason) if reason else item
+
+
+@dataclass(frozen=True, kw_only=True)
+class WalkOptions(Settings):
+    """What counts as one matrix."""
+
+    split: Annotated[
+        Mapping[str, int | Sequence[int]] | None,
+        "Glob on the name → number or sizes of the parts that a fused weight is cut into along its outputs; fused"
+        " projections of known models are cut without it, 1 leaves them whole (as weightwatcher's preset does).",
+    ] = None
+    experts: Annotated[
+        Literal["separate", "pooled"],
+        '`"separate"` gives a matrix for each expert of a stacked weight, `"pooled"` one with a slice for each.',
+    ] = "separate"
+    lora: Annotated[
+        Sequence[str],
+        'Which of `"base"`, `"delta"` (B·A with its scale) and `"merged"` to analyse of a layer with adapters.',
+    ] = ("base", "delta")
+
+    def for_walker(self, preset: str) -> dict[str, Any]:
+        """The keywords of a walker under a preset."""
+        whole = WHOLE if self.split is None and preset == "weightwatcher" else self.split
+        return {"split": whole, "experts": self.experts, "lora": self.lora}
+
+
+@dataclass(frozen=True)
+class RunOptions(Settings):
+    """When to look at a training, for what, and whom to tell."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"still_bytes": "copy_budget_bytes"}
+    ignored: ClassVar[Mapping[str, str]] = {
+        "layers_per_step": "a snapshot is of one step; mode='async' is for models whose analysis is felt in a step"
+    }
+
+    every_n_steps: Annotated[
+        int | None,
+        "Analyse when a multiple of this many optimizer steps is reached. If neither this nor `every_n_epochs` is"
+        " given, as often as `max_overhead` allows. A callback also looks before the first step and after the last.",
+        check_positive_int,
+    ] = None
+    every_n_epochs: Annotated[int | None, "Analyse at the end of every so many epochs.", check_positive_int] = None
+    _: KW_ONLY
+    max_overhead: Annotated[
+        float,
+        "Share of the run's time that training may lose to the monitor. With an explicit cadence it only warns, once,"
+        " after a minute.",
+        check_share,
+    ] = MAX_OVERHEAD
+    mode: Annotated[
+        Literal["sync", "async"],
+        '`"sync"`, or `"async"`: training goes on while a thread analyses a copy of the weights. One more copy may'
+        " wait; if a third is taken the waiting one is dropped and counted in `ww/snapshots_dropped`.",
+    ] = "sync"
+    copy_budget_bytes: Annotated[
+        int | None,
+        "Memory on the training device for such a copy; what does not fit is copied to the host. `None` for a quarter"
+        " of what is free.",
+        check_positive_int,
+    ] = None
+    stop_on: Annotated[
+        Literal[None, "traps", "broken_layers"],
+        '`"traps"` stops the run when a correlation trap persists, `"broken_layers"` when a layer is NaN. The rule is'
+        " applied also where `rules` leaves it out.",
+    ] = None
+    patience: Annotated[
+        int, "For how many consecutive snapshots that must hold in the same layer.", check_positive_int
+    ] = 3
+    track_delta: Annotated[
+        bool,
+        "Follow how far each matrix has moved from its weights at the first snapshot: `delta_norm` = ‖W − W₀‖_F/‖W₀‖_F,"
+        " and `left_rotation`, `right_rotation` = how far its 8 leading singular directions have turned, 0 to 1."
+        " Fine-tuning turns them while spectra stay put. Holds a copy of the weights on the host; after a resume the"
+        " first snapshot is that of the resumed run.",
+    ] = False
+    rules: Annotated[
+        Sequence[Rule] | None, "What to look for (`ww_monitor.rules`); `None` for the `TRAINING_RULES` there."
+    ] = None
+    sinks: Annotated[Sequence[Sink], "Where snapshots go (`ww_monitor.sinks`), beside what a callback writes."] = ()
+    keep: Annotated[
+        int,
+        "Snapshots that `history` keeps at most, the latest ones, beside the first; fewer, but never less than the 16"
+        " that rules see, where they would have more than 20,000 layers between them. The sinks get all.",
+        check_positive_int,
+    ] = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "sinks", tuple(self.sinks))  # of an iterator, which can be read once
+        for sink in self.sinks:
+            if isinstance(sink, type) or not isinstance(sink, Sink):
+                raise InvalidArgument(f"{self.where}: sinks must have write and close; got {sink!r}")
+
+
+@dataclass(frozen=True)
+class CallbackOptions(WalkOptions, Select, AnalysisOptions, RunOptions):
+    """What every callback takes."""
+
+    where: ClassVar[str] = "SpectralMonitor"
+    _: KW_ONLY
+    console: Annotated[bool, "Print findings, a line at the start, and a table at the end."] = True
+    history: Annotated[bool, "Write the history file."] = True
+
+
+@dataclass(frozen=True)
+class KerasOptions(CallbackOptions):
+    """What the Keras callback takes: Keras has no folder of its own."""
+
+    _: KW_ONLY
+    folder: Annotated[str | Path, "Where the history file goes; it is made at the first snapshot."] = "ww_logs"
