@@ -13,6 +13,11 @@ def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
 
 
+def draw(*shape, seed=0):
+    """The same in float64."""
+    return normal(*shape, seed=seed, dtype=torch.float64)
+
+
 def matrix(name, weights, *, kind="dense", shape=None, frozen=False):
     """A matrix that loads these weights, `[N, M]` or `[S, N, M]`; with `shape` it says that it has another."""
     stack = weights if weights.ndim == 3 else weights[None]

@@ -8,11 +8,8 @@ import torch
 from torch import nn
 
 import ww_monitor
+from tests.matrices import normal
 from ww_monitor import InvalidArgument, LayerError, analyze
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def linear(weight):

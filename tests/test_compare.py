@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ww_monitor.compare as module
+from tests.matrices import draw
 from tests.reference.cases import published
 from ww_monitor.baseline import Baseline
 from ww_monitor.compare import compare_matrices, distances
@@ -28,10 +29,6 @@ from ww_monitor.spectra.subspaces import (
 )
 from ww_monitor.walk.delta import delta
 from ww_monitor.walk.torch import walk
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def matrix(weights, name="fc", kind="dense"):

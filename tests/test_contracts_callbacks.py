@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 import ww_monitor.monitor
+from tests.histories import steps_of
 from tests.registries import before_measurement, before_summary
 from ww_monitor import History, SpectralWarning
 from ww_monitor.callbacks._adapter import Adapter
@@ -357,10 +358,6 @@ def wait_until(true: Callable[[], bool], seconds: float = 5.0) -> None:
 def make(framework, folder: Path, every_n_steps: int | None = 2, **arguments) -> Any:
     """A monitor of `framework`, quiet on the console."""
     return framework.spectral_monitor(folder, every_n_steps=every_n_steps, **{"console": False, **arguments})
-
-
-def steps_of(history) -> list[int | None]:
-    return [snapshot.step for snapshot in history]
 
 
 def seen_by(monitor) -> list[int | None]:

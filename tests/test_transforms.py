@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import ww_monitor
+from tests.matrices import draw
 from tests.reference.cases import published
 from tests.reference.cases import trapped as gaussian_with_traps
 from tests.registries import before_measurement
@@ -21,10 +22,6 @@ from ww_monitor.spectra.elements import elements
 from ww_monitor.transforms import _trap_directions, svd_sharpen, svd_smooth, transform_matrices
 
 KEEPS = ["erg", "detX", "alpha", "spikes", 5, 0.3]
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def linear(weights, dtype=torch.float32):

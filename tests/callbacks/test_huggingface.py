@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.histories import steps_of
 from tests.processes import run_python
 from ww_monitor import History, SpectralWarning
 from ww_monitor.sinks.memory import Memory
@@ -80,10 +81,6 @@ def train(folder: Path, *callbacks, resume=None, **arguments) -> Trainer:
 
 def spectral_monitor(every_n_steps: int | None = 4, **arguments) -> SpectralMonitor:
     return SpectralMonitor(every_n_steps, **{"console": False, "include": ["*mlp*"], **arguments})
-
-
-def steps_of(history: History) -> list[int | None]:
-    return [snapshot.step for snapshot in history]
 
 
 def seen_by(monitor: SpectralMonitor) -> list[int | None]:

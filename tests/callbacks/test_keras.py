@@ -19,6 +19,7 @@ os.environ.setdefault("KERAS_BACKEND", "torch")  # read when keras is imported
 
 keras = pytest.importorskip("keras", reason="keras, the framework, is not installed")
 
+from tests.histories import steps_of  # noqa: E402
 from tests.processes import run_python, start_python  # noqa: E402
 from ww_monitor import History, InvalidArgument, SpectralWarning  # noqa: E402
 from ww_monitor.callbacks.keras import SpectralMonitor, completed_updates  # noqa: E402
@@ -56,10 +57,6 @@ def fit(model, *callbacks, epochs: int = 1, verbose: int = 0, **arguments):
 
 def spectral_monitor(folder: Path, every_n_steps: int | None = 3, **arguments) -> SpectralMonitor:
     return SpectralMonitor(every_n_steps, folder=folder, **{"console": False, **arguments})
-
-
-def steps_of(history) -> list[int | None]:
-    return [snapshot.step for snapshot in history]
 
 
 def ours_of(caught) -> int:

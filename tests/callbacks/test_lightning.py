@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.histories import steps_of
 from tests.processes import run_python
 from ww_monitor import History, InvalidArgument, Options, SpectralWarning, rules
 from ww_monitor.sinks.memory import Memory
@@ -74,10 +75,6 @@ def fit(folder: Path, net: nn.Module, *callbacks, ckpt_path=None, module=Module,
 
 def spectral_monitor(every_n_steps: int | None = 4, **arguments) -> SpectralMonitor:
     return SpectralMonitor(every_n_steps, **{"console": False, **arguments})
-
-
-def steps_of(history: History) -> list[int | None]:
-    return [snapshot.step for snapshot in history]
 
 
 def transitions_of(history: History) -> list[tuple[int | None, str, str, str]]:

@@ -22,6 +22,12 @@ def normal(*shape, seed, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+def pareto(alpha, size, *, draws=1, seed=0):
+    """`[draws, size]` ascending draws of a density ∝ x^-alpha on x ≥ 1."""
+    uniform = torch.rand(draws, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (1 - uniform).pow(-1 / (alpha - 1)).sort(1).values
+
+
 def wishart_eigenvalues(long_side, short_side, *, draws, seed):
     """Eigenvalues `[draws, M]` of WᵀW for N × M standard normal W, exact in law and O(M²) each.
 

@@ -6,15 +6,11 @@ import math
 
 import pytest
 import torch
+from random_matrices import pareto
 
 from ww_monitor.spectra.estimators import fit_hill, fit_without_fingers, soft_alpha
 from ww_monitor.spectra.powerlaw import fit_tail
 from ww_monitor.spectra.status import Status
-
-
-def pareto(alpha: float, n: int, *, draws: int = 1, seed: int = 0) -> torch.Tensor:
-    uniform = torch.rand(draws, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return ((1 - uniform) ** (-1 / (alpha - 1))).sort(1).values
 
 
 def slow_hill(row: list[float], k: int) -> float:

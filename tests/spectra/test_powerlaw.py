@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_matrices import pareto
 
 from ww_monitor.spectra.powerlaw import fit_tail
 from ww_monitor.spectra.status import Status
@@ -75,12 +76,6 @@ def spectra(draw):
 @given(case=spectra(), allow_short=st.booleans())
 def test_equals_the_loop_over_every_candidate(case, allow_short):
     assert_equals_the_loop(*case, allow_short)
-
-
-def pareto(alpha, size, *, draws=1, seed=0):
-    """`[draws, size]` ascending draws of a density ∝ x^-alpha on x ≥ 1."""
-    uniform = torch.rand(draws, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (1 - uniform).pow(-1 / (alpha - 1)).sort(1).values
 
 
 def wishart(rows, columns, *, seed=0):

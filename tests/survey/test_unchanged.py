@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.matrices import normal
 from ww_monitor.matrix import Matrix
 from ww_monitor.record import Layer
 from ww_monitor.survey.unchanged import Unchanged, checksum
@@ -12,10 +13,6 @@ from ww_monitor.walk.torch import walk
 
 def matrix(weights, *, name="fc", frozen=True):
     return Matrix(name, "dense", tuple(weights.shape), lambda: weights, frozen=frozen)
-
-
-def normal(*shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 ROW = Layer("fc", "dense", (1, 8, 6))
