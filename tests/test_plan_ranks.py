@@ -113,7 +113,7 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path, text):
         ({"world_size": 0}, "world_size must be an integer >= 1; got 0"),
         ({"world_size": 2, "sharding": "zero"}, "sharding must be one of 'fsdp', 'ddp'; got 'zero'"),
         ({"world_size": 2, "dtype": "int8"}, "dtype must be one of 'float32', .*; got 'int8'"),
-        ({"world_size": 2, "min_size": 0}, "min_size must be >= 1; got 0"),
+        ({"world_size": 2, "min_size": 0}, "min_size must be an integer >= 1; got 0"),
     ],
 )
 def test_wrong_arguments_are_named(options, message):
