@@ -115,5 +115,5 @@ def test_the_table_ends_with_what_is_skipped(monkeypatch):
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(InvalidArgument, match="min_size must be >= 1; got 0"):
+    with pytest.raises(InvalidArgument, match="min_size must be an integer >= 1; got 0"):
         describe(model(), min_size=0)
