@@ -13,8 +13,19 @@ ROOT = Path(ww_monitor.__file__).parent
 
 MAKERS = {
     "tensor", "as_tensor", "zeros", "ones", "full", "empty", "arange", "eye", "linspace", "logspace", "rand", "randn",
-    "randint", "randperm",
+    "randint", "randperm", "where",
 }  # fmt: skip
+
+
+def number(node: ast.AST) -> bool:
+    """Whether it is a floating-point number to the eye: a constant, `NAN`, `float(…)`, `torch.inf`."""
+    if isinstance(node, ast.UnaryOp):
+        return number(node.operand)
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id == "float"
+    constant = isinstance(node, ast.Constant) and isinstance(node.value, float)
+    named = isinstance(node, ast.Name) and node.id.upper().strip("_") == "NAN"
+    return constant or named or (isinstance(node, ast.Attribute) and node.attr in ("inf", "nan"))
 
 
 def unnamed(tree: ast.AST) -> list[str]:
@@ -24,6 +35,9 @@ def unnamed(tree: ast.AST) -> list[str]:
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MAKERS):
             continue
         if not (isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"):
+            continue
+        if node.func.attr == "where":
+            found += [f"line {node.lineno}: torch.where of two numbers"] if all(map(number, node.args[1:])) else []
             continue
         missing = {"device", "dtype"} - {keyword.arg for keyword in node.keywords}
         if missing:
@@ -36,10 +50,22 @@ def test_every_tensor_names_its_device_and_type(path):
     assert unnamed(ast.parse(path.read_text(encoding="utf-8"))) == []
 
 
-@pytest.mark.parametrize("line", ["torch.zeros(3)", "torch.eye(3, dtype=torch.float64)", "torch.arange(3, device=d)"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.zeros(3)",
+        "torch.eye(3, dtype=torch.float64)",
+        "torch.arange(3, device=d)",
+        "torch.where(x > 0, 0.0, NAN)",
+        'torch.where(x > 0, float("nan"), -torch.inf)',
+    ],
+)
 def test_one_that_does_not_is_found(line):
     assert len(unnamed(ast.parse(line))) == 1
 
 
 def test_one_that_does_passes():
-    assert unnamed(ast.parse("torch.eye(3, dtype=torch.float64, device=d), numpy.zeros(3)")) == []
+    assert (
+        unnamed(ast.parse("torch.eye(3, dtype=torch.float64, device=d), numpy.zeros(3), torch.where(x > 0, x, 0.0)"))
+        == []
+    )

@@ -18,6 +18,7 @@ from tests.matrices import matrix, normal
 from tests.registries import before_measurement, before_metric
 from tests.stand_in import use_stand_in
 from ww_monitor.engine import Options, analyze_matrices
+from ww_monitor.errors import LayerError
 from ww_monitor.matrix import Matrix
 from ww_monitor.spectra.device import Accelerator
 
@@ -315,3 +316,88 @@ def test_a_real_gpu_gives_the_hosts_snapshot(dtype):
     moved = [Matrix(m.name, m.kind, m.shape, lambda m=m: m.load().to("cuda", dtype)) for m in items]
     on_host = [Matrix(m.name, m.kind, m.shape, lambda m=m: m.load().to(dtype)) for m in items]
     assert_same(analyze_matrices(moved, Options()), analyze_matrices(on_host, Options()), 1e-8)
+
+
+def trapped(name, rows, columns, *, seed, entries=2):
+    weights = normal(rows, columns, seed=seed)
+    for k in range(entries):
+        weights[3 * k + 1, 2 * k + 5] = (30.0 + k) * (rows * columns / 2500) ** 0.25
+    return matrix(name, weights)
+
+
+@pytest.mark.parametrize("side", [20, 130, 300])
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_several_trapped_matrices_of_one_shape_stay_on_the_device_with_the_hosts_counts(monkeypatch, side, replicas):
+    items = [trapped(f"{k}", 2 * side, side, seed=k, entries=1 + k % 3) for k in range(5)]
+    options = Options(replicas=replicas, metrics=["num_traps", "trap_headroom"])
+    expected = analyze_matrices(items, options)
+    use_stand_in(monkeypatch)
+    found = analyze_matrices(items, options)
+    assert {layer.solved_on for layer in found.layers} == {"cpu"}
+    counts = [layer.value("num_traps") for layer in found.layers]
+    assert counts == [layer.value("num_traps") for layer in expected.layers] == [1, 2, 3, 1, 2]
+
+
+class CuSolverError(Exception):
+    """As NVIDIA's bindings raise: no RuntimeError."""
+
+
+@pytest.mark.parametrize("preset", ["default", "weightwatcher"])
+@pytest.mark.parametrize("error", [CuSolverError("failed"), ImportError("no library"), ValueError("no")], ids=repr)
+def test_whatever_a_device_throws_the_host_goes_on(monkeypatch, error, preset):
+    def fails(gram):
+        raise error
+
+    items = many(20, 60, 30)
+    expected = analyze_matrices(items, Options(preset=preset))
+    use_stand_in(monkeypatch, solve=fails)
+    found = analyze_matrices(items, Options(preset=preset))
+    assert_same(found, expected, 1e-9)
+    assert {layer.solved_on for layer in found.layers} == {f"cpu, not cpu: {type(error).__name__}"}
+
+
+def test_a_layer_that_a_device_cannot_solve_has_no_numbers_and_strict_says_so(monkeypatch):
+    items = [matrix("big", normal(64, 40, dtype=torch.float64) * 1e100), *many(1, 64, 40)]
+    expected = analyze_matrices(items, Options())
+    use_stand_in(monkeypatch)
+    found = analyze_matrices(items, Options())
+    assert_same(found, expected, 1e-9)
+    assert found["big"].status == "solver_failed"
+    assert all(math.isnan(value) for value in found["big"].metrics.values())
+    with pytest.raises(LayerError, match="layer 'big': expected a spectrum"):
+        analyze_matrices(items, Options(strict=True))
+
+
+def test_without_memory_for_one_matrix_the_host_solves_and_says_so(monkeypatch):
+    asked = use_stand_in(monkeypatch, free=0)
+    found = analyze_matrices(many(3, 60, 30), Options())
+    assert {layer.solved_on for layer in found.layers} == {"cpu, not cpu: no memory"}
+    assert (asked.singles, asked.batches) == ([], [])
+
+
+def test_single_solves_are_not_filled_up(monkeypatch):
+    """A chunk is filled up with identities for the batched solver's sake only."""
+    asked = use_stand_in(monkeypatch, free=int(2 * 2.5 * 6 * 8 * 200**2))
+    analyze_matrices(many(3, 220, 200), Options(metrics=["alpha"]))
+    assert asked.singles == [200] * 3
+
+
+BAD = {
+    "integers": torch.ones(1, 40, 30, dtype=torch.int8),
+    "truths": torch.ones(1, 40, 30, dtype=torch.bool),
+    "complex": torch.ones(1, 40, 30, dtype=torch.complex64),
+    "sparse": torch.ones(1, 40, 30).to_sparse(),
+    "without data": torch.ones(1, 40, 30, dtype=torch.float32, device="meta"),
+    "empty": torch.ones(1, 0, 30),
+}
+
+
+@pytest.mark.parametrize("stand_in", [False, True])
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+def test_weights_that_are_none_cost_their_own_layer_only(monkeypatch, bad, stand_in):
+    if stand_in:
+        use_stand_in(monkeypatch)
+    items = [Matrix("bad", "dense", tuple(bad.shape), lambda: bad), *many(3, 60, 30)]
+    found = analyze_matrices(items, Options())
+    assert found["bad"].status.startswith("error: ValueError: expected floating-point weights in memory")
+    assert {(layer.status, layer.solved_on) for layer in found.layers[1:]} == {("ok", "cpu")}

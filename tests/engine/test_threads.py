@@ -9,7 +9,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from ww_monitor.engine.threads import Workers, hold_to_one_thread, thread_budget, workers
+from ww_monitor.engine.threads import Workers, controller, hold_to_one_thread, thread_budget, workers
 
 
 def blas_threads():
@@ -105,3 +105,18 @@ def test_numpys_solver_lets_other_threads_run_meanwhile():
         ticks += 1
     thread.join()
     assert ticks > 100
+
+
+def test_overlapping_analyses_give_the_counts_back_whatever_the_order_of_their_ends():
+    """The second to begin saw the first one's limits, and ends last."""
+    before = counts()
+    first, second = (workers(2, memory=0, largest_side=64) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert counts() == before
+
+
+def counts():
+    return [(pool["prefix"], pool["num_threads"]) for pool in controller().info() if pool["user_api"] == "blas"]

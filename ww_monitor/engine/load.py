@@ -49,6 +49,9 @@ def _load(matrix: Matrix) -> torch.Tensor:
     weights = matrix.load()
     if tuple(weights.shape) != tuple(matrix.shape):
         raise ValueError(f"expected weights of shape {matrix.shape}, got {tuple(weights.shape)}")
+    if not weights.is_floating_point() or weights.layout != torch.strided or weights.is_meta or not weights.numel():
+        kind = f"{weights.dtype}, {weights.layout}, {weights.device}, shape {tuple(weights.shape)}"
+        raise ValueError(f"expected floating-point weights in memory, at least one of them, got {kind}")
     return weights
 
 

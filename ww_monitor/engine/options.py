@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from ww_monitor.metric import Metric, choose
+from ww_monitor.metric.registry import wanted
 from ww_monitor.settings import AnalysisOptions
 
 
@@ -21,7 +22,7 @@ class Options(AnalysisOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose(self.metrics, self.preset)
+        wanted(self.needs, self)
 
     @property
     def chosen(self) -> list[Metric]:

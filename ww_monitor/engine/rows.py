@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -37,31 +38,50 @@ def layers_of(batches: Sequence[Batch], options: Options, *, step: int | None) -
     """
     groups: dict[object, list[Batch]] = defaultdict(list)
     for batch in batches:
-        windows = batch.measured.get("window_eigenvalues")
-        width = windows.shape[1] if isinstance(windows, torch.Tensor) else 0
-        groups[batch.slice_eigenvalues.device, batch.slice_eigenvalues.shape[1:], width].append(batch)
+        shape = batch.slice_eigenvalues.shape[1:]
+        groups[batch.slice_eigenvalues.device, shape, _layout(batch)].append(batch)
     for group in groups.values():
-        yield from _rows(Batch.joined(group), options, step)
+        yield from _rows(group, options, step)
 
 
-def _rows(batch: Batch, options: Options, step: int | None) -> list[Layer]:
+def _layout(batch: Batch) -> object:
+    """Names and shapes of what was measured: batches are joined where these agree."""
+    values = batch.measured.items()
+    return tuple((k, v.shape[1:], v.dtype) if isinstance(v, torch.Tensor) else k for k, v in values)
+
+
+def _rows(group: Sequence[Batch], options: Options, step: int | None) -> list[Layer]:
     try:
+        batch = Batch.joined(group)
         return _layers(batch, _numbers(batch, options), options, step)
+    except LayerError:
+        raise
     except Exception as error:  # noqa: BLE001 - whatever a metric throws costs one layer
-        if len(batch) == 1:
-            return [failed_layer(batch.matrices[0], error, options, step=step)]
-    return [row for b in range(len(batch)) for row in _rows(batch.row(b), options, step)]
+        if len(group) == len(group[0]) == 1:
+            return [_without_numbers(group[0], error, options, step)]
+    parts = [[part] for part in group] if len(group) > 1 else [[group[0].row(b)] for b in range(len(group[0]))]
+    return [row for part in parts for row in _rows(part, options, step)]
+
+
+def _without_numbers(batch: Batch, error: Exception, options: Options, step: int | None) -> Layer:
+    """A row for which a metric failed; where it has no spectrum, that is what it says."""
+    row = failed_layer(batch.matrices[0], error, options, step=step)
+    status = Status(int(batch.status[0]))
+    return row if status == Status.OK else replace(row, status=status.label, verdict=status.label)
 
 
 def failed_layer(matrix: Matrix, error: Exception, options: Options, *, step: int | None) -> Layer:
     """A row that says what failed; with `strict` an error instead."""
     if options.strict:
-        where = f"layer {matrix.name!r}" + (f" at step {step}" if step is not None else "")
-        raise LayerError(f"{where}: {error}") from error
+        raise LayerError(f"{_place(matrix, step)}: {error}") from error
     logger.debug("analysis of layer %s failed", matrix.name, exc_info=error)
     metrics = {metric.name: NAN for metric in options.chosen}
     status = f"error: {type(error).__name__}: {error}"
     return Layer(matrix.name, str(matrix.kind), matrix.shape, status, "error", metrics, role=matrix.role, step=step)
+
+
+def _place(matrix: Matrix, step: int | None) -> str:
+    return f"layer {matrix.name!r}" + (f" at step {step}" if step is not None else "")
 
 
 def _numbers(batch: Batch, options: Options) -> list[np.ndarray]:
@@ -76,9 +96,12 @@ def _numbers(batch: Batch, options: Options) -> list[np.ndarray]:
 
 def _layers(batch: Batch, numbers: Sequence[np.ndarray], options: Options, step: int | None) -> list[Layer]:
     columns, codes, floors, spectra = numbers
+    if options.strict:
+        _refuse(batch, step)
     names, values = [metric.name for metric in options.chosen], columns.tolist()
     entries = batch.entries("trap_entries")
-    esd = _histograms(spectra, floors, batch.status.tolist())
+    solved = [code == Status.OK for code in batch.status.tolist()]
+    esd = _histograms(spectra, floors, solved)
     return [
         Layer(
             matrix.name,
@@ -90,7 +113,7 @@ def _layers(batch: Batch, numbers: Sequence[np.ndarray], options: Options, step:
             role=matrix.role,
             phase=PHASES[int(phase)],
             esd=esd[b],
-            trap_entries=tuple(TrapEntry(*entry) for entry in entries[b] or ()),
+            trap_entries=tuple(TrapEntry(*entry) for entry in (entries[b] if solved[b] else None) or ()),
             step=step,
             solved_on=batch.solved_on[b],
             eigenvalues=tuple(spectra[b].tolist()) if options.keep_eigenvalues else None,
@@ -99,10 +122,18 @@ def _layers(batch: Batch, numbers: Sequence[np.ndarray], options: Options, step:
     ]
 
 
-def _histograms(spectra: np.ndarray, floors: np.ndarray, status: Sequence[int]) -> list[Histogram | None]:
+def _refuse(batch: Batch, step: int | None) -> None:
+    """Raise on the first layer that the solver could not solve; what is not finite has been refused before."""
+    for matrix, code in zip(batch.matrices, batch.status.tolist(), strict=True):
+        if code not in (Status.OK, Status.ZERO):
+            complaint = f"expected a spectrum with the moments of the weights, got {Status(code).label}"
+            raise LayerError(f"{_place(matrix, step)}: {complaint}")
+
+
+def _histograms(spectra: np.ndarray, floors: np.ndarray, solved: Sequence[bool]) -> list[Histogram | None]:
     """log10 λ above the floor of each row in equal bins; `None` for a row without a spectrum."""
     known = spectra > floors[:, None]
-    known[np.asarray(status) != Status.OK] = False
+    known[~np.asarray(solved)] = False
     with np.errstate(all="ignore"):
         log = np.log10(np.where(known, spectra, 1.0))
     low, high = np.where(known, log, np.inf).min(1), np.where(known, log, -np.inf).max(1)

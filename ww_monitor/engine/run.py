@@ -94,7 +94,11 @@ def _solved(matrices: list[Matrix], options: Options, step: int | None, backgrou
     with alone() if background else workers(len(matrices), memory=HOST_MEMORY, largest_side=side) as pool:
 
         def submit(loaded: Loaded) -> None:
-            tasks.append(pool.submit(partial(_on_host, loaded, options, step, library), needs=workspace(loaded)))
+            copied = _copied(loaded, options, step)
+            if isinstance(copied, list):
+                found.extend(copied)
+            else:
+                tasks.append(pool.submit(partial(_on_host, copied, options, step, library), needs=workspace(copied)))
 
         for loaded in chunks_of(matrices):
             if isinstance(loaded, tuple):
@@ -102,7 +106,7 @@ def _solved(matrices: list[Matrix], options: Options, step: int | None, backgrou
                 continue
             accelerator = accelerator_of(loaded.device)
             if accelerator is None:
-                submit(loaded if loaded.device.type == "cpu" else loaded.on_host())
+                submit(loaded)
             else:
                 if loaded.device not in queues:
                     queues[loaded.device] = DeviceQueue(accelerator, options, watch_memory=not background)
@@ -111,10 +115,18 @@ def _solved(matrices: list[Matrix], options: Options, step: int | None, backgrou
         for queue in queues.values():
             found += queue.solve()
             while queue.to_host:
-                submit(queue.to_host.pop(0).on_host())
+                submit(queue.to_host.pop(0))
         for task in tasks:
             found += task.result()
     return found
+
+
+def _copied(loaded: Loaded, options: Options, step: int | None) -> Loaded | list[Layer]:
+    """The chunk with its weights on the host; rows that say why where they cannot be copied."""
+    try:
+        return loaded.on_host()
+    except Exception as error:  # noqa: BLE001 - it costs these layers only
+        return [failed_layer(matrix, error, options, step=step) for matrix in loaded.matrices]
 
 
 def workspace(loaded: Loaded) -> int:

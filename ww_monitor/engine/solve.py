@@ -11,8 +11,18 @@ import torch
 from ww_monitor.engine.measure import as_solved, batch_of, measured
 from ww_monitor.engine.options import Options
 from ww_monitor.metric import Batch, Loaded
+from ww_monitor.metric.batch import Values
 from ww_monitor.spectra.device import Accelerator
-from ww_monitor.spectra.eigenvalues import Eigenvalues, input_status, resolved, solve_on_device, solve_on_host, tall_of
+from ww_monitor.spectra.eigenvalues import (
+    FREE_SHARE,
+    Eigenvalues,
+    bytes_of,
+    input_status,
+    resolved,
+    solve_on_device,
+    solve_on_host,
+    tall_of,
+)
 from ww_monitor.spectra.elements import Moments, moments
 from ww_monitor.spectra.host import Library
 
@@ -121,15 +131,29 @@ class DeviceQueue:
             sides[loaded.matrices[0].short_side].append(replace(loaded, moments=Moments(*numbers)))
         return sides
 
+    def _measured(self, chunks: list[Loaded]) -> list[dict[str, Values]]:
+        """What is measured of each chunk; one at which the device fails is left to the host and taken off the list."""
+        values, failed = [], []
+        for one in list(chunks):
+            try:
+                values.append(measured(one, input_status(one.known_moments.squares), self._options))
+            except Exception as error:  # noqa: BLE001 - the host finds out which layer it was
+                chunks.remove(one)
+                failed.append((one, type(error).__name__))
+        for one, reason in failed:
+            self._leave([one], reason)
+        return values
+
     def _solve_side(self, chunks: list[Loaded]) -> list[Batch]:
         """Measure, then solve: the weights are given up in between, as their Gram matrices are made."""
         options, resolve = self._options, self._options.preset == "weightwatcher"
-        try:
-            values = [measured(one, input_status(one.known_moments.squares), options) for one in chunks]
-            stacks = [stack for one in chunks for stack in as_solved(one, options)]
-        except Exception as error:  # noqa: BLE001 - the host finds out which layer it was
-            self._leave(chunks, type(error).__name__)
+        if FREE_SHARE * self._accelerator.free_memory() < bytes_of(chunks[0].matrices[0].short_side):
+            self._leave(chunks, "no memory")
             return []
+        values = self._measured(chunks)
+        if not chunks:
+            return []
+        stacks = [stack for one in chunks for stack in as_solved(one, options)]
         counts = [len(stack) for stack in stacks]
         slices = [len(one.matrices) * one.matrices[0].shape[0] for one in chunks]
         kept = list(stacks) if resolve else []

@@ -10,7 +10,7 @@ from ww_monitor.engine.rows import failed_layer, layers_of
 from ww_monitor.matrix import Matrix
 from ww_monitor.metric import Loaded, reads_weights
 from ww_monitor.record import Layer
-from ww_monitor.spectra.eigenvalues import eigenvalues_of_gram
+from ww_monitor.spectra.eigenvalues import eigenvalues_of_gram, input_status
 from ww_monitor.spectra.elements import Moments
 
 
@@ -47,10 +47,9 @@ def layer_of_gram(
         LayerError: with `options.strict`, if the layer fails.
     """
     try:
-        where = [str(gram.device)]
-        solved = eigenvalues_of_gram(gram, found.squares, long_side=matrix.long_side)
-        loaded = Loaded([matrix], (), dtype, found)
-        values = measured(loaded, solved.status.cpu(), options)
+        loaded = Loaded([matrix], (), dtype, found, gram)
+        values = measured(loaded, input_status(found.squares), options)  # the solver overwrites the Gram matrix
+        solved, where = eigenvalues_of_gram(gram, found.squares, long_side=matrix.long_side), [str(gram.device)]
         return next(iter(layers_of([batch_of(loaded, solved, values, options, where=where)], options, step=step)))
     except Exception as error:  # noqa: BLE001 - whatever a solver throws costs this layer only
         return failed_layer(matrix, error, options, step=step)

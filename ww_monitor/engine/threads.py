@@ -104,10 +104,37 @@ def workers(tasks: int, *, memory: int, largest_side: int) -> Iterator[Workers]:
     pool = Workers(max(1, min(budget, tasks)), memory=memory)
     share = max(1, budget // pool.count) if largest_side >= LEAST_PARALLEL_SIDE else 1
     try:
-        with controller().limit(limits=share, user_api="blas"):
+        with _BLAS.held_to(share):
             yield pool
     finally:
         pool.close()
+
+
+class _Blas:
+    """The thread counts of the BLAS libraries, for analyses that may overlap in any order: the last gives them back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holding = 0
+        self._original: Any = None
+
+    @contextmanager
+    def held_to(self, count: int) -> Iterator[None]:
+        """Hold them to so many threads."""
+        with self._lock:
+            limited = controller().limit(limits=count, user_api="blas")
+            self._original = self._original if self._holding else limited
+            self._holding += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holding -= 1
+                if not self._holding:
+                    self._original.restore_original_limits()
+
+
+_BLAS = _Blas()
 
 
 @lru_cache(maxsize=1)

@@ -61,12 +61,14 @@ class Batch:
         return len(self.slice_eigenvalues)
 
     def column(self, name: str) -> torch.Tensor:
-        """`[B, …]` what was measured under this name, NaN `[B]` where it was not."""
+        """`[B, …]` what was measured under this name; NaN for a row without a spectrum, `[B]` NaN where nothing was."""
         found = self.measured.get(name)
         if found is None:
             return torch.full_like(self.long_side, NAN)
         assert isinstance(found, torch.Tensor), f"measurement {name!r}: expected a tensor, got a list"
-        return found.to(self.long_side.device)
+        values = found.to(self.long_side.device)
+        known = (self.status == Status.OK).view(-1, *[1] * (values.ndim - 1))
+        return torch.where(known, values if values.is_floating_point() else values.double(), NAN)
 
     def entries(self, name: str) -> list[Any]:
         """What was measured under this name, one object a row, `None` where there is none."""
@@ -84,7 +86,7 @@ class Batch:
             torch.cat([part.eps for part in parts]),
             [matrix for part in parts for matrix in part.matrices],
             [where for part in parts for where in part.solved_on],
-            {name: _together(name, parts) for part in parts for name in part.measured},
+            {name: _together([part.measured[name] for part in parts]) for name in parts[0].measured},
             parts[0].definitions,
         )
 
@@ -267,13 +269,6 @@ class Batch:
         return torch.tensor(values, dtype=torch.float64, device=self.eigenvalues.device)
 
 
-def _together(name: str, parts: Sequence[Batch]) -> Values:
-    """What was measured under a name; NaN or `None` for a part of which nothing was, having no spectrum."""
-    first = next(part.measured[name] for part in parts if name in part.measured)
-    if not isinstance(first, torch.Tensor):
-        return [one for part in parts for one in part.entries(name)]
-    columns = [
-        part.column(name) if name in part.measured else first.new_full((len(part), *first.shape[1:]), NAN)
-        for part in parts
-    ]
-    return torch.cat([column.to(first.device) for column in columns])
+def _together(values: Sequence[Values]) -> Values:
+    tensors = [one for one in values if isinstance(one, torch.Tensor)]
+    return torch.cat(tensors) if len(tensors) == len(values) else [one for part in values for one in part]

@@ -95,7 +95,7 @@ def shuffled(loaded: Loaded, known: Mapping[str, Values], definitions: AnalysisO
     """`num_traps`, `trap_severity`, `trap_p_value` `[B]` and `trap_entries`, from shuffles of slices near a trap."""
     headroom = known["trap_headroom"]
     assert isinstance(headroom, torch.Tensor)
-    num_traps = torch.where(headroom < HEADROOM_TO_SHUFFLE, 0.0, NAN)
+    num_traps = torch.where(headroom < HEADROOM_TO_SHUFFLE, torch.zeros_like(headroom), NAN)
     severity = p_value = torch.full_like(headroom, NAN)
     entries: list[object] = [()] * len(headroom)
     if bool((headroom >= HEADROOM_TO_SHUFFLE).any()):

@@ -13,7 +13,7 @@ from itertools import accumulate
 
 import torch
 
-from ww_monitor.errors import InvalidArgument
+from ww_monitor.errors import InvalidArgument, check_choice
 from ww_monitor.matrix import Matrix
 from ww_monitor.metric.batch import NAN, Values
 from ww_monitor.settings import AnalysisOptions
@@ -30,6 +30,7 @@ class Loaded:
             only the sums over the shards of a matrix are known.
         dtype: Storage precision.
         moments: Of their elements, fields `[B·S]` on the host, once they have been taken.
+        gram: `[S, M, M]` of the one matrix whose shards have been added up, instead of its weights.
         solved_on: Why the host solves what was on a device, `""` else.
     """
 
@@ -37,6 +38,7 @@ class Loaded:
     weights: Sequence[torch.Tensor]
     dtype: torch.dtype
     moments: Moments | None = None
+    gram: torch.Tensor | None = None
     solved_on: str = ""
 
     @property
@@ -62,6 +64,14 @@ class Loaded:
         return [one for layer in self.layers for one in layer]
 
     @property
+    def grams(self) -> list[torch.Tensor]:
+        """`[S, M, M]` float64 of each matrix, WᵀW of the short side: all that a Gram-only measurement may read."""
+        if self.gram is not None:
+            return [self.gram]
+        tall = (layer if layer.shape[1] >= layer.shape[2] else layer.mT for layer in self.layers)
+        return [w.mT @ w for w in (one.double() for one in tall)]
+
+    @property
     def known_moments(self) -> Moments:
         """The moments, which have been taken by the time that anything is measured."""
         if self.moments is None:
@@ -69,8 +79,8 @@ class Loaded:
         return self.moments
 
     def on_host(self) -> Loaded:
-        """The same with the weights on the host."""
-        return replace(self, weights=[stack.cpu() for stack in self.weights])
+        """The same with the weights on the host; itself where they are there."""
+        return self if self.device.type == "cpu" else replace(self, weights=[stack.cpu() for stack in self.weights])
 
     def apart(self) -> list[Loaded]:
         """One for each stack."""
@@ -108,8 +118,8 @@ class Measurement:
     Attributes:
         name: What a metric names in `needs`.
         function: The matrices, what earlier measurements found, the definitions → values by name.
-        gram_suffices: Whether the Gram matrix and the moments of one matrix are enough for it; without them it reads
-            weights, so that a sharded matrix is gathered for it.
+        gram_suffices: Whether `Loaded.grams` and the moments of one matrix are enough for it, so that a sharded matrix
+            need not be gathered; else it reads weights.
         after: The measurements whose values it works on.
         asked: Whether the definitions ask for it, whatever metrics are chosen.
     """
@@ -139,10 +149,18 @@ def measurement(
         gram_suffices: See `Measurement.gram_suffices`.
         after: See `Measurement.after`.
         asked: See `Measurement.asked`.
+
+    Raises:
+        InvalidArgument: if another module has a measurement of that name, or `after` names none.
     """
 
     def enter(function: Function) -> Function:
-        MEASUREMENTS[function.__name__] = Measurement(function.__name__, function, gram_suffices, after, asked)
+        name, known = function.__name__, MEASUREMENTS.get(function.__name__)
+        if known is not None and known.function.__module__ != function.__module__:
+            raise InvalidArgument(f"measurement: there is one named {name!r} already, in {known.function.__module__}")
+        for earlier in after:
+            check_choice("measurement", "after", earlier, MEASUREMENTS)
+        MEASUREMENTS[name] = Measurement(name, function, gram_suffices, after, asked)
         return function
 
     return enter
@@ -192,17 +210,24 @@ def measure(
         return values
     readable = loaded if len(rows) == len(known) else loaded.take(rows)
     for one in wanted(needs, definitions):
-        values.update(one.function(readable, values, definitions))
+        found = one.function(readable, values, definitions)
+        for name, of_rows in found.items():
+            if len(of_rows) != len(rows) or name in values:
+                raise ValueError(
+                    f"measurement {one.name!r}: expected {len(rows)} values under a name of its own,"
+                    f" got {len(of_rows)} under {name!r}"
+                )
+        values.update(found)
     return values if len(rows) == len(known) else {k: _spread(v, rows, len(known)) for k, v in values.items()}
 
 
 def _spread(values: Values, rows: Sequence[int], count: int) -> Values:
     if isinstance(values, torch.Tensor):
-        shape = (count, *values.shape[1:])
-        return torch.full(shape, NAN, dtype=values.dtype, device=values.device).index_copy_(
-            0, torch.tensor(rows, dtype=torch.long, device=values.device), values
-        )
-    spread: list[object] = [None] * count
+        dtype = values.dtype if values.is_floating_point() else torch.float64
+        spread = torch.full((count, *values.shape[1:]), NAN, dtype=dtype, device=values.device)
+        spread[torch.tensor(rows, dtype=torch.long, device=values.device)] = values.to(dtype)
+        return spread
+    each: list[object] = [None] * count
     for row, value in zip(rows, values, strict=True):
-        spread[row] = value
-    return spread
+        each[row] = value
+    return each

@@ -39,8 +39,7 @@ class Metric:
         read: How to read it.
         source: Where the definition comes from.
         reduce: Known layer values → the model's value.
-        needs: The measurement beyond the eigenvalues: `""`, `"elements"`, `"shuffled"`, `"vectors"` or
-            `"randomized"`.
+        needs: The measurement beyond the eigenvalues, by its name in the registry; `""` for none.
         standard: Computed when no metrics are named; the others cost a multiple of the rest.
         option: The option with which it is computed too: `"truncated"` or `"fingers"`.
     """

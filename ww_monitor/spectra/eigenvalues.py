@@ -21,6 +21,10 @@ _DEVICE_ROWS = 1 << 23
 DEVICE_MEMORY = 1 << 30
 """Bytes that a chunk of Gram matrices with its workspace may take on a device, beside the weights that it releases."""
 
+MOST_RELEASED = 3 << 27
+"""Bytes that the release of weights may add to them, since a model in training keeps its own (3/8 GiB: with it the 48
+matrices of GPT-2 small are one batch)."""
+
 FREE_SHARE = 0.5
 """Share of a device's free memory that it may take: training beside it needs the rest (our choice)."""
 
@@ -103,7 +107,7 @@ def tall_of(matrices: torch.Tensor) -> torch.Tensor:
 def resolved(solved: Eigenvalues, matrices: torch.Tensor) -> Eigenvalues:
     """The same with the spectra whose smallest eigenvalues are blurred solved once more, as `resolve_small` says."""
     blurred = (solved.values[:, 0] < _RESOLVED * solved.values[:, -1]).nonzero().flatten()
-    again = tall_of(matrices)[blurred.to(matrices.device)].double()
+    again = tall_of(matrices)[blurred.to(matrices.device)].cpu().double()  # a device's own is slower
     solved.values[blurred] = torch.linalg.svdvals(again).flip(1).square().to(solved.values.device)
     return solved
 
@@ -125,6 +129,11 @@ def eigenvalues_of_gram(gram: torch.Tensor, frobenius_sq: torch.Tensor, *, long_
     return _verified(values, frobenius_sq, gram_sq, status, sides)
 
 
+def bytes_of(side: int) -> int:
+    """What one matrix of a short side takes on a device, its share of the workspace included."""
+    return MATRIX_COPIES * 8 * side**2
+
+
 def solve_on_device(stacks: list[torch.Tensor], accelerator: Accelerator) -> tuple[Eigenvalues, list[str]]:
     """The solve on a device, whatever the long sides; the host reads nothing but what the device's solver reads itself.
 
@@ -139,9 +148,8 @@ def solve_on_device(stacks: list[torch.Tensor], accelerator: Accelerator) -> tup
         Spectra on the device, in the order of the matrices, and for each `""` or why the host has solved it.
     """
     side, left = min(stacks[0].shape[1:]), sum(map(len, stacks))
-    released = sum(stack.nbytes for stack in stacks) / left
-    own = MATRIX_COPIES * 8 * side**2
-    fitting = min(DEVICE_MEMORY / max(own - released, 1), FREE_SHARE * accelerator.free_memory() / own)
+    most = DEVICE_MEMORY + min(sum(stack.nbytes for stack in stacks), MOST_RELEASED)
+    fitting = min(most, FREE_SHARE * accelerator.free_memory()) / bytes_of(side)
     size, solved, reasons = accelerator.chunk(side, left, fitting), [], list[str]()
     with torch.autocast(accelerator.device.type, enabled=False):
         while left:
@@ -163,8 +171,8 @@ def _solve_chunk(parts: list[torch.Tensor], size: int, accelerator: Accelerator)
     """One chunk; a last one that is short is filled with identities, so that the batched solver keeps its size."""
     counts, sides = [len(part) for part in parts], [max(part.shape[1:]) for part in parts]
     try:
-        gram, squares = _grams(parts, size)
-    except RuntimeError as error:
+        gram, squares = _grams(parts, size if accelerator.batches(min(parts[0].shape[1:]), size) else sum(counts))
+    except Exception as error:  # noqa: BLE001 - whatever a device throws, the host goes on
         found = [solve_on_host(tall_of(part.cpu())) for part in parts]
         return Eigenvalues.joined(found).to(accelerator.device), type(error).__name__
     parts.clear()
@@ -174,7 +182,7 @@ def _solve_chunk(parts: list[torch.Tensor], size: int, accelerator: Accelerator)
     )
     try:
         values, gram_sq, status = _solve_grams_on_device(gram, squares, accelerator)
-    except RuntimeError as error:
+    except Exception as error:  # noqa: BLE001 - likewise
         on_host = _verified_on_host(host.solve_grams(gram[:count].cpu(), squares[:count].cpu()), long_side.cpu())
         return on_host.to(device), type(error).__name__
     return _verified(values[:count], squares[:count], gram_sq[:count], status[:count], long_side), ""

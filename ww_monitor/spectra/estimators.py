@@ -51,7 +51,7 @@ def fit_hill(eigenvalues: torch.Tensor, *, k: int | None = None, floor: torch.Te
         xmin=torch.where(good, eigenvalues[:, index], nan),
         ks=torch.where(good, ks, nan),
         sigma=torch.where(good, exponent / size**0.5, nan),
-        n_tail=torch.where(good, float(size), 0.0),
+        n_tail=size * good.double(),
         num_fitted=known.sum(1),
         status=status,
     )

@@ -44,7 +44,9 @@ def best_candidates(
         distances = torch.where(candidate, ks_distances(log_x, exponent), float("inf"))
         smallest, index = distances.min(1)
         return index, smallest
-    rows = [_branch_and_bound(*row) for row in zip(log_x.numpy(), exponent.numpy(), candidate.numpy(), strict=True)]
+    arrays = zip(log_x.numpy(), exponent.numpy(), candidate.numpy(), strict=True)
+    with np.errstate(over="ignore"):  # of candidates that cannot win
+        rows = [_branch_and_bound(*row) for row in arrays]
     index = torch.tensor([i for i, _ in rows], dtype=torch.int64, device="cpu")
     return index, torch.tensor([d for _, d in rows], dtype=torch.float64, device="cpu")
 
