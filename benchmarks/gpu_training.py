@@ -30,8 +30,8 @@ WAYS: dict[str, tuple[Options, Bound]] = {
 MORE_MEMORY = Bound(most=1.5, unit=" GiB")
 
 INTRODUCTION = f"""\
-GPT-2 small in bf16, 8 × 1024 tokens, {{steps}} steps, a look every {BETWEEN_LOOKS} and at both ends, each way in turns
-with the run without a monitor. "Longer" is the median of the rounds of (with − without) / without."""
+GPT-2 small in bf16, 8 × 1024 tokens, {{steps}} steps, an analysis every {BETWEEN_LOOKS} and at both ends, each way in
+turns with the run without a monitor. "Longer" is the median of the rounds of (with − without) / without."""
 
 HEAD = (
     "training", "monitor", "ms a step, without → with", "longer, % (range)", "required", "held?",

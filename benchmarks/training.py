@@ -27,7 +27,7 @@ class Run:
     """A training run that was timed.
 
     Attributes:
-        seconds: From the first step to the end, with every look; the making of the model is not in it.
+        seconds: From the first step to the end, with every analysis; the making of the model is not in it.
         loss: The last one; the mean one in the Trainer.
         steps: How many.
         peak: The most bytes that tensors held on the CUDA device; 0 elsewhere.
@@ -46,7 +46,7 @@ class Run:
 
 
 def in_loop(build: Callable[[], tuple[nn.Module, Step]], steps: int, options: Options | None) -> Run:
-    """The steps, and around them what every callback does; the first look is timed too."""
+    """The steps, and around them what every callback does; the first analysis is timed too."""
     model, step = build()
     monitor = None if options is None else Monitor(**options)
     gc.collect()

@@ -25,7 +25,6 @@ import pytest
 import torch
 from torch import nn
 
-import ww_monitor.monitor
 from tests.histories import steps_of
 from tests.registries import before_measurement, before_summary
 from ww_monitor import History, SpectralWarning
@@ -522,7 +521,7 @@ def test_a_second_run_of_a_monitor_writes_a_second_file(framework, tmp_path):
 def test_two_monitors_of_one_run_keep_apart(framework, tmp_path):
     one = make(framework, tmp_path, 2, metrics=["alpha"])
     other = make(framework, tmp_path, 4, metrics=["log_spectral_norm"], mode="async")
-    framework.train(tmp_path, one, other, each_step=lambda *_: other.monitor.survey.join(30))
+    framework.train(tmp_path, one, other, each_step=lambda *_: other.monitor.analyzer.join(30))
     assert files_in(tmp_path) == {"ww_history-1.jsonl": [0, 4, 8], "ww_history.jsonl": [0, 2, 4, 6, 8]}
     for name, metric in (("ww_history.jsonl", "alpha"), ("ww_history-1.jsonl", "log_spectral_norm")):
         kept = {key for snapshot in History.read(tmp_path / name) for key in snapshot.layers[0].metrics}
@@ -544,7 +543,7 @@ def test_in_the_background_the_stop_comes_one_snapshot_late_at_most(framework, t
     monitor = make(framework, tmp_path, stop_on="traps", patience=3, mode="async")
 
     def slow_step(step: int, matrices: Sequence[torch.Tensor]) -> None:
-        assert monitor.monitor.survey.join(30)
+        assert monitor.monitor.analyzer.join(30)
 
     weights = make_weights(trap=True)
     run = framework.train(tmp_path, monitor, weights=weights, lr=1e-4, each_step=slow_step)
@@ -582,7 +581,7 @@ def test_a_layer_that_breaks_is_a_status_and_the_run_goes_on(framework, tmp_path
     monitor = make(framework, tmp_path, mode=mode)
 
     def each_step(step: int, matrices: Sequence[torch.Tensor]) -> None:
-        assert monitor.monitor.survey.join(30)
+        assert monitor.monitor.analyzer.join(30)
         if step == 4:
             break_middle(matrices)
 
@@ -615,7 +614,7 @@ def test_a_sink_that_raises_is_said_once_and_costs_the_others_nothing(framework,
     monitor = make(framework, tmp_path, sinks=[before, RaisesAt(), after], mode=mode)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run = framework.train(tmp_path, monitor, each_step=lambda *_: monitor.monitor.survey.join(30))
+        run = framework.train(tmp_path, monitor, each_step=lambda *_: monitor.monitor.analyzer.join(30))
     assert run.steps == 8
     assert len(spectral_warnings(caught)) == 1
     assert "sink RaisesAt failed: OSError: no space left" in spectral_warnings(caught)[0]
@@ -639,7 +638,7 @@ def test_an_engine_that_fails_is_said_once_and_training_goes_on(framework, tmp_p
     before_summary(monkeypatch, "log_norm", fails)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run = framework.train(folder, monitor, each_step=lambda *_: monitor.monitor.survey.join(30))
+        run = framework.train(folder, monitor, each_step=lambda *_: monitor.monitor.analyzer.join(30))
     assert len(spectral_warnings(caught)) == 1
     assert "analysis failed: RuntimeError: no convergence" in spectral_warnings(caught)[0]
     assert files_in(folder) == {"ww_history.jsonl": [0, 2]}
@@ -651,13 +650,13 @@ def test_an_interrupted_run_leaves_its_history_and_the_next_one_works(framework,
     monitor = make(framework, tmp_path, mode=mode)
 
     def each_step(step: int, matrices: Sequence[torch.Tensor]) -> None:
-        assert monitor.monitor.survey.join(30)
+        assert monitor.monitor.analyzer.join(30)
         if step == 5:
             interrupt(matrices)
 
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         framework.train(tmp_path, monitor, each_step=each_step)
-    framework.train(tmp_path, monitor, steps=4, each_step=lambda *_: monitor.monitor.survey.join(30))
+    framework.train(tmp_path, monitor, steps=4, each_step=lambda *_: monitor.monitor.analyzer.join(30))
     assert files_in(tmp_path) == {"ww_history-1.jsonl": [0, 2, 4], "ww_history.jsonl": [0, 2, 4]}
     assert our_threads() == []
 
@@ -732,7 +731,7 @@ def test_the_end_of_training_waits_for_the_background_no_longer_than_the_limit(f
             release.wait(30)
 
     before_measurement(monkeypatch, "live_sides", hangs)
-    monkeypatch.setattr(ww_monitor.monitor, "JOIN_SECONDS", 0.2)
+    monkeypatch.setattr("ww_monitor.monitor.monitor.JOIN_SECONDS", 0.2)
     monitor = make(framework, tmp_path, mode="async")
     try:
         start = time.monotonic()

@@ -317,13 +317,13 @@ def test_the_first_analysis_of_a_process_changes_nothing_either():
 def test_an_analysis_in_the_background_changes_nothing_for_other_threads_while_it_runs():
     import threading
 
-    from ww_monitor.survey import survey
+    from ww_monitor.monitor import analyzer
     from ww_monitor.walk.torch import walk
 
     net, started, go_on = make_net(), threading.Event(), threading.Event()
     watcher = ww_monitor.Monitor(mode="async", every_n_steps=1)
     watcher.observe(walk(net), step=0, whole=True)
-    analyse = survey.analyze_matrices
+    analyse = analyzer.analyze_matrices
 
     def held(*arguments, **options):
         result = analyse(*arguments, **options)
@@ -331,14 +331,14 @@ def test_an_analysis_in_the_background_changes_nothing_for_other_threads_while_i
         assert go_on.wait(20)
         return result
 
-    survey.analyze_matrices = held
+    analyzer.analyze_matrices = held
     before = process_state()
     try:
         watcher.observe(walk(net), step=1)
         assert started.wait(20)
         during = process_state()
     finally:
-        survey.analyze_matrices = analyse
+        analyzer.analyze_matrices = analyse
         go_on.set()
     assert changed(before, during) == []
     assert [snapshot.step for snapshot in watcher.finish()] == [1]

@@ -19,14 +19,13 @@ import torch
 from tests.matrices import broken as unreadable
 from tests.matrices import matrix
 from tests.registries import before_measurement, before_summary
-from ww_monitor import checkpoint, errors, record, rules, schedule
+from ww_monitor import errors, record, rules, schedule
 from ww_monitor.engine import Options, run
 from ww_monitor.matrix import Skipped
-from ww_monitor.monitor import Monitor
+from ww_monitor.monitor import Monitor, analyzer, checkpoint
 from ww_monitor.settings import Select
 from ww_monitor.sinks.console import table
 from ww_monitor.sinks.memory import Memory
-from ww_monitor.survey import survey
 
 
 def healthy(seed: int = 0, size: int = 32) -> torch.Tensor:
@@ -754,20 +753,20 @@ def test_a_warm_up_that_fails_is_said_and_ends_nothing(monkeypatch):
 
 def test_a_failed_analysis_in_the_background_costs_its_own_snapshot_only(monkeypatch):
     """Those behind it are published; with `strict`, which raises, by the next call."""
-    analyze = survey.analyze_matrices
+    analyze = analyzer.analyze_matrices
 
     def fails(*arguments, step, **options):
         if step == 1:
             raise MemoryError("no room")
         return analyze(*arguments, step=step, **options)
 
-    monkeypatch.setattr(survey, "analyze_matrices", fails)
+    monkeypatch.setattr(analyzer, "analyze_matrices", fails)
     for strict in (False, True):
         monitor, sink = Monitor(mode="async", options=Options(strict=strict)), Memory()
         monitor.sinks.append(sink)
         for step in range(3):
             monitor.observe([matrix("fc", healthy())], step=step)
-            assert monitor.survey.join(60)
+            assert monitor.analyzer.join(60)
         if strict:
             with pytest.raises(MemoryError):
                 monitor.collect()
@@ -816,15 +815,15 @@ def test_what_training_had_queued_is_waited_for_by_a_look_that_reads_now_and_is_
         now[0] += 5.0
         return 5.0
 
-    def look(items, **where):
+    def analyze(items, **where):
         now[0] += 1.0
         return record.Snapshot((), step=where["step"])
 
-    monkeypatch.setattr("ww_monitor.monitor.perf_counter", lambda: now[0])
-    monkeypatch.setattr("ww_monitor.monitor.wait_for_queued", wait)
+    monkeypatch.setattr("ww_monitor.monitor.monitor.perf_counter", lambda: now[0])
+    monkeypatch.setattr("ww_monitor.monitor.monitor.wait_for_queued", wait)
     watcher = Monitor(every_n_steps=1, **arguments)
     watcher.budget = schedule.Budget(clock=lambda: now[0])
-    monkeypatch.setattr(watcher.survey, "look", look)
+    monkeypatch.setattr(watcher.analyzer, "analyze", analyze)
     with watcher.timed():
         watcher.observe([], step=0, whole=whole)
     assert len(waits) == waited

@@ -78,24 +78,24 @@ class Clock:
 def run(budget: Budget, clock: Clock, *, steps: int, step_seconds: float, look_seconds, start: int = 0) -> list[int]:
     """The steps at which a run of so many steps is looked at, the last among them; `look_seconds(step)` long."""
 
-    def look(step: int) -> None:
+    def analyze(step: int) -> None:
         clock.now += look_seconds(step)
         budget.spent(look_seconds(step))
         seen.append(step)
 
     seen: list[int] = []
     budget.start(start)
-    look(start)
+    analyze(start)
     due = None
     for step in range(start + 1, start + steps + 1):
         clock.now += step_seconds(step) if callable(step_seconds) else step_seconds
         budget.tick(step)
         due = budget.plan(step) if due is None else due
         if due is not None and step >= due:
-            look(step)
+            analyze(step)
             due = None
     if seen[-1] != start + steps:
-        look(start + steps)
+        analyze(start + steps)
     return seen
 
 
@@ -174,7 +174,7 @@ def test_a_look_spread_over_steps_is_one_look():
     budget.start(0)
     for complete in (False, False, True, False, True):
         budget.spent(1.0, complete=complete)
-    assert (budget.looks, budget.cost) == (2, 2.0)
+    assert (budget.analyses, budget.cost) == (2, 2.0)
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1, 2, float("nan")])

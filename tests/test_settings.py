@@ -113,7 +113,7 @@ def test_names_of_the_last_release_are_taken_with_a_warning(taker):
     with pytest.warns(SpectralWarning, match="still_bytes is called copy_budget_bytes now") as caught:
         made = take(still_bytes=123)
     assert caught[0].filename == __file__
-    assert getattr(made, "monitor", made).survey.copy_budget_bytes == 123
+    assert getattr(made, "monitor", made).analyzer.copy_budget_bytes == 123
     with pytest.warns(SpectralWarning, match="layers_per_step is ignored: a snapshot is of one step"):
         take(layers_per_step="auto")
     with warnings.catch_warnings():
@@ -230,7 +230,7 @@ def test_lightnings_command_line_makes_the_callback_from_yaml(tmp_path, monkeypa
 
     monitor = made().monitor
     assert monitor.options == Options(preset="weightwatcher", metrics=["alpha"])
-    assert (monitor.every_n_steps, monitor.select.include, monitor.survey.copy_budget_bytes) == (50, ["net.*"], 1000)
+    assert (monitor.every_n_steps, monitor.select.include, monitor.analyzer.copy_budget_bytes) == (50, ["net.*"], 1000)
     assert monitor.rules == (broken_layer,)
     assert [type(sink) for sink in monitor.sinks] == [Memory]
     path.write_text(CONFIG.replace("weightwatcher", "ww"))

@@ -44,7 +44,7 @@ def test_without_it_no_copy_is_held_and_no_column_is_added():
     monitor = Monitor()
     snapshot = monitor.observe(walk(nn.Linear(16, 16)), step=0)
     assert "delta_norm" not in snapshot.layers[0].metrics
-    assert monitor.survey._baseline is None
+    assert monitor.analyzer._baseline is None
 
 
 def test_the_callback_publishes_the_drift_and_training_is_bit_identical(tmp_path):

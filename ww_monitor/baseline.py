@@ -43,7 +43,7 @@ class Baseline:
         """Copy what a walker yields, after selection; a matrix that cannot be read is left out.
 
         Args:
-            items: The matrices.
+            items: The matrices to analyse, as a walker yields them.
             top: Directions to follow.
 
         Raises:

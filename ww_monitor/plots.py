@@ -31,7 +31,7 @@ def curves(history: History, metric: str = "alpha", *, ax: Axes | None = None) -
     """A metric of every layer against the optimizer step, with its band shaded and the begin of traps marked.
 
     Args:
-        history: A run.
+        history: The snapshots of one run.
         metric: Name of a metric.
         ax: Axes to draw into; made if missing.
 
@@ -126,7 +126,7 @@ def worst(snapshot: Snapshot, *, count: int = 3) -> list[Layer]:
     """The layers with the most traps, then those whose alpha is furthest outside 2 to 6; only layers with a spectrum.
 
     Args:
-        snapshot: One analysis.
+        snapshot: The snapshot of one analysis.
         count: At most this many.
     """
 

@@ -1,4 +1,4 @@
-"""When to look: at given optimizer steps, or as often as a share of the training time allows."""
+"""When to analyse: at given optimizer steps, or as often as a share of the training time allows."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ STEPS_TO_TIME = 10
 
 
 class Budget:
-    """Plans each look so that the time lost stays below a share of the run, the last look of the run included.
+    """Plans each analysis so that the time lost stays below a share of the run, the last analysis of the run included.
 
-    After every look the next one is planned in steps, from the duration of the steps and what the last looks cost; in
-    a run on several ranks one of them plans for all. Time when no training runs does not count.
+    After every analysis the next one is planned in steps, from the duration of the steps and what the last ones cost;
+    in a run on several ranks one of them plans for all. Time when no training runs does not count.
 
     Args:
         share: Time lost over the time of the run, both counted from the start of training.
-        clock: Seconds.
+        clock: Function that returns the time in seconds.
 
     Raises:
         InvalidArgument: if the share is not between 0 and 1.
@@ -57,7 +57,7 @@ class Budget:
     >>> now = [0.0]
     >>> budget = Budget(0.1, clock=lambda: now[0])
     >>> budget.start(0)
-    >>> budget.spent(1.0)                             # the look before the first step
+    >>> budget.spent(1.0)                             # the analysis before the first step
     >>> for step in range(1, 11):                     # a second each
     ...     now[0] += 1.0
     ...     budget.tick(step)
@@ -68,7 +68,7 @@ class Budget:
     def __init__(self, share: float = MAX_OVERHEAD, *, clock: Callable[[], float] = time.perf_counter) -> None:
         check_share("Budget", "max_overhead", share)
         self.share = share
-        self.looks = 0
+        self.analyses = 0
         self._clock = clock
         self._elapsed = 0.0
         self._resumed_at: float | None = None
@@ -87,7 +87,7 @@ class Budget:
 
     @property
     def lost(self) -> float:
-        """Seconds that training stood still, or was slower because a look went on beside it."""
+        """Seconds that training stood still, or was slower because an analysis went on beside it."""
         slowed = self._seconds[True] - self._steps[True] * self._mean(busy=False)
         return self._stood_still + (max(0.0, slowed) if self._steps[False] >= STEPS_TO_TIME else 0.0)
 
@@ -98,7 +98,7 @@ class Budget:
 
     @property
     def cost(self) -> float:
-        """Seconds that a look is expected to cost."""
+        """Seconds that an analysis is expected to cost."""
         return median(self._costs) if self._costs else 0.0
 
     @property
@@ -120,7 +120,7 @@ class Budget:
         self._elapsed, self._resumed_at = self.elapsed, None
 
     def tick(self, step: int, *, busy: bool = False) -> None:
-        """A step has been completed; `busy` if a look went on beside it."""
+        """A step has been completed; `busy` if an analysis went on beside it."""
         trained = self.elapsed - self._stood_still
         if self._last is not None and step > self._last[0]:
             self._steps[busy] += step - self._last[0]
@@ -129,25 +129,25 @@ class Budget:
             self._last = step, trained
 
     def spent(self, seconds: float, *, complete: bool = True) -> None:
-        """Training stood still for so long; `complete` ends a look.
+        """Training stood still for so long; `complete` ends an analysis.
 
-        What the first look took longer than the second is warm-up and not counted.
+        What the first analysis took longer than the second is warm-up and not counted.
         """
         self._stood_still += seconds
         self._this_look += seconds
         if complete:
-            if self.looks == 1:
+            if self.analyses == 1:
                 self._stood_still -= max(0.0, self._costs.pop() - self._this_look)
             self._costs.append(self._this_look)
             self._this_look = 0.0
-            self.looks += 1
+            self.analyses += 1
 
     def can_plan(self, step: int) -> bool:
         """Whether enough steps have been timed."""
         return step >= self._first_step + STEPS_TO_TIME
 
     def plan(self, step: int) -> int | None:
-        """The step of the next look, seen from `step`; `None` while the duration of a step is not known."""
+        """The step of the next analysis, seen from `step`; `None` while the duration of a step is not known."""
         if math.isnan(self.seconds_per_step) or not self.can_plan(step):
             return None
         needed = (self.lost + 2 * self.cost) / self.share

@@ -151,7 +151,7 @@ class WalkOptions(Settings):
 
 @dataclass(frozen=True)
 class RunOptions(Settings):
-    """When to look at a training, for what, and whom to tell."""
+    """When to analyse a training, for what, and whom to tell."""
 
     renamed: ClassVar[Mapping[str, str]] = {"still_bytes": "copy_budget_bytes"}
     ignored: ClassVar[Mapping[str, str]] = {
@@ -161,7 +161,7 @@ class RunOptions(Settings):
     every_n_steps: Annotated[
         int | None,
         "Analyse when a multiple of this many optimizer steps is reached. If neither this nor `every_n_epochs` is"
-        " given, as often as `max_overhead` allows. A callback also looks before the first step and after the last.",
+        " given, as often as `max_overhead` allows. A callback also analyses before the first step and after the last.",
         check_positive_int,
     ] = None
     every_n_epochs: Annotated[int | None, "Analyse at the end of every so many epochs.", check_positive_int] = None

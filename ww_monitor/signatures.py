@@ -68,7 +68,7 @@ class Option:
     """One field of a class of settings.
 
     Attributes:
-        name: Its keyword.
+        name: The keyword by which it is given.
         type: What it takes.
         text: What it means.
         default: `dataclasses.MISSING` if it must be given.

@@ -44,7 +44,7 @@ PLAN = {"embedding": RowwiseParallel(), "up": ColwiseParallel(), "down": Rowwise
 OPTIONS = Options(keep_eigenvalues=True)
 
 
-def look(model, **options):
+def analyze(model, **options):
     return ww_monitor.analyze(model, min_size=3, across_ranks=True, **options)
 
 
@@ -52,7 +52,7 @@ def look(model, **options):
 
 
 def ddp(rank, world):
-    return look(DistributedDataParallel(models.net()))
+    return analyze(DistributedDataParallel(models.net()))
 
 
 def fsdp2(rank, world):
@@ -62,7 +62,7 @@ def fsdp2(rank, world):
     before = [parameter.to_local().clone() for parameter in model.parameters()]
     generator, flags = torch.get_rng_state(), [parameter.requires_grad for parameter in model.parameters()]
     threads, default = torch.get_num_threads(), dist.group.WORLD
-    snapshot = look(model)
+    snapshot = analyze(model)
     after = [parameter.to_local() for parameter in model.parameters()]
     assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, after, strict=True))
     assert torch.equal(generator, torch.get_rng_state())
@@ -85,13 +85,13 @@ def fsdp2_measured(rank, world):
     metric(source="this test", needs="corners", standard=False)(corner)
     model = models.chain()
     fully_shard(model)
-    return look(model, metrics=["alpha", "corner"])
+    return analyze(model, metrics=["alpha", "corner"])
 
 
 def fsdp2_weightwatcher(rank, world):
     model = models.chain()
     fully_shard(model)
-    return look(model, preset="weightwatcher")
+    return analyze(model, preset="weightwatcher")
 
 
 def fsdp2_delta(rank, world):
@@ -101,36 +101,36 @@ def fsdp2_delta(rank, world):
             parameter.mul_(parameter.cos())
     fully_shard(model)
     fully_shard(base)
-    return look(model, base=base)
+    return analyze(model, base=base)
 
 
 def fsdp2_bfloat16(rank, world):
     model = models.net().bfloat16()
     fully_shard(model)
-    return look(model)
+    return analyze(model)
 
 
 def tensor_parallel(rank, world):
-    return look(parallelize_module(models.chain(), init_device_mesh("cpu", (world,)), PLAN))
+    return analyze(parallelize_module(models.chain(), init_device_mesh("cpu", (world,)), PLAN))
 
 
 def mixed(rank, world):
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
     model = parallelize_module(models.chain(), mesh["tensor"], PLAN)
     fully_shard(model, mesh=mesh["data"])
-    return look(model)
+    return analyze(model)
 
 
 def hsdp(rank, world):
     model = models.net()
     fully_shard(model, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards")))
-    return look(model)
+    return analyze(model)
 
 
 def data_and_tensor(rank, world):
     """Tensor parallel, and replicas of that which no mesh knows of."""
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
-    return look(parallelize_module(models.chain(), mesh["tensor"], PLAN))
+    return analyze(parallelize_module(models.chain(), mesh["tensor"], PLAN))
 
 
 def fsdp1(rank, world, original=True):
@@ -138,7 +138,7 @@ def fsdp1(rank, world, original=True):
     model.experts = FullyShardedDataParallel(model.experts, device_id=torch.device("cpu"), use_orig_params=original)
     for module in model.frozen, model.zero, model.broken:
         module.requires_grad_(True)
-    return look(FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=original))
+    return analyze(FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=original))
 
 
 def fsdp1_flat(rank, world):
@@ -179,7 +179,7 @@ def zero3(rank, world):
     zero = types.SimpleNamespace(GatheredParameters=Partition(model).gathered)
     sys.modules["deepspeed"] = types.SimpleNamespace(zero=zero)
     try:
-        return look(model)
+        return analyze(model)
     finally:
         del sys.modules["deepspeed"]
 
@@ -208,7 +208,7 @@ def trained(watched):
         optimizer.step()
         optimizer.zero_grad()
         if watched:
-            look(model)
+            analyze(model)
     return [parameter.to_local().detach() for parameter in model.parameters()]
 
 
@@ -220,15 +220,15 @@ def experts(rank, world):
     torch.manual_seed(0)
     router = nn.Linear(30, 40)
     torch.manual_seed(10 + rank)
-    return look(nn.ModuleDict({"router": router, "expert": nn.Linear(30, 40)}))
+    return analyze(nn.ModuleDict({"router": router, "expert": nn.Linear(30, 40)}))
 
 
 def pipeline(rank, world):
     """Each rank a stage of its own; the last has no matrix."""
     if rank == world - 1:
-        return look(nn.LayerNorm(8))
+        return analyze(nn.LayerNorm(8))
     torch.manual_seed(rank)
-    return look(nn.ModuleDict({f"stage{rank}": nn.Linear(40, 30), "also" + str(rank): nn.Linear(20, 20)}))
+    return analyze(nn.ModuleDict({f"stage{rank}": nn.Linear(40, 30), "also" + str(rank): nn.Linear(20, 20)}))
 
 
 def broken_layer(rank, world):
@@ -269,7 +269,7 @@ def failing():
 def strict(rank, world):
     model = models.net()
     fully_shard(model)
-    return look(model, strict=True)
+    return analyze(model, strict=True)
 
 
 def bad_walker(rank, world):
@@ -344,7 +344,7 @@ def counted(rank, world, model=None, **options):
     model = models.large() if model is None else model
     fully_shard(model)
     with Counting() as counting:
-        snapshot = look(model, **options)
+        snapshot = analyze(model, **options)
     return counting.sent, snapshot
 
 
@@ -357,7 +357,7 @@ def counted_replicas(rank, world):
     model = models.large()
     fully_shard(model, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards")))
     with Counting() as counting:
-        snapshot = look(model)
+        snapshot = analyze(model)
     return counting.sent, snapshot
 
 
@@ -367,7 +367,7 @@ def counted_mixed(rank, world):
     model = parallelize_module(models.large(), mesh["tensor"], {"tall": RowwiseParallel(), "wide": RowwiseParallel()})
     fully_shard(model, mesh=mesh["data"])
     with Counting() as counting:
-        snapshot = look(model)
+        snapshot = analyze(model)
     return counting.sent, snapshot
 
 
@@ -413,7 +413,7 @@ def memory(rank, world, tall=True):
     fully_shard(model)
     warm = nn.Sequential(nn.Linear(300, 400, bias=False), nn.Linear(400, 300, bias=False))
     fully_shard(warm)
-    look(warm)  # whatever is loaded late
+    analyze(warm)  # whatever is loaded late
     before = peak = resident()
     over = threading.Event()
 
@@ -424,7 +424,7 @@ def memory(rank, world, tall=True):
 
     thread = threading.Thread(target=sample)
     thread.start()
-    look(model)
+    analyze(model)
     over.set()
     thread.join()
     return peak - before

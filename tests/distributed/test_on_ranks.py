@@ -58,23 +58,23 @@ def folder(tmp_path_factory):
 def on_ranks(folder):
     """Rank → what it saw of a scenario; nothing of a rank that was killed."""
 
-    def look(world, scenario):
+    def analyze(world, scenario):
         files = {rank: folder / f"{scenario}-{world}-{rank}.pkl" for rank in range(world)}
         return {rank: pickle.loads(file.read_bytes()) for rank, file in files.items() if file.exists()}
 
-    return look
+    return analyze
 
 
 @pytest.fixture(scope="session")
 def seen(on_ranks):
     """What each rank saw, none of which is missing."""
 
-    def look(world, scenario):
+    def analyze(world, scenario):
         found = on_ranks(world, scenario)
         assert len(found) == world
         return list(found.values())
 
-    return look
+    return analyze
 
 
 @pytest.fixture(scope="session")

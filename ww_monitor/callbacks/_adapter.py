@@ -75,7 +75,7 @@ class Adapter:
         """A run begins, or goes on, at optimizer step `step`.
 
         Args:
-            step: Completed updates.
+            step: Number of completed optimizer updates.
             folder: Where the history file goes, if one is wanted.
             print_line: Where console lines go, if they are wanted.
             rank: Of this process; only the first writes files and lines.
@@ -102,9 +102,9 @@ class Adapter:
         """Look at the model now; the snapshots that are complete, those of the background first.
 
         Args:
-            model: The model.
-            step: Completed updates.
-            epoch: Epoch.
+            model: The model whose weights are analysed.
+            step: Number of completed optimizer updates.
+            epoch: Epoch that the weights belong to, where there is one.
             whole: Wait for a snapshot of now: at the beginning and at the end of a run.
         """
         done = self.monitor.finish() if whole else self.monitor.collect()
@@ -151,7 +151,7 @@ class Adapter:
 
     @property
     def _settings(self) -> str:
-        """What is looked at and how often, as text: equal for monitors that do the same."""
+        """What is analysed and how often, as text: equal for monitors that do the same."""
         settings = [f"every={self.monitor.cadence!r}"]
         for part in (self.monitor.options, self.monitor.select):
             for field in fields(part):

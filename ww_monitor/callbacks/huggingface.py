@@ -150,7 +150,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
 
     @property
     def _key(self) -> str:
-        """Of the state in a checkpoint: one for every monitor that looks at the same things as often.
+        """Of the state in a checkpoint: one for every monitor that analyses the same things as often.
 
         No class name: the Trainer replaces the callbacks whose class it finds there by new ones, which nobody holds.
         """

@@ -101,7 +101,7 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
 
     @property
     def state_key(self) -> str:
-        """One key for every monitor that looks at the same things as often, whatever the base class."""
+        """One key for every monitor that analyses the same things as often, whatever the base class."""
         return f"ww_monitor.SpectralMonitor({self._settings})"
 
     def _observe(self, trainer: Any, pl_module: Any, *, x: int, whole: bool = False) -> list[Snapshot]:

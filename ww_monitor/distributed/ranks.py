@@ -48,7 +48,7 @@ class Ranks:
         key = ",".join(map(str, self.members)) if group is not None else "all"
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.distributed_c10d.PrefixStore(f"ww_monitor/{key}/{timeout}", store)
-        self.say("making a group")
+        self.heartbeat("making a group")
         try:
             self._control = dist.new_group(
                 None if group is None else list(self.members),
@@ -59,7 +59,7 @@ class Ranks:
         except Exception as error:  # noqa: BLE001 - it is raised by whoever uses these ranks, now and later
             self._failed("a group of their own", error)
 
-    def say(self, what: str) -> None:
+    def heartbeat(self, what: str) -> None:
         """Leave word of what this rank does next, for the others to read if it is not heard of again."""
         self._said = what
         with suppress(Exception):  # the words are a courtesy; who keeps the store may be the one that is gone
@@ -116,7 +116,7 @@ class Ranks:
     def _together(self, what: str, call: Callable[[], object]) -> None:
         self.check()
         self._waits += 1
-        self.say(f"{_WAITING}{what}")
+        self.heartbeat(f"{_WAITING}{what}")
         try:
             call()
         except Exception as error:
@@ -153,9 +153,9 @@ class Ranks:
         for work in works:
             self.wait(work, what)
 
-    def say_waiting(self, what: str) -> None:
+    def heartbeat_waiting(self, what: str) -> None:
         """Leave word that this rank waits for another; one that waits is not to blame."""
-        self.say(f"{_WAITING}{what}")
+        self.heartbeat(f"{_WAITING}{what}")
 
     def wait(self, work: dist.Work | None, what: str) -> None:
         """Wait for a collective of tensors.

@@ -103,7 +103,7 @@ class _Analysis:
     def _ordered(self, items: Iterable[Matrix | Skipped], frozen: FrozenRows | None) -> tuple[Decision | None, Orders]:
         """What this rank has to do, and on the first rank what all do; where one could not list, an error on all."""
         self.ranks.check()
-        self.ranks.say("listing its matrices")
+        self.ranks.heartbeat("listing its matrices")
         failure: Exception | None = None
         mine: list[Held] = []
         try:
@@ -138,7 +138,7 @@ class _Analysis:
 
     def _announced(self, matrix: Matrix) -> Matrix:
         def load() -> torch.Tensor:
-            self.ranks.say(f"analysing layer {matrix.name!r}")
+            self.ranks.heartbeat(f"analysing layer {matrix.name!r}")
             return matrix.load()
 
         return replace(matrix, load=load)
@@ -170,7 +170,7 @@ class _Analysis:
     def _read_together(self, task: Task) -> Callable[[], Sequence[Layer]] | None:
         """Read a matrix that only all of its ranks can read, which then all hold for a moment; the owner keeps it."""
         matrix = self._matrix(task)
-        self.ranks.say(f"reading its shard of layer {matrix.name!r}")
+        self.ranks.heartbeat(f"reading its shard of layer {matrix.name!r}")
         try:
             weights = matrix.load()
         except Exception as error:  # noqa: BLE001 - the others go on, whatever happens here

@@ -32,7 +32,7 @@ class Shipment:
     Attributes:
         matrix: As the walker of this rank gave it, with its piece.
         delivery: How its parts come to the owner.
-        rank: This rank.
+        rank: Number of this rank in the group.
         arrived: At the owner `[S, M, M]` float64 Gram matrices, or the weights; `None` elsewhere and where that failed.
         error: What this rank could not do, or `""`.
     """
@@ -115,22 +115,22 @@ def deliver_all(ranks: Ranks, shipments: Mapping[int, Shipment]) -> None:
     """
     own = shipments.get(ranks.rank)
     if own is not None:
-        ranks.say(f"reading its shard of layer {own.matrix.name!r}")
+        ranks.heartbeat(f"reading its shard of layer {own.matrix.name!r}")
         own.begin()
     for step in range(1, ranks.world):
         target, source = (ranks.rank + step) % ranks.world, (ranks.rank - step) % ranks.world
         sending = shipments.get(target)
         if sending is not None:
-            ranks.say(f"reading its shard of layer {sending.matrix.name!r}")
+            ranks.heartbeat(f"reading its shard of layer {sending.matrix.name!r}")
         blocks = zip_longest(() if sending is None else sending.outgoing(), () if own is None else own.incoming(source))
         for sent, received in blocks:
             layer = own if received is not None else sending
             assert layer is not None
             what = f"the shards of layer {layer.matrix.name!r}"
-            ranks.say_waiting(what)
+            ranks.heartbeat_waiting(what)
             ranks.swap(sent and (sent[1], target), received and (received[1], source), what)
             if received is not None and own is not None:
-                ranks.say(f"adding a shard of layer {own.matrix.name!r}")
+                ranks.heartbeat(f"adding a shard of layer {own.matrix.name!r}")
                 own.add(source, *received)
             del sent, received  # or the next blocks would be in memory beside them
 

@@ -42,7 +42,7 @@ def batch_of(
     """What is known of the matrices of one chunk, where their spectra are; the weights are not kept.
 
     Args:
-        loaded: The matrices.
+        loaded: The matrices with what is known of their elements.
         solved: Spectra of their slices.
         values: What was measured.
         options: Whose definitions to follow.

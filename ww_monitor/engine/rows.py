@@ -30,7 +30,7 @@ def layers_of(batches: Sequence[Batch], options: Options, *, step: int | None) -
 
     Args:
         batches: What was solved and measured.
-        options: Which metrics.
+        options: How to analyse: which metrics, and by whose definitions.
         step: Of the snapshot.
 
     Raises:

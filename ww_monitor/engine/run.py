@@ -72,7 +72,7 @@ def analyze_matrices(
 def warm_up() -> None:
     """Do what the first analysis of a process does beside its work: imports, libraries' threads, first calls.
 
-    It takes some tenths of a second, which would pass for the cost of a look.
+    It takes some tenths of a second, which would pass for the cost of an analysis.
     """
     weights = torch.arange(32.0 * 16, dtype=torch.float32, device="cpu").sin().view(1, 32, 16)
     analyze_matrices([Matrix(name, Kind.DENSE, (1, 32, 16), lambda: weights) for name in "ab"], Options())

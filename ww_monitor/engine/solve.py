@@ -54,7 +54,7 @@ class DeviceQueue:
     done before the device's latency has passed. What it fails at, the host solves.
 
     Args:
-        accelerator: The device.
+        accelerator: The device whose matrices wait here.
         options: How to analyse.
         watch_memory: Whether what loading allocates is counted; not beside a training that allocates too.
     """

@@ -20,7 +20,7 @@ def needs_weights(matrix: Matrix, found: Moments, options: Options) -> bool:
     Args:
         matrix: With S slices.
         found: Fields `[S]` on the host.
-        options: Which metrics.
+        options: How to analyse: which metrics, and by whose definitions.
     """
     if options.preset == "weightwatcher":
         return True
@@ -40,7 +40,7 @@ def layer_of_gram(
         gram: `[S, M, M]` float64, WᵀW of the short side; overwritten where it cannot be solved.
         found: The moments, on the host.
         dtype: Of the weights.
-        options: Which metrics.
+        options: How to analyse: which metrics, and by whose definitions.
         step: Of the snapshot.
 
     Raises:

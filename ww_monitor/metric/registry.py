@@ -28,7 +28,7 @@ class Loaded:
         matrices: Their names and shapes.
         weights: Stacks `[b, S, N, M]` that hold the B matrices one after the other, in storage precision; none where
             only the sums over the shards of a matrix are known.
-        dtype: Storage precision.
+        dtype: Precision in which the weights are stored.
         moments: Of their elements, fields `[B·S]` on the host, once they have been taken.
         gram: `[S, M, M]` of the one matrix whose shards have been added up, instead of its weights.
         solved_on: Why the host solves what was on a device, `""` else.

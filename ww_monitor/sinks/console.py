@@ -36,7 +36,7 @@ def table(history: History, *, limit: int = 40) -> str:
     """The layers of a run as a rich table: alpha first → last, verdict, headroom, traps; the worst first where cut.
 
     Args:
-        history: A run.
+        history: The snapshots of one run.
         limit: At most this many layers.
     """
     from io import StringIO

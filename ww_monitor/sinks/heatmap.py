@@ -37,7 +37,7 @@ class AlphaMap:
     A run of any length is kept in at most `max_columns` columns and the latest: when they are full, every second goes.
 
     Args:
-        max_columns: Snapshots kept.
+        max_columns: Most snapshots that the picture shows.
 
     >>> from ww_monitor.record import Layer
     >>> picture = AlphaMap()

@@ -15,7 +15,7 @@ class JsonLines:
     first append, so that a resumed run does not glue its first snapshot to it.
 
     Args:
-        path: The file.
+        path: Path of the file that the lines go to.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -110,7 +110,7 @@ class Accelerator:
         A batched solve is set up anew when its size changes.
 
         Args:
-            side: M.
+            side: M, the short side of the matrices.
             count: Number of matrices.
             fitting: How many the memory allows.
         """

@@ -142,7 +142,7 @@ def solve_on_device(stacks: list[torch.Tensor], accelerator: Accelerator) -> tup
 
     Args:
         stacks: Each `[b, N, M]` or `[b, M, N]` with N ≥ M, of one M.
-        accelerator: Their device.
+        accelerator: The device that the matrices are on.
 
     Returns:
         Spectra on the device, in the order of the matrices, and for each `""` or why the host has solved it.

@@ -127,8 +127,8 @@ def elements_of(found: Moments, count: int) -> Elements:
     """The same of matrices with nothing to trim, from their moments alone.
 
     Args:
-        found: Their moments.
-        count: N·M.
+        found: Moments of the matrices.
+        count: N·M, the number of entries of one matrix.
     """
     return _elements(found, *_mean_and_std(found, count), count)
 
@@ -138,7 +138,7 @@ def needs_trimming(found: Moments, count: int) -> torch.Tensor:
 
     Args:
         found: Moments of B matrices.
-        count: N·M.
+        count: N·M, the number of entries of one matrix.
     """
     mean, std = _mean_and_std(found, count)
     largest = _largest(found, mean)

@@ -84,7 +84,7 @@ def outliers(gram: torch.Tensor, *, threshold: float, seed: int) -> Outliers:
 
     Args:
         gram: `[K, M, M]` float64, on the host or a device.
-        threshold: Positive.
+        threshold: Eigenvalue from which on one counts as an outlier; positive.
         seed: Seed of the start vectors, nothing else is random.
 
     Returns:
@@ -129,7 +129,7 @@ class _Run:
     Args:
         gram: `[K, M, M]`.
         block: Start vectors, the same for all matrices.
-        seed: Theirs.
+        seed: Seed of the start vectors.
     """
 
     def __init__(self, gram: torch.Tensor, block: int, seed: int) -> None:

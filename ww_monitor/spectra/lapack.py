@@ -101,13 +101,13 @@ def eigvalsh(gram: np.ndarray, *, with_torch: bool = False) -> np.ndarray:
 def _eigvalsh_unscaled(gram: np.ndarray) -> np.ndarray:
     """Both steps of dsyevd without its search for the largest element, which takes a twentieth of its time at 768."""
     m, info = len(gram), ctypes.c_int64(0)
-    values, beside, reflectors, work = np.empty(m), np.empty(m), np.empty(m), np.empty(_BLOCK * m)
+    values, off_diagonal, reflectors, work = np.empty(m), np.empty(m), np.empty(m), np.empty(_BLOCK * m)
     _routine(cython_lapack, "dsytrd")(
-        _LOWER, _int(m), _at(gram), _int(m), _at(values), _at(beside), _at(reflectors), _at(work), _int(work.size),
-        ctypes.byref(info),
+        _LOWER, _int(m), _at(gram), _int(m), _at(values), _at(off_diagonal), _at(reflectors), _at(work),
+        _int(work.size), ctypes.byref(info),
     )  # fmt: skip
     _complain("dsytrd", info)
-    _routine(cython_lapack, "dsterf")(_int(m), _at(values), _at(beside), ctypes.byref(info))
+    _routine(cython_lapack, "dsterf")(_int(m), _at(values), _at(off_diagonal), ctypes.byref(info))
     _complain("dsterf", info)
     return values
 

@@ -20,8 +20,8 @@ class NullBand:
     """5, 50 and 95 % points of a Gaussian matrix's fit.
 
     Attributes:
-        alpha: Of alpha.
-        ks: Of the Kolmogorov–Smirnov distance.
+        alpha: Points of the distribution of alpha.
+        ks: Points of the distribution of the Kolmogorov–Smirnov distance.
         lambda_max: Of λmax, for entries of unit variance.
     """
 
@@ -35,10 +35,10 @@ def null_band(long_side: int, short_side: int, slices: int = 1, *, draws: int = 
     """Quantiles over Gaussian matrices of one shape, computed once a shape.
 
     Args:
-        long_side: N.
+        long_side: N, the long side of the matrix.
         short_side: M ≤ N.
         slices: Number of matrices whose eigenvalues are pooled.
-        draws: Random spectra.
+        draws: Number of random spectra behind the band.
         seed: Of a private generator.
     """
     generator = np.random.Generator(np.random.PCG64([seed, long_side, short_side, slices]))
@@ -66,8 +66,8 @@ def wishart_eigenvalues(long_side: int, short_side: int, generator: np.random.Ge
     diagonal and χ_{M−1}, …, χ_1 below it. Source: Dumitriu & Edelman 2002 (J. Math. Phys. 43), β = 1.
 
     Args:
-        long_side: N.
-        short_side: M.
+        long_side: N, the long side of the matrix.
+        short_side: M, the short side of the matrix.
         generator: Where the random numbers come from.
     """
     diagonal = np.sqrt(generator.chisquare(long_side - np.arange(short_side)))

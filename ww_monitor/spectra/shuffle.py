@@ -121,7 +121,7 @@ def gram_of_shuffled(matrices: Sequence[torch.Tensor], stats: Elements, order: t
 
     Args:
         matrices: K of one shape and device.
-        stats: Their `elements`.
+        stats: What `elements` gives for these matrices.
         order: A permutation of their entries.
     """
     rows, columns = matrices[0].shape

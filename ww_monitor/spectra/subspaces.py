@@ -104,7 +104,7 @@ def numerical_floor(
         largest: `[B]` λmax.
         mean_square: `[B]` mean of the squared entries.
         long_side: N, a number or `[B]`.
-        short_side: M.
+        short_side: M, the short side of the matrix.
         eps: Rounding unit of the storage precision, a number or `[B]`.
     """
     rounding = eps**2 / 12 * mean_square * (long_side**0.5 + short_side**0.5) ** 2

@@ -94,8 +94,8 @@ class Edge:
     """The law of λmax of a random matrix with unit variance, Johnstone's, and the quantile from which a trap counts.
 
     Attributes:
-        centre: Of λmax.
-        scale: Of λmax.
+        centre: Centre of the law of λmax.
+        scale: Scale of the law of λmax.
         quantile: In scales above the centre.
         upper: Upper Marchenko–Pastur edge.
     """

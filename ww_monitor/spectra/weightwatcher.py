@@ -51,8 +51,8 @@ def fit_density(eigenvalues: np.ndarray, *, long_side: int, short_side: int) -> 
 
     Args:
         eigenvalues: `[n]` ascending.
-        long_side: N.
-        short_side: M.
+        long_side: N, the long side of the matrix.
+        short_side: M, the short side of the matrix.
 
     Returns:
         The fit, or `None` where nothing can be fitted.

@@ -93,7 +93,7 @@ class _Layout:
     """What layers of some classes hold.
 
     Attributes:
-        classes: The classes.
+        classes: Names of the Keras classes that have this layout.
         kind: The kind of their matrices.
         attributes: Where they have their weights.
         gates: What a recurrent kernel is cut into along its columns, one letter a gate; `""` leaves it whole.

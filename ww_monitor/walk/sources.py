@@ -27,7 +27,7 @@ def walk_source(
     """The weight matrices of a torch module, a Keras model, a mapping from names to tensors, or a checkpoint on disk.
 
     Args:
-        source: The weights.
+        source: What has the weights: a module, a mapping or a path.
         split: Glob → number or sizes of the parts that a fused weight is cut into along its output axis.
         experts: One matrix an expert, or one of all experts' slices; torch modules only.
         lora: Which of `"base"`, `"delta"` and `"merged"` to give for a layer with adapters; torch modules only

@@ -30,7 +30,7 @@ class Unread:
     """A tensor that is not read yet: what is known of it, and how it is read.
 
     Attributes:
-        shape: Its shape.
+        shape: Shape in which the weight is stored.
         dtype: Its dtype, or `None` for one that is not read.
         read: Returns the tensor.
         identity: What it has in common with a tied tensor, or `None` where that is not known.

@@ -12,7 +12,7 @@ import torch
 def wait_for_queued() -> float:
     """Wait for the current stream of every accelerator in use; how many seconds that took.
 
-    A look that reads weights now waits for them anyway. An accelerator that this process has not used is left alone.
+    An analysis that reads weights now waits for them anyway. What this process has not used is left alone.
     """
     start = perf_counter()
     for wait in _waits(_accelerator()):

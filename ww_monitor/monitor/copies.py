@@ -12,19 +12,19 @@ from typing import Any
 import torch
 
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.survey.unchanged import Checked
+from ww_monitor.monitor.frozen import Checked
 
 FREE_SHARE = 0.25
 """Share of a GPU's free memory that a still takes when no number of bytes is given; two of them may be alive."""
 
 
 @dataclass(frozen=True)
-class Still:
+class WeightCopy:
     """The weights of one step: copies of them, or the live ones where there are none.
 
     Attributes:
-        step: Optimizer step.
-        epoch: Epoch.
+        step: Optimizer step that the weights belong to.
+        epoch: Epoch that the weights belong to, where there is one.
         items: The matrices, each loading its copy.
         checked: Which rows need no copy because their weights have not changed.
         copies: The copies, by the names of their matrices.
@@ -71,14 +71,14 @@ class _Copy:
         self._held: torch.Tensor | None = weights
         self._known = weakref.ref(weights)
 
-    def look(self) -> torch.Tensor:
+    def peek(self) -> torch.Tensor:
         weights = self._known()
         if weights is None:
             raise RuntimeError("expected one load of a copied weight; its memory is free after that")
         return weights
 
     def give(self) -> torch.Tensor:
-        weights = self.look()
+        weights = self.peek()
         self.drop()
         return weights
 
@@ -89,16 +89,16 @@ class _Copy:
 
 
 @torch.no_grad()
-def still(
+def copy_weights(
     items: Sequence[Matrix | Skipped], checked: Checked, *, step: int, epoch: int | None, memory: int | None
-) -> Still:
+) -> WeightCopy:
     """Copy the weights of one step, on their device while `memory` lasts, then to the host.
 
     Args:
-        items: The matrices.
+        items: The matrices to analyse, as a walker yields them.
         checked: Theirs; a row that holds is not copied.
-        step: Optimizer step.
-        epoch: Epoch.
+        step: Optimizer step that the weights belong to.
+        epoch: Epoch that the weights belong to, where there is one.
         memory: Bytes on the device; `None` for a quarter of what is free.
     """
     copies: dict[str, _Copy] = {}
@@ -112,11 +112,11 @@ def still(
                 taken.append(replace(item, load=partial(_raise, error)))
             else:
                 copies[item.name] = _Copy(weights)
-                taken.append(replace(item, load=copies[item.name].look))
+                taken.append(replace(item, load=copies[item.name].peek))
                 del weights  # or the last one would be held here
         else:
             taken.append(item)
-    return Still(step, epoch, taken, checked, copies, [_event(device) for device in left if device.type == "cuda"])
+    return WeightCopy(step, epoch, taken, checked, copies, [_event(device) for device in left if device.type == "cuda"])
 
 
 def _copy(weights: torch.Tensor, left: dict[torch.device, float], memory: int | None) -> torch.Tensor:

@@ -8,18 +8,19 @@ from dataclasses import KW_ONLY, dataclass
 from time import perf_counter
 from typing import Annotated, Any, ClassVar
 
-from ww_monitor import checkpoint
 from ww_monitor.engine import Options, warm_up
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.guarded import Guarded
 from ww_monitor.matrix import Matrix, Skipped
+from ww_monitor.monitor import checkpoint
+from ww_monitor.monitor.analyzer import Analyzer
+from ww_monitor.monitor.guarded import Guarded
+from ww_monitor.monitor.queued import wait_for_queued
 from ww_monitor.record import History, Rule, Sink, Snapshot
 from ww_monitor.rules import LOOKBACK, TRAINING_RULES, Holding, metrics_of_the_past
 from ww_monitor.schedule import Budget, Schedule, never
 from ww_monitor.schedule import every_n_steps as schedule_every_n_steps
 from ww_monitor.settings import RunOptions, Select
 from ww_monitor.signatures import method_taking
-from ww_monitor.survey import Survey, wait_for_queued
 
 JOIN_SECONDS = 60.0
 """How long the end of a run waits for an analysis in the background; an interrupted run waits a tenth of it."""
@@ -41,7 +42,7 @@ class MonitorOptions(RunOptions):
     across_ranks: Annotated[
         bool,
         "Share the work among the processes of torch.distributed. All of them then call `observe` at the same steps and"
-        " get the same snapshots; only the first should have sinks. Every look is made at once then.",
+        " get the same snapshots; only the first should have sinks. Every analysis is made at once then.",
     ] = False
     select: Annotated[Select | None, "Which matrices to analyse; `None` for `Select()`."] = None
     options: Annotated[Options | None, "How to analyse; `None` for `Options()`."] = None
@@ -85,7 +86,7 @@ class Monitor(Guarded):
         self.sinks: list[Sink] = list(given.sinks)
         self.keep = given.keep
         self.select = given.select or Select()
-        self.survey = Survey(self.options, given, across_ranks=given.across_ranks)
+        self.analyzer = Analyzer(self.options, given, across_ranks=given.across_ranks)
         self.history = History()
         self.last_step: int | None = None
         self._next_step: int | None = None
@@ -95,7 +96,7 @@ class Monitor(Guarded):
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """What is looked for."""
+        """What its findings are made by."""
         return self.findings.rules
 
     @property
@@ -105,7 +106,7 @@ class Monitor(Guarded):
 
     @property
     def cadence(self) -> str:
-        """How often it looks, in words."""
+        """How often it analyses, in words."""
         if self.within_budget:
             return f"as often as {self.budget.share:.3g} of the run's time allows"
         steps = "" if self.every_n_steps is None else f"every {self.every_n_steps} steps"
@@ -115,13 +116,13 @@ class Monitor(Guarded):
     @property
     def across_ranks(self) -> bool:
         """Whether the processes of a distributed run share the work; all of them then call `observe` alike."""
-        return self.survey.across_ranks
+        return self.analyzer.across_ranks
 
     @across_ranks.setter
     def across_ranks(self, value: bool) -> None:
-        self.survey.across_ranks = value
-        if value and self.survey.mode != "sync":
-            self.say_once("across ranks", "on several ranks every look is made at once; mode is left aside")
+        self.analyzer.across_ranks = value
+        if value and self.analyzer.mode != "sync":
+            self.say_once("across ranks", "on several ranks every analysis is made at once; mode is left aside")
 
     def is_seen(self, step: int) -> bool:
         """Whether there is a snapshot of optimizer step `step`."""
@@ -135,11 +136,11 @@ class Monitor(Guarded):
         self._next_step = None
 
     def due(self, step: int) -> bool:
-        """Whether it is time to look at optimizer step `step`; ask once a step."""
+        """Whether an analysis is due at optimizer step `step`; ask once a step."""
         if step == self.last_step:
             return False
         self._begin_anew_before(step)
-        self.budget.tick(step, busy=self.survey.busy)
+        self.budget.tick(step, busy=self.analyzer.busy)
         return self._due_within_budget(step) if self.within_budget else self.schedule(step, self.last_step)
 
     def _due_within_budget(self, step: int) -> bool:
@@ -147,28 +148,28 @@ class Monitor(Guarded):
             return True
         if self._next_step is None and self.budget.can_plan(step):
             with self.guard("planning"):
-                self._next_step = self.survey.agreed(self.budget.plan(step))
+                self._next_step = self.analyzer.agreed(self.budget.plan(step))
         return self._next_step is not None and step >= self._next_step
 
     def due_at_epoch_end(self, epoch: int, step: int) -> bool:
-        """Whether to look after epoch number `epoch` (from 0), which ended at optimizer step `step`."""
+        """Whether to analyse after epoch number `epoch` (from 0), which ended at optimizer step `step`."""
         return self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs == 0 and step != self.last_step
 
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Time that training stands still, whatever is done in it; the outermost counts.
 
-        What training had queued on its accelerator before a look is training's time, though the look waits for it.
+        What training had queued on its accelerator before an analysis is training's time, though the analysis waits.
         """
         if self._timing:
             yield
             return
-        self._timing, self._waited, start, looks = True, 0.0, perf_counter(), self._published
+        self._timing, self._waited, start, before = True, 0.0, perf_counter(), self._published
         try:
             yield
         finally:
             self._timing = False
-            self.budget.spent(perf_counter() - start - self._waited, complete=self._published > looks)
+            self.budget.spent(perf_counter() - start - self._waited, complete=self._published > before)
             self._warn_of_overhead()
 
     def _warn_of_overhead(self) -> None:
@@ -200,17 +201,17 @@ class Monitor(Guarded):
             LayerError: with `Options(strict=True)`, if a layer fails.
         """
         self._begin_anew_before(step)
-        if self.last_step is None and not self.budget.looks and not self.budget.elapsed:
+        if self.last_step is None and not self.budget.analyses and not self.budget.elapsed:
             self.begin(step)
         self.last_step, self._next_step = step, None
         published: list[Snapshot] = []
         with self.timed(), self.guard("analysis"):
             items = list(self.select.apply(matrices))
-            if self.survey.reads_now(whole=whole):
+            if self.analyzer.reads_now(whole=whole):
                 self._waited += wait_for_queued()
-            looked = self.survey.look(items, step=step, epoch=epoch, whole=whole)
-            if looked is not None:
-                published.append(self._publish(looked))
+            snapshot = self.analyzer.analyze(items, step=step, epoch=epoch, whole=whole)
+            if snapshot is not None:
+                published.append(self._publish(snapshot))
         return published[0] if published else None
 
     def collect(self) -> list[Snapshot]:
@@ -219,14 +220,14 @@ class Monitor(Guarded):
         An analysis that failed there costs its own snapshot only, and is said once as a `SpectralWarning`.
         """
         published: list[Snapshot] = []
-        while (done := self.survey.next_done()) is not None:
+        while (done := self.analyzer.next_done()) is not None:
             with self.guard("analysis"), self.timed():
-                published.append(self._publish(self.survey.completed(done)))
+                published.append(self._publish(self.analyzer.completed(done)))
         return published
 
     def finish(self) -> list[Snapshot]:
         """Wait for the background, no longer than a minute, and collect what it has completed: the end of a run."""
-        if not self.survey.join(JOIN_SECONDS):
+        if not self.analyzer.join(JOIN_SECONDS):
             self.say_once("background", f"the last analysis took longer than {JOIN_SECONDS:.0f} s and was left out")
         return self.collect()
 
@@ -241,7 +242,7 @@ class Monitor(Guarded):
     def close(self) -> None:
         """The run is over: give up what the background has not completed, and close every sink."""
         self.budget.stop()
-        self.survey.close(JOIN_SECONDS / 10)
+        self.analyzer.close(JOIN_SECONDS / 10)
         self.collect()
         for sink in self.sinks:
             with self.guard(f"closing sink {type(sink).__name__}", key=f"sink {id(sink)}", always=True):
@@ -261,7 +262,7 @@ class Monitor(Guarded):
         """Forget what was seen: a new run begins with this monitor."""
         self.history, self.last_step, self._next_step = History(), None, None
         self.findings.clear()
-        self.survey.restart()
+        self.analyzer.restart()
 
     def _record(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with its findings, which memory now holds."""

@@ -1,4 +1,4 @@
-"""A survey gives the same rows however it reads: at once, or from copies in the background."""
+"""An analyzer gives the same rows however it reads: at once, or from copies in the background."""
 
 import dataclasses
 import functools
@@ -12,10 +12,11 @@ from torch import nn
 from tests.registries import before_measurement
 from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.matrix import Matrix
+from ww_monitor.monitor import analyzer, copies
+from ww_monitor.monitor.analyzer import Analyzer
+from ww_monitor.monitor.copies import copy_weights
+from ww_monitor.monitor.frozen import Checked
 from ww_monitor.settings import RunOptions
-from ww_monitor.survey import Survey, stills, survey
-from ww_monitor.survey.stills import still
-from ww_monitor.survey.unchanged import Checked
 from ww_monitor.walk.torch import walk
 
 
@@ -30,8 +31,8 @@ def change(net):
             parameter.mul_(1.5).add_(0.01)
 
 
-def make_survey(**options):
-    return Survey(Options(), RunOptions(**options))
+def make_analyzer(**options):
+    return Analyzer(Options(), RunOptions(**options))
 
 
 def rows(snapshot):
@@ -43,8 +44,8 @@ def collected(watcher):
     return [watcher.completed(done) for done in iter(watcher.next_done, None)]
 
 
-def look(watcher, net, step, **options):
-    return watcher.look(list(walk(net)), step=step, epoch=None, **options)
+def analyze(watcher, net, step, **options):
+    return watcher.analyze(list(walk(net)), step=step, epoch=None, **options)
 
 
 @pytest.fixture
@@ -63,33 +64,33 @@ def analysed(monkeypatch):
 
 def test_a_look_is_an_analysis_of_all():
     net = make_net()
-    snapshot = look(make_survey(), net, 5)
+    snapshot = analyze(make_analyzer(), net, 5)
     expected = analyze_matrices(walk(net), Options(), step=5)
     assert (snapshot.step, rows(snapshot), snapshot.skipped) == (5, rows(expected), expected.skipped)
     assert snapshot.summary == pytest.approx(expected.summary, nan_ok=True)
 
 
 def test_frozen_layers_are_analysed_once_and_again_when_they_change(analysed):
-    net, watcher = make_net(), make_survey()
+    net, watcher = make_net(), make_analyzer()
     net[1].requires_grad_(False)
-    look(watcher, net, 1)
+    analyze(watcher, net, 1)
     assert analysed() == ["0", "1", "2", "3"]
-    snapshot = look(watcher, net, 2)
+    snapshot = analyze(watcher, net, 2)
     assert analysed() == ["0", "2", "3"]
     assert [layer.step for layer in snapshot.layers] == [2, 1, 2, 2]
     with torch.no_grad():
         net[1].weight[3, 4] += 1
-    look(watcher, net, 3)
+    analyze(watcher, net, 3)
     assert analysed() == ["0", "1", "2", "3"]
     watcher.restart()
-    look(watcher, net, 4)
+    analyze(watcher, net, 4)
     assert analysed() == ["0", "1", "2", "3"]
 
 
 def test_the_background_analyses_the_weights_of_the_step_it_was_given():
-    net, watcher = make_net(), make_survey(mode="async")
+    net, watcher = make_net(), make_analyzer(mode="async")
     expected = rows(analyze_matrices(walk(net), Options()))
-    assert look(watcher, net, 7) is None
+    assert analyze(watcher, net, 7) is None
     change(net)
     assert watcher.join(60)
     (snapshot,) = collected(watcher)
@@ -103,9 +104,9 @@ def test_the_background_analyses_the_weights_of_the_step_it_was_given():
 
 
 def test_dropped_snapshots_are_counted(monkeypatch):
-    net, watcher = make_net(), make_survey(mode="async")
+    net, watcher = make_net(), make_analyzer(mode="async")
     for step in range(20):
-        look(watcher, net, step)
+        analyze(watcher, net, step)
     watcher.join(60)
     snapshots = collected(watcher)
     assert len(snapshots) + snapshots[-1].summary["snapshots_dropped"] == 20
@@ -115,15 +116,15 @@ def test_dropped_snapshots_are_counted(monkeypatch):
 
 
 def test_a_whole_look_is_made_now_in_async_mode_too():
-    snapshot = look(make_survey(mode="async"), make_net(), 0, whole=True)
+    snapshot = analyze(make_analyzer(mode="async"), make_net(), 0, whole=True)
     assert (snapshot.step, snapshot.summary["snapshots_dropped"]) == (0, 0)
 
 
 def test_frozen_layers_are_neither_copied_nor_analysed_again_in_the_background(analysed):
-    net, watcher = make_net(), make_survey(mode="async")
+    net, watcher = make_net(), make_analyzer(mode="async")
     net[1].requires_grad_(False)
     for step, expected in ((1, ["0", "1", "2", "3"]), (2, ["0", "2", "3"])):
-        look(watcher, net, step)
+        analyze(watcher, net, step)
         watcher.join(60)
         (snapshot,) = collected(watcher)
         assert analysed() == expected
@@ -132,10 +133,10 @@ def test_frozen_layers_are_neither_copied_nor_analysed_again_in_the_background(a
 
 
 def test_drift_is_that_of_the_copied_weights():
-    net, watcher = make_net(), make_survey(mode="async", track_delta=True)
-    look(watcher, net, 0, whole=True)
+    net, watcher = make_net(), make_analyzer(mode="async", track_delta=True)
+    analyze(watcher, net, 0, whole=True)
     change(net)
-    look(watcher, net, 1)
+    analyze(watcher, net, 1)
     change(net)
     watcher.join(60)
     (snapshot,) = collected(watcher)
@@ -145,13 +146,13 @@ def test_drift_is_that_of_the_copied_weights():
 
 
 def test_a_weight_that_cannot_be_copied_costs_its_row_only():
-    items, watcher = list(walk(make_net())), make_survey(mode="async")
+    items, watcher = list(walk(make_net())), make_analyzer(mode="async")
 
     def load():
         raise OSError("gone")
 
     items[1] = type(items[1])(items[1].name, "dense", items[1].shape, load)
-    watcher.look(items, step=0, epoch=None)
+    watcher.analyze(items, step=0, epoch=None)
     watcher.join(60)
     (snapshot,) = collected(watcher)
     assert [layer.status for layer in snapshot.layers] == ["ok", "error: OSError: gone", "ok", "ok"]
@@ -166,10 +167,10 @@ def test_an_analysis_that_fails_in_the_background_costs_its_own_snapshot_only(mo
             raise MemoryError("no room")
         return analyze_matrices(*arguments, step=step, **options)
 
-    watcher = make_survey(mode="async")
-    monkeypatch.setattr(survey, "analyze_matrices", fail)
+    watcher = make_analyzer(mode="async")
+    monkeypatch.setattr(analyzer, "analyze_matrices", fail)
     for step in range(3):
-        look(watcher, make_net(), step)
+        analyze(watcher, make_net(), step)
         watcher.join(60)
     assert watcher.completed(watcher.next_done()).step == 0
     with pytest.raises(MemoryError, match="no room"):
@@ -181,7 +182,7 @@ def test_an_analysis_that_fails_in_the_background_costs_its_own_snapshot_only(mo
 def test_a_still_is_a_copy_of_everything_that_may_change():
     net = make_net()
     items = list(walk(net))
-    taken = still(items, Checked({}, {}), step=3, epoch=1, memory=None)
+    taken = copy_weights(items, Checked({}, {}), step=3, epoch=1, memory=None)
     for copied, original in zip(taken.items, items, strict=True):
         assert torch.equal(copied.load(), original.load())
         assert copied.load().untyped_storage().data_ptr() != original.load().untyped_storage().data_ptr()
@@ -228,10 +229,10 @@ def alive():
 
 @pytest.mark.parametrize("track_delta", [False, True])
 def test_a_copy_is_dead_once_its_layer_was_analysed(monkeypatch, items, track_delta):
-    watcher, seen = make_survey(mode="async", track_delta=track_delta), []
-    expected = rows(look(make_survey(), make_net(), 0))
+    watcher, seen = make_analyzer(mode="async", track_delta=track_delta), []
+    expected = rows(analyze(make_analyzer(), make_net(), 0))
     before_measurement(monkeypatch, "live_sides", lambda loaded: seen.append(alive()))
-    watcher.look(items, step=1, epoch=None)
+    watcher.analyze(items, step=1, epoch=None)
     watcher.join(60)
     (snapshot,) = collected(watcher)
     assert [layer.status for layer in snapshot.layers] == ["ok"] * 4
@@ -242,12 +243,12 @@ def test_a_copy_is_dead_once_its_layer_was_analysed(monkeypatch, items, track_de
 
 
 def test_no_copy_outlives_its_analysis_though_nobody_has_collected_it_or_it_failed(items):
-    watcher = make_survey(mode="async")
-    watcher.look(items, step=0, epoch=None)
+    watcher = make_analyzer(mode="async")
+    watcher.analyze(items, step=0, epoch=None)
     watcher.join(60)
     assert alive() == [False] * 4
     last = Unruly(**vars(items.pop()))
-    watcher.look([*items, last], step=1, epoch=None)
+    watcher.analyze([*items, last], step=1, epoch=None)
     watcher.join(60)
     assert alive() == [False] * 8
     with pytest.raises(ArithmeticError, match="no factor"):
@@ -256,7 +257,7 @@ def test_no_copy_outlives_its_analysis_though_nobody_has_collected_it_or_it_fail
 
 
 def test_a_copy_that_was_given_away_can_be_read_while_it_is_held():
-    item, *_ = still(list(walk(make_net())), Checked({}, {}), step=0, epoch=None, memory=None).to_analyse()
+    item, *_ = copy_weights(list(walk(make_net())), Checked({}, {}), step=0, epoch=None, memory=None).to_analyse()
     weights = item.load()
     assert item.load() is weights
     del weights
@@ -268,8 +269,8 @@ def test_what_torch_has_reserved_and_not_allocated_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 80_000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2000)
-    assert stills._allowed(torch.device("cuda", 0), None) == stills.FREE_SHARE * 4000
-    assert stills._allowed(torch.device("cuda", 0), 7) == 7
+    assert copies._allowed(torch.device("cuda", 0), None) == copies.FREE_SHARE * 4000
+    assert copies._allowed(torch.device("cuda", 0), 7) == 7
 
 
 @pytest.mark.gpu
@@ -277,9 +278,9 @@ def test_what_torch_has_reserved_and_not_allocated_is_free(monkeypatch):
 @pytest.mark.parametrize("copy_budget_bytes", [None, 1])
 def test_a_gpus_weights_are_copied_there_or_to_pinned_memory(copy_budget_bytes):
     net = make_net().cuda()
-    watcher = make_survey(mode="async", copy_budget_bytes=copy_budget_bytes)
+    watcher = make_analyzer(mode="async", copy_budget_bytes=copy_budget_bytes)
     expected = rows(analyze_matrices(walk(net), Options()))
-    look(watcher, net, 7)
+    analyze(watcher, net, 7)
     change(net)
     watcher.join(60)
     (snapshot,) = collected(watcher)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ww_monitor.survey import queued
+from ww_monitor.monitor import queued
 
 
 class Device:

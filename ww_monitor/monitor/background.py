@@ -101,7 +101,7 @@ class Background(Generic[Job, Result]):
         return thread is None or not thread.is_alive()
 
     def _work(self) -> None:
-        _stand_back()
+        _lower_priority()
         if self._prepare is not None:
             with contextlib.suppress(Exception):  # a thread that is not prepared works too
                 self._prepare()
@@ -124,7 +124,7 @@ class Background(Generic[Job, Result]):
             return Done(job, None, error)
 
 
-def _stand_back() -> None:
+def _lower_priority() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from ww_monitor.survey.background import Background
+from ww_monitor.monitor.background import Background
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ class Checked:
     rows: Mapping[str, Layer]
 
 
-class Unchanged:
+class FrozenRowCache:
     """Keeps the row of every frozen matrix with a checksum of its weights."""
 
     def __init__(self) -> None:

@@ -6,8 +6,8 @@ from torch import nn
 
 from tests.matrices import normal
 from ww_monitor.matrix import Matrix
+from ww_monitor.monitor.frozen import FrozenRowCache, checksum
 from ww_monitor.record import Layer
-from ww_monitor.survey.unchanged import Unchanged, checksum
 from ww_monitor.walk.torch import walk
 
 
@@ -20,7 +20,7 @@ ROW = Layer("fc", "dense", (1, 8, 6))
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_a_row_holds_until_one_bit_changes(dtype):
-    weights, kept = normal(1, 8, 6, dtype=dtype), Unchanged()
+    weights, kept = normal(1, 8, 6, dtype=dtype), FrozenRowCache()
     checked = kept.check([matrix(weights)])
     assert checked.rows == {}
     kept.keep(checked, [ROW])
@@ -38,7 +38,7 @@ def test_two_entries_that_change_places_are_noticed():
 
 
 def test_what_is_trained_is_never_kept():
-    weights, kept = normal(1, 8, 6), Unchanged()
+    weights, kept = normal(1, 8, 6), FrozenRowCache()
     checked = kept.check([matrix(weights, frozen=False)])
     kept.keep(checked, [ROW])
     assert kept.check([matrix(weights, frozen=False)]).rows == {}
@@ -48,7 +48,7 @@ def test_a_matrix_that_cannot_be_read_is_left_to_the_analysis():
     def load():
         raise OSError("gone")
 
-    kept = Unchanged()
+    kept = FrozenRowCache()
     kept.keep(kept.check([matrix(normal(1, 8, 6))]), [ROW])
     assert kept.check([Matrix("fc", "dense", (1, 8, 6), load, frozen=True)]).rows == {}
 

@@ -8,26 +8,26 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 from ww_monitor.baseline import Baseline
-from ww_monitor.distributed import analyze_on_ranks, exchange
+from ww_monitor.distributed import FrozenRows, analyze_on_ranks, exchange
 from ww_monitor.engine import Options, analyze_matrices, snapshot_of
 from ww_monitor.engine.threads import hold_to_one_thread
 from ww_monitor.matrix import Matrix, Skipped
+from ww_monitor.monitor.background import Background, Done
+from ww_monitor.monitor.copies import WeightCopy, copy_weights
+from ww_monitor.monitor.frozen import Checked, FrozenRowCache
 from ww_monitor.record import Snapshot
 from ww_monitor.settings import RunOptions
-from ww_monitor.survey.background import Background, Done
-from ww_monitor.survey.stills import Still, still
-from ww_monitor.survey.unchanged import Checked, Unchanged
 
 Planned = TypeVar("Planned")
 
 
-class Survey:
+class Analyzer:
     """Makes the snapshots of one model; rows of frozen matrices are made once while their weights stay the same.
 
     Args:
         options: How to analyse.
         run: Its `mode`, `copy_budget_bytes` and `track_delta`.
-        across_ranks: Share the work among the processes of torch.distributed; every look is made at once then.
+        across_ranks: Share the work among the processes of torch.distributed; every analysis is made at once then.
     """
 
     def __init__(self, options: Options, run: RunOptions, *, across_ranks: bool = False) -> None:
@@ -39,9 +39,9 @@ class Survey:
         self._forget()
 
     def _forget(self) -> None:
-        self._unchanged = Unchanged()
+        self._frozen_rows, self._frozen_on_ranks = FrozenRowCache(), FrozenRows()
         self._baseline: Baseline | None = None
-        self._background: Background[Still, Snapshot] = Background(self._analyse, prepare=hold_to_one_thread)
+        self._background: Background[WeightCopy, Snapshot] = Background(self._analyse, prepare=hold_to_one_thread)
 
     @property
     def busy(self) -> bool:
@@ -49,37 +49,37 @@ class Survey:
         return not self._background.idle
 
     def reads_now(self, *, whole: bool) -> bool:
-        """Whether a look reads weights before it returns, and so waits for what made them."""
+        """Whether an analysis reads weights before it returns, and so waits for what made them."""
         return whole or self.across_ranks or self.mode == "sync"
 
-    def look(
+    def analyze(
         self, items: Sequence[Matrix | Skipped], *, step: int, epoch: int | None, whole: bool = False
     ) -> Snapshot | None:
         """Analyse all layers, or hand a copy of them to the background.
 
         Args:
             items: What a walker yields, after selection.
-            step: Optimizer step.
-            epoch: Epoch.
-            whole: Analyse now.
+            step: Optimizer step that the weights belong to.
+            epoch: Epoch that the weights belong to, where there is one.
+            whole: Analyse now and return the snapshot, whatever the mode.
 
         Returns:
             The snapshot, or `None` where the background makes it.
         """
         if self.track_delta and self._baseline is None:
             self._baseline = Baseline.capture(items)
-        checked = Checked({}, {}) if self.across_ranks else self._unchanged.check(items)
+        checked = Checked({}, {}) if self.across_ranks else self._frozen_rows.check(items)
         if self.reads_now(whole=whole):
-            live = Still(step, epoch, items, checked)
+            live = WeightCopy(step, epoch, items, checked)
             return self.completed(Done(live, self._analyse(live, background=False)))
-        self._background.put(still(items, checked, step=step, epoch=epoch, memory=self.copy_budget_bytes))
+        self._background.put(copy_weights(items, checked, step=step, epoch=epoch, memory=self.copy_budget_bytes))
         return None
 
     def agreed(self, value: Planned) -> Planned:
         """What the first rank has planned, on every rank; alone, the value itself."""
-        return exchange(value, "the plan for the next look")[0] if self.across_ranks else value
+        return exchange(value, "the plan for the next analysis")[0] if self.across_ranks else value
 
-    def _analyse(self, taken: Still, *, background: bool = True) -> Snapshot:
+    def _analyse(self, taken: WeightCopy, *, background: bool = True) -> Snapshot:
         """The snapshot of one step, whose weights may be copies; it changes nothing here, for the background runs it.
 
         Rows of frozen matrices that still hold take their places among those that are made now.
@@ -89,7 +89,8 @@ class Survey:
         with taken.reading():
             moved = None if self._baseline is None else self._baseline.drift(taken.items)  # while every copy is there
             if self.across_ranks:
-                snapshot = analyze_on_ranks(taken.items, self.options, **at)  # the seconds of the slowest, on all
+                frozen = self._frozen_on_ranks
+                snapshot = analyze_on_ranks(taken.items, self.options, **at, frozen=frozen)  # the slowest one's seconds
             else:
                 read = analyze_matrices(taken.to_analyse(), self.options, **at, background=background)
                 rows = {**taken.checked.rows, **{layer.name: layer for layer in read.layers}}
@@ -97,18 +98,18 @@ class Survey:
                 snapshot = snapshot_of(layers, read.skipped, self.options, **at, seconds=perf_counter() - start)
         return snapshot if moved is None else snapshot.with_metrics(moved)
 
-    def next_done(self) -> Done[Still, Snapshot] | None:
+    def next_done(self) -> Done[WeightCopy, Snapshot] | None:
         """What the background has completed and nobody has taken, the oldest; `None` if there is nothing."""
         return self._background.next_done()
 
-    def completed(self, done: Done[Still, Snapshot]) -> Snapshot:
+    def completed(self, done: Done[WeightCopy, Snapshot]) -> Snapshot:
         """The snapshot of an analysis that is over, with the number of dropped ones where the background may drop some.
 
         Raises:
             Exception: what the analysis raised.
         """
         snapshot = done.get()
-        self._unchanged.keep(done.job.checked, snapshot.layers)
+        self._frozen_rows.keep(done.job.checked, snapshot.layers)
         if self.mode != "async":
             return snapshot
         return replace(snapshot, summary={**snapshot.summary, "snapshots_dropped": float(self._background.dropped)})
