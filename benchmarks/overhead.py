@@ -183,8 +183,8 @@ INTRODUCTION = """\
 The same steps with the monitor and without, in turns (A B B A …), about {seconds} s a run: the median of {pairs} pairs'
 lost share, (with − without) / with. A run with the monitor has everything in it: the analysis before the first step,
 those that the budget plans, and the analysis at the end, for which it waits. One short run of each kind goes before, so
-that imports and first calls are not in it. By its own count the monitor lost the time that training stood still for it or
-was slower beside it. "Same loss" says whether the last loss is the same in all runs, bit for bit."""
+that imports and first calls are not in it. By its own count the monitor lost the time that training stood still for it
+or was slower beside it. "Same loss" says whether the last loss is the same in all runs, bit for bit."""
 
 ON_A_GPU = " on a GPU"
 

@@ -156,3 +156,37 @@ def test_the_largest_eigenvalue_of_noise_is_found_whatever_the_start():
         answered += found is not None
         assert_equal(found or slow_outliers(matrix, threshold=threshold), slow_outliers(matrix, threshold=threshold))
     assert answered >= 135
+
+
+def in_float32(matrix, *, threshold, product=None):
+    """As the host does it: directions from a float32 Gram matrix, their values from float64 products."""
+    gram = matrix.mT @ matrix
+    found = lanczos.outliers(
+        gram.float()[None], threshold=threshold, seed=0, exact=product or (lambda vectors: vectors @ gram)
+    )
+    return Outliers(int(found.count[0]), float(found.largest[0])) if found.known[0] else None
+
+
+@pytest.mark.parametrize("strengths", [[], [40.0], [45.0, 45.0, 45.0], [300.0, 60.0], [60.0 + 3 * k for k in range(8)]])
+@pytest.mark.parametrize("distance", [1e-3, 0.05])
+def test_directions_of_float32_give_the_counts_and_digits_of_float64(strengths, distance):
+    """Also where the next eigenvalue is so near to the threshold that only a Cholesky factor tells."""
+    matrix = with_spikes(900, 400, strengths, seed=1)
+    below = float(torch.linalg.svdvals(matrix)[len(strengths)] ** 2)
+    threshold = below * (1 + distance)
+    assert_equal(in_float32(matrix, threshold=threshold), slow_outliers(matrix, threshold=threshold))
+
+
+def test_float32_that_differs_from_float64_is_not_believed():
+    matrix = with_spikes(900, 400, [60.0], seed=1)
+    gram = matrix.mT @ matrix
+    assert in_float32(matrix, threshold=1.1 * edge(900, 400)) is not None
+    off = gram * (1 + 3e-5)
+    assert in_float32(matrix, threshold=1.1 * edge(900, 400), product=lambda vectors: vectors @ off) is None
+
+
+def test_an_eigenvalue_that_the_iteration_has_not_seen_denies_the_factor():
+    gram = torch.diag(torch.tensor([9.0, 5.0, 1.0, 0.5], dtype=torch.float64))
+    first = torch.eye(4, dtype=torch.float64)[:1]
+    assert lanczos._none_beside(gram, first, np.array([9.0]), 5.1)
+    assert not lanczos._none_beside(gram, first, np.array([9.0]), 4.9)

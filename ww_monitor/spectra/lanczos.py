@@ -1,13 +1,15 @@
 """The few largest eigenvalues of Gram matrices without the others: what decides whether a matrix has outliers.
 
-One code for the host, a matrix at a time, and for a device, all matrices of a side together. The host reads what has
-been found once every some steps. Whatever is not settled within the bounds of this file is returned as not known, and
-the caller computes the whole spectrum.
+One code for the host, a matrix at a time, and for a device, all matrices of a side together. The host iterates in
+float32, which only has to find directions, and computes their eigenvalues in float64; a device, whose float32 may be
+rounded further at the user's wish, iterates in float64 and is read once every some steps. Whatever is not settled
+within the bounds of this file is returned as not known, and the caller computes the whole spectrum.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,11 +30,11 @@ above it is missed less often, exponentially in the root of the distance. Our ch
 RELATIVE_ERROR = 1e-9
 """Relative distance from the threshold up to which an eigenvalue is left undecided."""
 
-_STOP = 1e-11
-"""Estimated relative error of λmax at which the iteration stops. Far below the 1e-9 that is promised, because the
-estimate knows only the Ritz values that have appeared."""
+_STOP = 1e-10
+"""Estimated relative error of λmax at which the iteration stops. Below the 1e-9 that is promised, because the estimate
+knows only the Ritz values that have appeared."""
 
-_FIRST_CHECK = 18
+_FIRST_CHECK = 16
 _LONGEST_WAIT = 12
 """Steps before the first look at the Ritz values, and at most between two looks. Few matrices are settled earlier."""
 
@@ -43,10 +45,13 @@ _STEPS_SHARE = 16
 _LEAST_STEPS = 32
 _BASIS_SHARE = 0.75
 """A sixteenth of the side is the limit of steps, or 32 where that is more, and the basis may have so much of the side:
-beyond, the whole spectrum is cheaper (at side 768 it takes as long as 57 steps)."""
+beyond, the whole spectrum is cheaper (at side 768 it takes as long as 57 steps in float64)."""
 
-_EXHAUSTED = 1e-12
-"""A new direction this small beside the largest eigenvalue is rounding: the Krylov space is exhausted."""
+_EXHAUSTED = 4096
+"""A new direction of so many units of rounding beside the largest eigenvalue is none: the Krylov space is exhausted."""
+
+_ROUNDING = 1e-5
+"""What float32 may move an eigenvalue by, beside the largest. Ritz values that have moved more are not believed."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,10 @@ def read(tensor: torch.Tensor) -> np.ndarray:
     return array
 
 
-def outliers(gram: torch.Tensor, *, threshold: float, seed: int) -> Outliers:
+Exact = Callable[[torch.Tensor], torch.Tensor]
+
+
+def outliers(gram: torch.Tensor, *, threshold: float, seed: int, exact: Exact | None = None) -> Outliers:
     """#{λ > threshold} and λmax of symmetric positive semidefinite matrices, by block Lanczos from b random vectors.
 
     Each block is orthogonalised against the two before it and then against all (Golub & Underwood 1977). Ritz
@@ -80,12 +88,16 @@ def outliers(gram: torch.Tensor, *, threshold: float, seed: int) -> Outliers:
     coordinates that are independent of the others, random in their complement. That Lanczos' iteration from one of
     them has missed the largest eigenvalue λ there by more than ελ has a probability of at most 1.648 √M exp(−√ε (2k −
     1)) after k steps (Kuczyński & Woźniakowski 1992, SIAM J. Matrix Anal. Appl. 13, theorem 4.2), that all have missed
-    it the (b − c)-th power; the block holds the spaces of all, and the power is brought below `MISS`.
+    it the (b − c)-th power; the block holds the spaces of all, and the power is brought below `MISS`. On the host a
+    Cholesky factor is sought where that would take more steps than λmax: it leaves nothing to chance, and was as fast
+    as ten steps at side 768.
 
     Args:
-        gram: `[K, M, M]` float64, on the host or a device.
+        gram: `[K, M, M]` float64, on the host or a device; or float32 of one matrix on the host.
         threshold: Eigenvalue from which on one counts as an outlier; positive.
         seed: Seed of the start vectors, nothing else is random.
+        exact: Product of float64 rows `[b, M]` with the Gram matrix in float64, where `gram` is float32: its vectors
+            then are directions, in which the eigenvalues are computed anew.
 
     Returns:
         Not known are: `BLOCKS[-1]` outliers or more, an eigenvalue at the threshold, a Krylov space that is exhausted,
@@ -100,7 +112,7 @@ def outliers(gram: torch.Tensor, *, threshold: float, seed: int) -> Outliers:
     open_ = np.arange(len(gram))
     for block in BLOCKS:
         part = gram if len(open_) == len(gram) else gram[torch.from_numpy(open_).to(gram.device)]
-        verdicts = _Run(part, block, seed).verdicts(threshold)
+        verdicts = _Run(part, block, seed, exact).verdicts(threshold)
         for k, verdict in zip(open_, verdicts, strict=True):
             if verdict.known:
                 result.count[k], result.largest[k], result.known[k] = verdict.above, verdict.largest, True
@@ -130,11 +142,13 @@ class _Run:
         gram: `[K, M, M]`.
         block: Start vectors, the same for all matrices.
         seed: Seed of the start vectors.
+        exact: As of `outliers`.
     """
 
-    def __init__(self, gram: torch.Tensor, block: int, seed: int) -> None:
-        self.gram, self.block, self.steps = gram, block, 0
+    def __init__(self, gram: torch.Tensor, block: int, seed: int, exact: Exact | None) -> None:
+        self.gram, self.block, self.steps, self.exact = gram, block, 0, exact
         side = gram.shape[1]
+        self.rounding = _EXHAUSTED * torch.finfo(gram.dtype).eps
         self.limit = min(max(_LEAST_STEPS, side // _STEPS_SHARE), int(_BASIS_SHARE * side) // block)
         self.basis = gram.new_empty(len(gram), (self.limit + 1) * block, side)
         generator = torch.Generator(device=gram.device).manual_seed(seed)
@@ -162,11 +176,11 @@ class _Run:
             v, known = self.basis[:, step * b : (step + 1) * b], self.basis[:, : (step + 1) * b]
             last = known[:, max(0, step - 1) * b :]  # against the others w is orthogonal but for rounding
             w = v @ self.gram
-            diagonal = w @ v.mT
-            w, once = _orthonormal(w - (w @ last.mT) @ last)
-            w, twice = _orthonormal(w - (w @ known.mT) @ known)
-            self.basis[:, (step + 1) * b : (step + 2) * b] = w
-            new += [diagonal, once @ twice]
+            new.append((w @ v.mT).double())
+            for rows in (last, known):
+                w = w - (w @ rows.mT) @ rows
+            self.basis[:, (step + 1) * b : (step + 2) * b], beside = _orthonormal(w)
+            new.append(beside)
         blocks = read(torch.stack(new, 1))
         for i, step in enumerate(range(self.steps, steps)):
             here, after = slice(step * b, (step + 1) * b), slice((step + 1) * b, (step + 2) * b)
@@ -177,7 +191,7 @@ class _Run:
 
     def _judge(self, projected: np.ndarray, threshold: float) -> _Verdict:
         """Rayleigh–Ritz on the basis of one matrix: count, λmax, and whether another step would change them."""
-        n, side = self.steps * self.block, self.gram.shape[1]
+        n = self.steps * self.block
         beside = projected[n - self.block : n, n : n + self.block]
         if not np.isfinite(projected[: n + self.block, : n + self.block]).all():
             return _Verdict()
@@ -187,37 +201,78 @@ class _Run:
         residuals = np.linalg.norm(beside.T @ vectors[-self.block :], axis=0)
         above = int((values > threshold).sum())
         at_threshold = bool((np.abs(values - threshold) <= RELATIVE_ERROR * threshold).any())
-        if above >= self.block or at_threshold or np.abs(beside.diagonal()).min() <= _EXHAUSTED * values[0]:
+        if above >= self.block or at_threshold or np.abs(beside.diagonal()).min() <= self.rounding * values[0]:
             return _Verdict(above)
-        if _steps_to_certainty(values, 0 * residuals, above, self.block, threshold, side) > self.limit:
+        converged, settled = (
+            _steps_to_certainty(values, r, above, threshold, self) for r in (0 * residuals, residuals)
+        )
+        if self.exact is None and converged > self.limit:
             return _Verdict(above)  # the next eigenvalue is too near to the threshold
-        certain = _steps_to_certainty(values, residuals, above, self.block, threshold, side) - self.steps
         gap = max(1.0 - values[min(self.block, len(values) - 1)] / values[0], 1e-6)
         excess = _error(values, residuals) / (_STOP * values[0])
-        exact = math.log(max(excess, 1e-300)) / (4 * math.sqrt(gap))  # the error falls by exp(−4 √gap) a step
-        return _Verdict(above, float(values[0]), min(max(certain, exact, 0.0), 2.0 * _LONGEST_WAIT))
+        to_go = max(math.log(max(excess, 1e-300)) / (4 * math.sqrt(gap)), 0.0)  # the error falls by exp(−4 √gap) a step
+        if self.exact is None:
+            to_go = max(to_go, settled - self.steps)
+        elif to_go == 0:
+            kept = above + _NEIGHBOURS
+            rows = torch.from_numpy(vectors[:, :kept].T.astype(np.float32)) @ self.basis[0, :n]
+            return self._refined(rows, values[:kept], above, threshold, certain=settled <= self.steps)
+        return _Verdict(above, float(values[0]), min(to_go, 2.0 * _LONGEST_WAIT))
+
+    def _refined(
+        self, rows: torch.Tensor, expected: np.ndarray, above: int, threshold: float, *, certain: bool
+    ) -> _Verdict:
+        """Rayleigh–Ritz in float64 on Ritz vectors `rows`; not known where it differs from float32 or is not sure."""
+        assert self.exact is not None
+        rows = torch.linalg.qr(rows.mT.double()).Q.mT
+        image = self.exact(rows)
+        values, rotation = np.linalg.eigh((image @ rows.mT).numpy())
+        turn = torch.from_numpy(rotation.T)
+        rows, image, values = (turn @ rows).flip(0), (turn @ image).flip(0), values[::-1]
+        residuals = np.linalg.norm(image.numpy() - values[:, None] * rows.numpy(), axis=1)
+        margin = _ROUNDING * max(values[0], threshold)
+        known = (
+            bool(np.abs(values - expected).max() <= margin)
+            and bool(np.abs(values - threshold).min() > RELATIVE_ERROR * threshold)
+            and int((values > threshold).sum()) == above
+            and _error(values, residuals) <= RELATIVE_ERROR * values[0]
+            and (certain or _none_beside(self.gram[0], rows[:above], values[:above], threshold - margin))
+        )
+        return _Verdict(above, float(values[0]), to_go=0.0) if known else _Verdict()
+
+
+def _none_beside(gram: torch.Tensor, rows: torch.Tensor, values: np.ndarray, level: float) -> bool:
+    """Whether no more eigenvalues than there are rows lie above the level: level − G + Σ λ uuᵀ has a Cholesky factor.
+
+    By Weyl's inequality λ of G beyond the first c is at most λmax of G − Σ λ uuᵀ, for any c vectors u.
+    """
+    rest = gram.neg()
+    rest.diagonal().add_(level)
+    scaled = (rows * torch.from_numpy(np.sqrt(values))[:, None]).to(gram.dtype)
+    return not torch.linalg.cholesky_ex(rest.addmm_(scaled.mT, scaled)).info
 
 
 def _orthonormal(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Q and L with LQ = rows `[K, b, M]`; NaN where they are dependent."""
+    if rows.dtype == torch.float32:  # on the host, where this is the faster; too few digits for the other
+        q, r = torch.linalg.qr(rows.mT)
+        return q.mT, r.mT.double()
     factor, failed = torch.linalg.cholesky_ex(rows @ rows.mT)
     factor = torch.where((failed == 0)[:, None, None], factor, float("nan"))
     return torch.linalg.solve_triangular(factor, rows, upper=False), factor
 
 
-def _steps_to_certainty(
-    values: np.ndarray, residuals: np.ndarray, above: int, block: int, threshold: float, side: int
-) -> float:
+def _steps_to_certainty(values: np.ndarray, residuals: np.ndarray, above: int, threshold: float, run: _Run) -> float:
     """Steps k after which another eigenvalue above the threshold is missed with a probability of `MISS`.
 
     Such an eigenvalue has a vector in the basis that is orthogonal to the outliers' eigenvectors; the Ritz vectors
     differ from these, which moves the next Ritz value by the second term at most.
     """
     next_ = values[above] + float((residuals[:above] ** 2 / (values[:above] - values[above])).sum())
-    distance = 1.0 - next_ / threshold
+    distance = 1.0 - (next_ + (_ROUNDING * values[0] if run.exact else 0.0)) / threshold
     if distance <= 0:
         return math.inf
-    needed = math.log(1.648 * math.sqrt(side)) - math.log(MISS) / (block - above)
+    needed = math.log(1.648 * math.sqrt(run.gram.shape[1])) - math.log(MISS) / (run.block - above)
     return (needed / math.sqrt(distance) + 1) / 2
 
 
