@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 import ww_monitor
+from tests.processes import run_python
 from ww_monitor import InvalidArgument, Monitor, Options, SpectralWarning
 from ww_monitor.analysis import AnalyzeOptions
 from ww_monitor.errors import check_positive_int
@@ -183,8 +183,8 @@ def test_a_type_checker_sees_names_and_types(tmp_path):
     script, settings = tmp_path / "script.py", tmp_path / "mypy.ini"
     script.write_text(TYPED)
     settings.write_text(WITHOUT_LIBRARIES)
-    command = [sys.executable, "-m", "mypy", "--config-file", settings, "--cache-dir", tmp_path / "cache", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    places = ["--config-file", str(settings), "--cache-dir", str(tmp_path / "cache"), str(script)]
+    done = run_python("-m", "mypy", *places, timeout=300)
     mine = [line for line in done.stdout.splitlines() if "script.py:" in line and "error:" in line]
     found = sorted({int(line.split(":")[1]) for line in mine})
     wrong = [number for number, line in enumerate(TYPED.splitlines(), start=1) if line.endswith("# wrong")]

@@ -8,6 +8,7 @@ from torch import nn
 
 from ww_monitor import Monitor
 from ww_monitor.errors import InvalidArgument
+from ww_monitor.walk.sources import walk_source
 from ww_monitor.walk.torch import walk
 
 
@@ -98,4 +99,4 @@ def test_the_callback_hands_split_to_the_walker():
 
     net = nn.ModuleDict({"both": nn.Linear(32, 40)})
     callback = SpectralMonitor(split={"both": 2})
-    assert [matrix.shape for matrix in callback._walk(net)] == [(1, 20, 32), (1, 20, 32)]
+    assert [matrix.shape for matrix in walk_source(net, **callback._how)] == [(1, 20, 32), (1, 20, 32)]

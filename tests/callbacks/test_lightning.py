@@ -691,7 +691,6 @@ def test_bad_arguments_are_refused_at_construction(arguments, message):
         ({"preset": "weightwatcher"}, lambda history: history.last.preset),
         ({"rules": (rules.broken_layer,)}, lambda history: [finding.rule for finding in history.findings]),
         ({"seed": 5}, lambda history: history.last.summary["trap_severity"]),
-        ({"replicas": 7}, lambda history: history.last.summary["trap_severity"]),
         ({"significance": 0.999}, lambda history: history.last.summary["num_spikes"]),
         ({"fit": "hill"}, lambda history: history.last.summary["alpha"]),
         ({"fit": "hill", "fit_k": 5}, lambda history: history.last.summary["n_tail"]),
