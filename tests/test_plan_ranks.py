@@ -15,8 +15,9 @@ from ww_monitor.distributed.inventory import Held
 from ww_monitor.distributed.orders import Decision
 from ww_monitor.engine import Options
 from ww_monitor.errors import InvalidArgument, MissingDependency
-from ww_monitor.matrix import Matrix, Select, Skipped
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.plan import BUILT_IN, configured, models, plan_ranks
+from ww_monitor.settings import Select
 from ww_monitor.walk.sharded import EvenShards, even_shards
 from ww_monitor.walk.torch import walk
 

@@ -130,14 +130,14 @@ def _copied(loaded: Loaded, options: Options, step: int | None) -> Loaded | list
 
 
 def workspace(loaded: Loaded) -> int:
-    """Bytes that a solve on the host takes: Gram matrices in float64, and the weights twice more, shuffled.
+    """Bytes that a solve on the host takes: Gram matrices in float64, and the weights once more.
 
     A large matrix is solved in its Gram matrix; small ones together take two further copies.
     """
     gram = 8 * loaded.matrices[0].short_side ** 2
     weights = loaded.weights[0]
     alone = len(weights) == 1
-    return gram + 2 * weights.nbytes if alone else 3 * gram * weights.shape[0] * weights.shape[1] + weights.nbytes
+    return gram + weights.nbytes if alone else 3 * gram * weights.shape[0] * weights.shape[1] + weights.nbytes
 
 
 def _on_host(loaded: Loaded, options: Options, step: int | None, library: Library) -> Found:

@@ -5,6 +5,6 @@ copies the weights of one step, `background` is the thread that analyses them, `
 its accelerators, `guarded` turns exceptions into warnings, and `checkpoint` is what a resumed run continues from.
 """
 
-from ww_monitor.monitor.monitor import Monitor
+from ww_monitor.monitor.monitor import Monitor, MonitorOptions
 
-__all__ = ["Monitor"]
+__all__ = ["Monitor", "MonitorOptions"]
