@@ -130,7 +130,7 @@ def page(tmp_path_factory):
 
 
 @pytest.fixture
-def analyze(page, board, tmp_path_factory):
+def look(page, board, tmp_path_factory):
     """Open a view, wait for a text on it, save what it looks like."""
     artifacts = os.environ.get("WW_ARTIFACTS")
     folder = Path(artifacts) if artifacts else tmp_path_factory.mktemp("artifacts")
