@@ -173,7 +173,8 @@ def _eigvalsh(gram: np.ndarray, library: Library) -> tuple[np.ndarray, np.ndarra
 def _lapack(gram: np.ndarray, library: Library) -> np.ndarray:
     """The eigenvalues of the upper triangles: of small ones together, of a large one in place.
 
-    Which way depends on the side alone, so that a matrix has the same bits whatever it is solved beside.
+    Which way depends on the side alone, so that with one BLAS thread a matrix has the same bits whatever it is solved
+    beside; more threads may differ in the last ones.
     """
     side = gram.shape[-1]
     if side >= _IN_PLACE_SIDE:
