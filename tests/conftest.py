@@ -100,6 +100,8 @@ def read_wandb():
             if any(record.WhichOneof("record_type") == "exit" for record in records):
                 break
             time.sleep(0.05)
+        else:
+            raise AssertionError(f"{path} has no record of an exit after ten seconds")
         of_kind = {kind: [r for r in records if r.WhichOneof("record_type") == kind] for kind in _WANDB_KINDS}
         rows = [
             {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
@@ -120,9 +122,11 @@ _WANDB_KINDS = ("history", "metric", "alert", "files")
 
 
 def _wandb_records(data):
-    """The protobuf records of a `.wandb` file: a LevelDB log of 32 KiB blocks after a header of 7 bytes."""
+    """The whole protobuf records of a `.wandb` file: a LevelDB log of 32 KiB blocks after a header of 7 bytes."""
     from wandb.proto import wandb_internal_pb2
 
+    if len(data) < 7:
+        return
     assert struct.unpack("<4sHB", data[:7])[:2] == (b":W&B", 0xBEE1)
     position, block, whole = 7, 32768, b""
     while position + 7 <= len(data):
@@ -131,6 +135,8 @@ def _wandb_records(data):
         if left < 7 or (size == 0 and kind == 0):
             position += left
             continue
+        if position + 7 + size > len(data):
+            return  # W&B's own process is still writing this record: the caller reads again
         whole = (b"" if kind in (1, 2) else whole) + data[position + 7 : position + 7 + size]
         position += 7 + size
         if kind in (1, 4):
