@@ -19,7 +19,8 @@ from torch import Tensor
 from ww_monitor.errors import MissingDependency, WWMonitorError
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.parts import Split, check_split
-from ww_monitor.walk.state_dict import Scaling, Unread, unread, walk_unread
+from ww_monitor.walk.state_dict import Scaling, walk_unread
+from ww_monitor.walk.unread import Unread, unread
 
 _TORCH = (".bin", ".pt", ".pth", ".th", ".ckpt")
 _KERAS = (".keras", ".h5")
@@ -139,9 +140,9 @@ def _safetensors(path: Path) -> dict[str, Unread]:
 
 
 def _dtype(header: Any) -> torch.dtype | None:
-    """As torch reads no row of it; `None` for a type that torch lacks, and for a scalar, which has no rows."""
+    """As torch reads no row of it, or the number that a scalar is; `None` for a type that torch lacks."""
     try:
-        dtype: torch.dtype = header[:0].dtype
+        dtype: torch.dtype = header[: 0 if header.get_shape() else ...].dtype
         return dtype
     except Exception:  # noqa: BLE001 - an unknown type raises an error of safetensors, of torch, or another
         return None

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from ww_monitor.errors import InvalidArgument
@@ -15,31 +13,16 @@ from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import fused, parts
 from ww_monitor.walk.lora import low_rank
+from ww_monitor.walk.packed import readable
 from ww_monitor.walk.parts import KERNEL, WHOLE, WRAPPERS, Part, Split
-from ww_monitor.walk.reading import identity, tied_to
+from ww_monitor.walk.reading import tied_to
 from ww_monitor.walk.roles import infer_role
+from ww_monitor.walk.unread import Unread, unread
 
 _EMBEDDING = re.compile(r"(.*_)?(embed(ding)?s?|emb|wte|wpe)(_(?!out).*)?|[a-z]*embed", re.IGNORECASE)
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
 _LORA = re.compile(r"(?P<name>.*)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.weight")
 _COMPUTED = re.compile(r"(.*\.)?(parametrizations\..*|weight\w*_(orig|g|v))")
-
-
-@dataclass(frozen=True)
-class Unread:
-    """A tensor that is not read yet: what is known of it, and how it is read.
-
-    Attributes:
-        shape: Shape in which the weight is stored.
-        dtype: Its dtype, or `None` for one that is not read.
-        read: Returns the tensor.
-        identity: What it has in common with a tied tensor, or `None` where that is not known.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
-    read: Callable[[], Tensor]
-    identity: object = None
 
 
 Scaling = Callable[[str, int], float]
@@ -84,16 +67,11 @@ def walk_state_dict(tensors: Mapping[str, Tensor], *, split: Split | None = None
     return walk_unread({key: unread(tensor, tensor.detach) for key, tensor in tensors.items()}, split)
 
 
-def unread(tensor: Tensor, read: Callable[[], Tensor]) -> Unread:
-    """The description of a tensor that `read` reads."""
-    return Unread(tuple(tensor.shape), tensor.dtype, read, identity(tensor))
-
-
 def walk_unread(
     tensors: Mapping[str, Unread], split: Split | None = None, scaling: Scaling | None = None
 ) -> Iterator[Matrix | Skipped]:
     """`walk_state_dict` of tensors that are not read yet, with the scaling of LoRA deltas (1 if it is not known)."""
-    tensors = _cleaned(tensors)
+    tensors = readable(_cleaned(tensors))
     seen: dict[object, str] = {}
     for key, value in tensors.items():
         if len(value.shape) < 2:
@@ -129,8 +107,8 @@ def _items(
         yield from _delta(key, factor, tensors, scaling)
         return
     kind, cuts, reason = _meaning(key, value, tensors, split)
-    unread = "a storage type that is not read"
-    reason = reason or (unread if value.dtype is None else parts.unfit(value.dtype, value.shape, kind))
+    unknown = "a storage type that is not read"
+    reason = value.reason or reason or (unknown if value.dtype is None else parts.unfit(value.dtype, value.shape, kind))
     if reason:
         yield Skipped(_name(key), kind, value.shape, reason)
         return

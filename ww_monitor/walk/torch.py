@@ -223,7 +223,7 @@ def _bare_weights(module: nn.Module, path: str) -> Iterator[_Weight]:
         if is_lazy(tensor):
             continue
         size = reading.shape(like_whole(tensor))
-        if attribute in _PACKED and reading.is_packed(module, tensor):
+        if attribute in _PACKED and reading.is_coded(module, attribute, tensor):
             yield _Weight(attribute, Kind.DENSE, None, stem="")
         elif isinstance(tensor, Parameter) and tensor.is_floating_point():
             routes = attribute == "weight" and len(size) == 2 and _ROUTER.search(class_name)
@@ -258,10 +258,11 @@ def _cut_weight(module: nn.Module, path: str, weight: _Weight, this: _Walk) -> l
         if like is None:
             absent = Skipped(name, weight.kind, (), "no weight tensor in the module: packed or sharded elsewhere")
             return [absent] if attribute == "weight" else []
-        dense = reading.dequantized_shape(module, like)
+        dense = reading.dequantized_shape(module, attribute, like)
         size = dense or reading.shape(like)
         key = this.identity(module, reading.own_tensors(module).get(attribute))
-        reason = "" if dense else reading.defect(like, weight.kind, planned=this.layout is not None)
+        refused = "" if dense else reading.refusal(module, attribute, like)
+        reason = "" if dense else refused or reading.defect(like, weight.kind, planned=this.layout is not None)
         layer = this.adapters.get((id(module), attribute))
         if (reason and layer is None) or key in this.seen:
             return [Skipped(name, weight.kind, size, reason or reading.tied_to(this.seen.get(key)))]
@@ -311,11 +312,14 @@ def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk
     if parametrize.is_parametrized(module):
         computed = module.get_submodule("parametrizations").named_children()
         tensors |= {attribute: reading.originals(functions)[-1] for attribute, functions in computed}
+    scales = reading.scales_in(module, tensors)
     for attribute, tensor in tensors.items():
         if attribute in listed or is_lazy(tensor) or tensor.ndim < 2:
             continue
         reason = ""
-        if isinstance(tensor, Parameter):
+        if attribute in scales:
+            reason = f"scales of {scales[attribute]}"
+        elif isinstance(tensor, Parameter):
             reason = reading.tied_to(this.seen.get(this.identity(module, tensor))) or f"{owner} are not a known weight"
         elif attribute in ("weight", "qweight") and not tensor.is_floating_point():
             reason = "integer weights"
