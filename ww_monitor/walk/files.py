@@ -142,7 +142,7 @@ def _safetensors(path: Path) -> dict[str, Unread]:
 def _dtype(header: Any) -> torch.dtype | None:
     """As torch reads no row of it, or the number that a scalar is; `None` for a type that torch lacks."""
     try:
-        dtype: torch.dtype = header[: 0 if header.get_shape() else ...].dtype
+        dtype: torch.dtype = (header[:0] if header.get_shape() else header[...]).dtype
         return dtype
     except Exception:  # noqa: BLE001 - an unknown type raises an error of safetensors, of torch, or another
         return None
