@@ -30,6 +30,10 @@ class MissingDependency(WWMonitorError, ImportError):
     """An optional package is needed for what was asked; the message says which extra brings it."""
 
 
+class NoSuchFile(WWMonitorError, FileNotFoundError):
+    """There is no file or folder of that name; the message names it, and what was looked for."""
+
+
 class SpectralWarning(UserWarning):
     """The category of every warning this package issues."""
 

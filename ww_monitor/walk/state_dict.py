@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 
 from torch import Tensor
 
-from ww_monitor.errors import InvalidArgument
+from ww_monitor.errors import InvalidArgument, SpectralWarning
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import fused, parts
+from ww_monitor.walk.containers import choose, of_others
 from ww_monitor.walk.lora import low_rank
 from ww_monitor.walk.packed import readable
 from ww_monitor.walk.parts import KERNEL, WHOLE, WRAPPERS, Part, Split
@@ -29,7 +32,9 @@ Scaling = Callable[[str, int], float]
 """Name of the adapted module and rank → the scaling s of its delta s·B·A."""
 
 
-def walk_state_dict(tensors: Mapping[str, Tensor], *, split: Split | None = None) -> Iterator[Matrix | Skipped]:
+def walk_state_dict(
+    tensors: Mapping[str, Tensor], *, split: Split | None = None, part: str = ""
+) -> Iterator[Matrix | Skipped]:
     """The weight matrices among named tensors, in their order, and what was left out with the reason.
 
     Without module classes, names and shapes must tell: `*.weight` of two dimensions is dense, or an embedding if its
@@ -42,12 +47,16 @@ def walk_state_dict(tensors: Mapping[str, Tensor], *, split: Split | None = None
         tensors: A state dict; the prefixes of data parallel and of `torch.compile` leave no mark on the names.
         split: Globs on the names of dense weights, each with the number of equal parts or the sizes of the parts that
             its first axis is cut into, named `.0`, `.1`, …; the first match counts, and 1 keeps a fused weight whole.
+        part: Which of several state dicts one in another to read, by its path (`"generator"`, `"model.ema"`). Without
+            it all are read, their names with that path in front, but for a moving average of another; a
+            `SpectralWarning` says so.
 
     Returns:
-        A `Matrix` for every weight, a `Skipped` for every other tensor of two or more dimensions.
+        A `Matrix` for every weight, a `Skipped` for every other tensor of two or more dimensions and for what is none.
 
     Raises:
-        InvalidArgument: if `tensors` is no mapping from names to tensors, or `split` is malformed.
+        InvalidArgument: if `tensors` is no mapping, has no tensors of two or more dimensions beside what is no tensor,
+            has no such `part`, or `split` is malformed.
 
     >>> import torch
     >>> tensors = {"fc.weight": torch.zeros(4, 8), "fc.bias": torch.zeros(4), "conv.weight": torch.zeros(6, 4, 3, 3)}
@@ -57,14 +66,17 @@ def walk_state_dict(tensors: Mapping[str, Tensor], *, split: Split | None = None
     parts.check_split("walk_state_dict", split)
     if not isinstance(tensors, Mapping):
         raise InvalidArgument(f"walk_state_dict: tensors must be a mapping; got {type(tensors).__name__}")
-    # what modules put there by `get_extra_state` may be any object, and is no weight
-    tensors = {key: value for key, value in tensors.items() if not key.endswith("_extra_state")}
-    wrong = next((key for key, value in tensors.items() if not isinstance(value, Tensor)), None)
-    if wrong is not None:
-        raise InvalidArgument(
-            f"walk_state_dict: every value must be a tensor; got {type(tensors[wrong]).__name__} for {wrong!r}"
-        )
-    return walk_unread({key: unread(tensor, tensor.detach) for key, tensor in tensors.items()}, split)
+    if all(isinstance(value, Tensor) for value in tensors.values()) and not part:
+        return walk_unread({key: unread(tensor, tensor.detach) for key, tensor in tensors.items()}, split)
+    chosen = choose(tensors, part, "walk_state_dict")
+    if chosen.said:
+        warnings.warn(chosen.said, SpectralWarning, stacklevel=2)
+    found = {
+        parts.joined(prefix, name): unread(tensor, tensor.detach)
+        for prefix, one in chosen.state_dicts.items()
+        for name, tensor in one.tensors.items()
+    }
+    return chain(walk_unread(found, split), of_others(chosen))
 
 
 def walk_unread(
