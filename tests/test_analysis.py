@@ -221,7 +221,7 @@ OPTIONS = {
     "split": (THREE, {"split": {"c": 3}}, names),
     "experts": (nn.ModuleDict({"experts": Experts()}), {"experts": "pooled"}, names),
 }
-"""A model, the option, and what it changes; `lora`, `strict` and `across_ranks` are tested apart."""
+"""A model, the option, and what it changes; `lora`, `part`, `strict` and `across_ranks` are tested apart."""
 
 
 @pytest.mark.parametrize(("source", "arguments", "seen"), OPTIONS.values(), ids=OPTIONS)
@@ -230,7 +230,7 @@ def test_every_option_changes_what_it_is_for(source, arguments, seen):
 
 
 def test_there_is_a_test_for_every_option():
-    assert set(inspect.signature(analyze).parameters) == {"model", "lora", "strict", "across_ranks", *OPTIONS}
+    assert set(inspect.signature(analyze).parameters) == {"model", "lora", "part", "strict", "across_ranks", *OPTIONS}
 
 
 def test_the_same_seed_gives_the_same_snapshot_and_no_global_stream_moves():

@@ -65,6 +65,6 @@ def analyze(given: AnalyzeOptions) -> Snapshot:
     select, how = Select.of(given), given.for_walker(given.preset)
     items = select.apply(walk_source(given.model, **how, part=given.part))
     if given.base is not None:
-        items = delta(items, select.apply(walk_source(given.base, **how)))
+        items = delta(items, select.apply(walk_source(given.base, **how), say=lambda _: None))
     snapshot = analyze_on_ranks(items, options) if given.across_ranks else analyze_matrices(items, options)
     return snapshot.with_findings(apply_rules(SINGLE_RULES, History([snapshot])))

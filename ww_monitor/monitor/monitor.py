@@ -206,7 +206,7 @@ class Monitor(Guarded):
         self.last_step, self._next_step = step, None
         published: list[Snapshot] = []
         with self.timed(), self.guard("analysis"):
-            items = list(self.select.apply(matrices))
+            items = list(self.select.apply(matrices, say=lambda said: self.say_once(said, said)))
             if self.analyzer.reads_now(whole=whole):
                 self._waited += wait_for_queued()
             snapshot = self.analyzer.analyze(items, step=step, epoch=epoch, whole=whole)

@@ -110,8 +110,8 @@ def _read_microscaled(blocks: Unread, scales: Unread) -> Tensor:
 def _four_bits(codes: Unread, beside: Mapping[str, Unread], state: str) -> Unread:
     """The weight in blocks that share a magnitude; its shape is in the text of its state."""
     try:
-        text = beside[state].read() if prod(beside[state].shape) <= _MOST_STATE else torch.zeros(0)
-        about: dict[str, Any] = json.loads(bytes(text.tolist()))
+        text = beside[state].read() if prod(beside[state].shape) <= _MOST_STATE else None
+        about: dict[str, Any] = json.loads(bytes([] if text is None else text.tolist()))
         shape = tuple(int(size) for size in about["shape"])
         if prod(shape) != 2 * prod(codes.shape) or codes.dtype != torch.uint8 or min(shape) < 1:
             raise ValueError(f"{codes.dtype} of shape {codes.shape} for {shape}")

@@ -170,7 +170,11 @@ def beside(module: torch.nn.Module, attribute: str, weight: Tensor) -> dict[str,
     for holder in (weight, own.get("state")):  # bitsandbytes keeps them at the weight, and later in a state
         if isinstance(getattr(holder, "SCB", None), Tensor):
             own.setdefault("SCB", holder.SCB)  # type: ignore[union-attr]
-    numbers = {name: torch.tensor(value, device="cpu") for name, value in own.items() if type(value) is float}
+    numbers = {
+        name: torch.tensor(value, dtype=torch.float32, device="cpu")
+        for name, value in own.items()
+        if type(value) is float
+    }
     tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
     return {name: value for name, value in {**numbers, **tensors}.items() if name != attribute}
 
