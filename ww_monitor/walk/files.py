@@ -209,7 +209,19 @@ def _lora_scaling(folder: Path) -> Scaling | None:
     root = bool(config.get("use_rslora"))
 
     def scaling(name: str, rank: int) -> float:
-        own = next((a for pattern, a in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", name)), alpha)
+        own = next((a for pattern, a in patterns.items() if _matches(pattern, name, file)), alpha)
         return float(own) / (math.sqrt(rank) if root else rank)
 
     return scaling
+
+
+def _matches(pattern: str, name: str, file: Path) -> bool:
+    """Whether a pattern of PEFT's configuration is for a module; one that might take long is refused.
+
+    Raises:
+        WWMonitorError: if steps back over every repetition could be more than ten million.
+    """
+    repeated = len(re.findall(r"[*+?]|\{", pattern))
+    if re.search(r"[)*+?}]\s*[*+{]", pattern) or len(name) ** (repeated + 1) > 10**7:
+        raise WWMonitorError(f"walk_files: expected patterns of few repetitions in {file}; got {pattern[:100]!r}")
+    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
