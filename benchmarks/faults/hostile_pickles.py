@@ -145,7 +145,7 @@ def _calls() -> dict[str, object]:
         "popen": Call(os.popen, "touch $TRACE"),
         "subprocess": Call(subprocess.call, ["sh", "-c", "touch $TRACE"]),
         "import": Call(importlib.import_module, "this"),
-        "getattr": Call(getattr, os, "system"),
+        "getattr": Call(getattr, Call(importlib.import_module, "os"), "system"),
         "partial": Call(functools.partial(os.system, "touch $TRACE")),
         "compile": Call(compile, trace, "", "exec"),
         "load": Call(torch.load, "/nowhere"),

@@ -294,3 +294,22 @@ def test_sparse_tensors_in_a_file_cost_themselves_only(tmp_path):
     snapshot = analyze(tmp_path / "net.pt")
     assert [layer.name for layer in snapshot.layers] == ["fc"]
     assert {item.reason.split(" (")[0] for item in snapshot.skipped} == {"sparse weights"}
+
+
+def test_a_shard_without_matrices_costs_nothing(tmp_path):
+    for number, key in ((1, "fc.weight"), (2, "fc.bias")):
+        torch.save({key: TENSORS[key]}, tmp_path / f"pytorch_model-0000{number}-of-00002.bin")
+    check(tmp_path)
+    torch.save({"fc.bias": TENSORS["fc.bias"]}, tmp_path / "alone.pt")
+    with pytest.raises(WWMonitorError, match=r"expected weight matrices in .*; got fc.bias \(12,\)"):
+        walk_files(tmp_path / "alone.pt")
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(", "(.*)*x", ".*.*.*.*.*x"])
+def test_an_adapter_s_pattern_that_may_take_for_ever_is_refused(tmp_path, pattern):
+    factors = {"a" * 60 + f".lora_{which}.weight": torch.ones(16, 16) for which in "AB"}
+    safetensors.save_file(factors, tmp_path / "adapter_model.safetensors")
+    config = {"lora_alpha": 8, "alpha_pattern": {pattern: 4}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(WWMonitorError):
+        walk_files(tmp_path)

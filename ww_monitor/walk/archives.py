@@ -35,7 +35,7 @@ def content_of(path: Path) -> Any:
     refuse_old_torch(path)
     mapped = check_archive(path)
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
+        content = load(path, mapped=mapped)
     except pickle.UnpicklingError as error:
         raise WWMonitorError(
             f"walk_files: {path} is damaged or holds pickled Python objects, which can run any code when they are "
@@ -46,6 +46,11 @@ def content_of(path: Path) -> Any:
             f"walk_files: {path} is no readable torch file: {type(error).__name__}: {_first_line(error)}"
         ) from error
     return content
+
+
+def load(path: Path, *, mapped: bool) -> Any:
+    """What is in a file that has been checked."""
+    return torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
 
 
 def _first_line(error: Exception) -> str:

@@ -69,6 +69,8 @@ def choose(content: object, part: str, where: str) -> Chosen:
         InvalidArgument: if there is no such part; if there is none at all, with what there is; or if containers are
             nested more than 100 deep.
     """
+    if isinstance(content, Mapping) and content and not part and all(isinstance(v, Tensor) for v in content.values()):
+        return Chosen({"": StateDict((), {str(key): value for key, value in content.items()}, {})}, "")
     found = list(_state_dicts(content, where))
     found = [one for one in found if any(_is_weight(*item) for item in one.tensors.items())] or found
     more = [f"and {len(found) - _MOST_NAMED} more"] * (len(found) > _MOST_NAMED)

@@ -20,15 +20,16 @@ from torch import Tensor
 
 from ww_monitor.errors import InvalidArgument, MissingDependency, SpectralWarning, WWMonitorError
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.walk.archives import check_sizes, content_of, is_script
+from ww_monitor.walk.archives import check_sizes, content_of, is_script, load
 from ww_monitor.walk.containers import choose, of_others
-from ww_monitor.walk.folders import KERAS, RECOGNISED, TORCH, check_regular, weight_files
+from ww_monitor.walk.folders import KERAS, RECOGNISED, TORCH, Files, check_regular, weight_files
 from ww_monitor.walk.parts import Split, check_split, joined
 from ww_monitor.walk.script import script_weights
 from ww_monitor.walk.state_dict import Scaling, walk_unread
 from ww_monitor.walk.unread import Unread, unread
 
 _MOST_LISTED = 8
+_MOST_CONFIG = 16 << 20  # bytes of an adapter_config.json, which has some thousand
 
 
 def walk_files(path: str | Path, *, split: Split | None = None, part: str = "") -> Iterator[Matrix | Skipped]:
@@ -70,13 +71,17 @@ def walk_files(path: str | Path, *, split: Split | None = None, part: str = "") 
         files = weight_files(Path(path))
         if files.said:
             warnings.warn(files.said, SpectralWarning, stacklevel=2)
-        items = list(_items(files.paths, split, part))
+        items = list(_items(files, split, part))
         if not any(isinstance(item, Matrix) for item in items):
             skipped = [f"{item.name} {item.shape} ({item.reason})" for item in items if isinstance(item, Skipped)]
-            more = [f"and {len(skipped) - _MOST_LISTED} more"] * (len(skipped) > _MOST_LISTED)
-            listed = "; ".join(skipped[:_MOST_LISTED] + more) or "none of two or more dimensions"
-            raise WWMonitorError(f"walk_files: expected weight matrices in {path}; got {listed}")
+            raise _without_weights(path, skipped)
     return iter(items)
+
+
+def _without_weights(path: object, held: list[str]) -> WWMonitorError:
+    more = [f"and {len(held) - _MOST_LISTED} more"] * (len(held) > _MOST_LISTED)
+    listed = "; ".join(held[:_MOST_LISTED] + more) or "nothing"
+    return WWMonitorError(f"walk_files: expected weight matrices in {path}; got {listed}")
 
 
 @contextmanager
@@ -84,33 +89,37 @@ def _named(path: str | Path) -> Iterator[None]:
     """Whatever goes wrong with a file is an error of this package that names it."""
     try:
         yield
-    except WWMonitorError:
+    except (WWMonitorError, SpectralWarning):  # the warning where a filter makes an error of it
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:500]}"
         raise WWMonitorError(f"walk_files: {path} could not be read: {reason}") from error
 
 
-def _items(files: tuple[Path, ...], split: Split | None, part: str) -> Iterator[Matrix | Skipped]:
+def _items(files: Files, split: Split | None, part: str) -> Iterator[Matrix | Skipped]:
     """What one model has, in one file or several."""
-    if files[0].name.lower().endswith(KERAS):
+    first = files.paths[0]
+    if first.name.lower().endswith(KERAS):
         from ww_monitor.walk.hdf5 import walk_keras_file
 
-        if len(files) > 1 or part:
-            raise InvalidArgument(f"walk_files: expected one Keras file, without part; got {len(files)}, part={part!r}")
-        return walk_keras_file(files[0], split)
+        if len(files.paths) > 1 or part:
+            raise InvalidArgument(f"walk_files: expected one Keras file, and no part; got {part!r}, {first} and others")
+        return walk_keras_file(first, split)
     tensors: dict[str, Unread] = {}
     skipped: list[Skipped] = []
-    for file in files:
+    for file in files.paths:
         found, left_out = _read_file(file, part)
-        if twice := next((key for key in found if key in tensors), ""):
+        twice = "" if files.indexed else next((key for key in found if key in tensors), "")
+        if twice:
             raise WWMonitorError(
                 f"walk_files: expected parts of one model; got {twice!r} in {file} too: pieces of one tensor, or two "
                 "models; give one of the files"
             )
         tensors.update(found)
         skipped += left_out
-    return chain(walk_unread(tensors, split, _lora_scaling(files[0].parent)), skipped)
+    if not any(len(value.shape) > 1 for value in tensors.values()):
+        raise _without_weights(first, [f"{name} {value.shape}" for name, value in tensors.items()])
+    return chain(walk_unread(tensors, split, _lora_scaling(first.parent)), skipped)
 
 
 def _read_file(path: Path, part: str) -> tuple[Mapping[str, Unread], Iterable[Skipped]]:
@@ -187,7 +196,7 @@ def _torch_file(path: Path, part: str) -> tuple[dict[str, Unread], Iterable[Skip
 
 
 def _from_archive(path: Path, keys: tuple[Any, ...], name: str) -> Tensor:
-    inner = content_of(path)
+    inner = load(path, mapped=True)
     for key in keys:
         inner = inner[key]
     return next(value for key, value in inner.items() if str(key) == name and isinstance(value, Tensor))
@@ -201,6 +210,8 @@ def _lora_scaling(folder: Path) -> Scaling | None:
     file = folder / "adapter_config.json"
     if not file.is_file():
         return None
+    if check_regular(file).stat().st_size > _MOST_CONFIG:
+        raise WWMonitorError(f"walk_files: expected a configuration of at most {_MOST_CONFIG} bytes, got {file}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         patterns, alpha = dict(config.get("alpha_pattern") or {}), float(config["lora_alpha"])

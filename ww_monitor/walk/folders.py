@@ -6,7 +6,7 @@ import json
 import os
 import re
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ww_monitor.errors import NoSuchFile, WWMonitorError
@@ -37,10 +37,11 @@ _SHARD = re.compile(r"-(\d{3,6})-of-(\d{3,6})\.")
 
 @dataclass(frozen=True)
 class Files:
-    """The files of one model, and what is to be said of the choice."""
+    """The files of one model, what is to be said of the choice, and whether an index names them."""
 
     paths: tuple[Path, ...]
     said: str = ""
+    indexed: bool = False
 
 
 def weight_files(path: Path) -> Files:
@@ -55,7 +56,7 @@ def weight_files(path: Path) -> Files:
     if not os.path.lexists(path) or not path.exists():
         raise NoSuchFile(f"walk_files: no file or directory {str(path)!r}; looked for {RECOGNISED}")
     if path.name.endswith(".json") and ".index." in path.name:
-        return Files(_shards(path))
+        return Files(_shards(path), indexed=True)
     return Files((check_regular(path),), _said_of_parts([path]))
 
 
@@ -78,7 +79,7 @@ def _in_folder(folder: Path) -> Files:
     for step in sorted(steps, reverse=True):
         if (files := _weights_in(steps[step])).paths:
             said = f"walk_files: read {steps[step].name}, the newest of {len(steps)} checkpoints in {folder}"
-            return Files(files.paths, "; ".join(filter(None, (said, files.said))))
+            return replace(files, said="; ".join(filter(None, (said, files.said))))
     inside = [inner.name for inner in sorted(folder.iterdir()) if inner.is_dir() and _weights_in(inner).paths]
     hint = f"its folders {', '.join(inside)} have some: give one of them" if inside else f"use {RECOGNISED}"
     raise WWMonitorError(f"walk_files: expected weights in {str(folder)!r}, found none; {hint}")
@@ -91,7 +92,7 @@ def _weights_in(folder: Path) -> Files:
             return Files((whole,))
         indices = sorted(folder.glob(f"{pattern}.index*.json"), key=lambda index: (len(index.name), index.name))
         if indices:
-            return Files(_shards(indices[0]))
+            return Files(_shards(indices[0]), indexed=True)
         if files := sorted(folder.glob(pattern)):
             return Files(tuple(map(check_regular, files)), _said_of_parts(files))
     return Files(())

@@ -66,8 +66,8 @@ def walk_state_dict(
     parts.check_split("walk_state_dict", split)
     if not isinstance(tensors, Mapping):
         raise InvalidArgument(f"walk_state_dict: tensors must be a mapping; got {type(tensors).__name__}")
-    if all(isinstance(value, Tensor) for value in tensors.values()) and not part:
-        return walk_unread({key: unread(tensor, tensor.detach) for key, tensor in tensors.items()}, split)
+    if not tensors and not part:
+        return iter(())
     chosen = choose(tensors, part, "walk_state_dict")
     if chosen.said:
         warnings.warn(chosen.said, SpectralWarning, stacklevel=2)
