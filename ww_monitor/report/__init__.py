@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeAlias
 
 from ww_monitor.record import History, Snapshot
 from ww_monitor.report.page import html
 from ww_monitor.report.recording import recorded
 
+Run: TypeAlias = History | Iterable[Snapshot] | Snapshot | str | Path
+"""A run: a history file, a folder that has one, or snapshots at hand."""
+
 
 def write_report(
-    run: History | Iterable[Snapshot] | str | Path,
-    other: History | Iterable[Snapshot] | str | Path | None = None,
-    *,
-    path: str | Path = "report.html",
+    run: Run, other: Run | None = None, *, path: str | Path = "report.html"
 ) -> Path:
     """Write what a run has shown as one page: what to look at, curves, a map of depth and time, layers, spectra.
 
@@ -22,7 +23,7 @@ def write_report(
     every second, fourth, … snapshot, and says so. Numbers are rounded to 12 bits of their range or better.
 
     Args:
-        run: A history, a history file, or a folder that has one (a run's `ww_history.jsonl`).
+        run: A history, a history file, or a folder that has one (a run's `ww_history.jsonl`), or one snapshot.
         other: A second run, shown beside the first, aligned by step; layers are paired by name.
         path: Where the page goes; what is there is replaced.
 
@@ -38,7 +39,7 @@ def write_report(
     >>> import tempfile, torch, ww_monitor
     >>> snapshot = ww_monitor.analyze(torch.nn.Linear(200, 100))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     page = write_report([snapshot], path=f"{folder}/report.html")
+    ...     page = write_report(snapshot, path=f"{folder}/report.html")
     ...     page.name, page.stat().st_size < 3_000_000
     ('report.html', True)
     """
@@ -50,4 +51,4 @@ def write_report(
     return target
 
 
-__all__ = ["write_report"]
+__all__ = ["Run", "write_report"]

@@ -17,7 +17,7 @@ function draw(element, build) {
   drawn.set(element, build);
   const [traces, layout] = build();
   const axis = {
-    gridcolor: css("line"), linecolor: css("line"), zerolinecolor: css("line"), tickfont: { color: css("quiet") },
+    gridcolor: css("line"), linecolor: css("line"), zerolinecolor: css("line"), tickfont: { color: css("quiet"), size: 11 },
     title: { font: { color: css("quiet") } }, automargin: true, exponentformat: "power",
   };
   const full = {

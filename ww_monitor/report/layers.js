@@ -141,7 +141,7 @@ function spectrumFigure(shown, ranges) {
     upright(fitted.erg_lambda > 0 ? fitted.erg_lambda : fitted.detX_val_unrescaled, "detX", css("space"));
   });
   const axis = (text, range) => ({ type: "log", range, title: { text } });
-  const layout = { height: 400, showlegend: true, xaxis: axis("eigenvalue λ", ranges.x), yaxis: axis("density ρ(λ)", ranges.y) };
+  const layout = { height: shown.length > 1 ? 480 : 420, showlegend: true, xaxis: axis("eigenvalue λ", ranges.x), yaxis: axis("density ρ(λ)", ranges.y) };
   return [[...traces, ...spikes], { ...layout, hovermode: "closest" }];
 }
 

@@ -76,7 +76,7 @@ async function showMap() {
   const metric = $("#map-metric").value, which = runs.length > 1 ? $("#map-run").value : "a", both = which === "difference";
   const tables = (await Promise.all(runs.map((run) => metricOf(run, metric)))).map((of) => of ?? UNKNOWN);
   const about = meta.metrics[metric];
-  const colours = metric === "alpha" && !both ? " Orange: below 2; blue to yellow: 2 to 6; grey: above 6." : both ? " B less A." : "";
+  const colours = metric === "alpha" && !both ? " Orange: below 2; violet to yellow: 2 to 6; grey: above 6." : both ? " B less A." : "";
   $("#map-about").textContent = `${about.definition} ${about.read ? `How to read it: ${about.read}.` : ""}${colours}`;
   const first = both ? 0 : "ab".indexOf(which), byRole = $("#map-order").value === "role";
   const here = layers.filter((row) => (both ? row.at[0] !== undefined && row.at[1] !== undefined : row.at[first] !== undefined));
@@ -124,10 +124,10 @@ async function showLayers() {
   const compared = numbers.filter((metric) => HEALTHIER[metric]);
   await lastValues(runs.length > 1 ? compared : numbers);
   const value = (row, metric, index) => row.last?.[index][metric] ?? NaN;
-  const number = (title, read, about) => ({ title, about, number: true, width: "minmax(98px, 0.5fr)", sort: read, show: (row) => figure(read(row)) });
+  const number = (title, read, about) => ({ title, about, number: true, width: `minmax(${Math.max(60, 9 * title.length)}px, 0.3fr)`, sort: read, show: (row) => figure(read(row)) });
   const words = (index) => (row) => (row.at[index] === undefined ? "not in this run" : runs[index].judged[row.at[index]]);
   const columns = [
-    { title: "layer", width: "minmax(220px, 1.4fr)", sort: (row) => row.depth, show: (row) => nameButton(row.name, () => openLayer(row)), about: "in the order of the model" },
+    { title: "layer", width: "minmax(200px, 1.5fr)", sort: (row) => row.depth, show: (row) => nameButton(row.name, () => openLayer(row)), about: "in the order of the model" },
     { title: "role", width: "minmax(56px, 0.4fr)", sort: (row) => row.role, show: (row) => row.role || "–" },
     ...runs.map((_, index) => ({
       title: runs.length > 1 ? `verdict ${"AB"[index]}` : "verdict", width: "minmax(200px, 2fr)", sort: words(index), show: words(index),

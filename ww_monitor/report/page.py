@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from html import escape
 from importlib import resources
 from typing import Any
@@ -42,7 +43,8 @@ def html(runs: Sequence[Recording]) -> str:
     blocks: dict[str, str] = {}
     described = [_described(run, f"{letter}-", blocks) for letter, run in zip("ab", runs, strict=False)]
     meta = {"runs": described, "metrics": _about_metrics(runs), "key": KEY, "verdicts": VERDICT_WORDS}
-    library, script, head = _plotly(), "\n".join(map(_piece, SCRIPTS)), _piece("theme.js")
+    (library, packed_library), head = _plotly(), _piece("theme.js")
+    script = "\n".join(map(_piece, SCRIPTS))
     title = " and ".join(run.name for run in runs)
     return _filled(
         _piece("page.html"),
@@ -58,7 +60,7 @@ def html(runs: Sequence[Recording]) -> str:
             "script": script,
             "blocks": "\n".join(
                 f'<script type="text/plain" id="block-{name}">{text}</script>'
-                for name, text in {"plotly": deflated(library.encode()), "meta": packed_json(meta), **blocks}.items()
+                for name, text in {"plotly": packed_library, "meta": packed_json(meta), **blocks}.items()
             ),
         },
     )
@@ -72,12 +74,15 @@ def _filled(template: str, parts: Mapping[str, str]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)  # in one pass: no part is a template
 
 
-def _plotly() -> str:
+@lru_cache(maxsize=1)
+def _plotly() -> tuple[str, str]:
+    """The library's script, and its block."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise MissingDependency("report: needs plotly; pip install 'ww-monitor[report]'") from error
-    return str(get_plotlyjs())
+    script = str(get_plotlyjs())
+    return script, deflated(script.encode())
 
 
 def _policy(*scripts: str) -> str:
@@ -99,12 +104,13 @@ def _notes(runs: Sequence[Recording]) -> list[str]:
     for run in runs:
         prefix = f"{run.name}: " if len(runs) > 1 else ""
         told = list(run.notes)
-        if run.table.every > 1:
-            told.append(f"To keep this page small, numbers are those of every {run.table.every}th snapshot and the last.")
-        if (every := _every(run, MAX_ROWS_OF_OTHERS)) > run.table.every:
-            told.append(f"To keep this page small, metrics other than the main ones are those of every {every}th snapshot and the last.")
-        if run.spectra.every > 1:
-            told.append(f"To keep this page small, spectra are those of every {run.spectra.every}th snapshot and the last.")
+        every, others = run.table.every, _every(run, MAX_ROWS_OF_OTHERS)
+        thinned = {"all numbers": every, "numbers of minor metrics": others * (others > every), "spectra": run.spectra.every}
+        told += [
+            f"To keep the page small, {what} are those of one snapshot in {kept}, and of the last."
+            for what, kept in thinned.items()
+            if kept > 1
+        ]
         if not any(len(one.rows) for one in run.spectra.items.values()):
             told.append("This history has no spectra.")
         if (left := len(spans(run)) - MAX_FINDINGS) > 0:

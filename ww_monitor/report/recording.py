@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -152,27 +153,35 @@ class Recording:
             kept.rewind(len(self.steps))
 
     def _rows_of(self, layers: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        seen: Counter[str] = Counter()
-        found = []
-        for layer in layers:
-            name = str(layer["name"])
-            seen[name] += 1
-            key = name if seen[name] == 1 else f"{name} ({seen[name]})"
-            self.layers[key] = About(
-                key, str(layer["kind"]), str(layer.get("role", "")), tuple(map(int, layer["shape"]))
-            )
-            found.append(self._index.setdefault(key, len(self._index)))
-        return np.array(found, np.int64)
+        names = [layer["name"] for layer in layers]
+        if len(set(names)) < len(names):
+            seen: Counter[str] = Counter()
+            for place, name in enumerate(names):
+                seen[name] += 1
+                names[place] = name if seen[name] == 1 else f"{name} ({seen[name]})"
+        for name, layer in zip(names, layers, strict=True):
+            if name not in self._index:
+                shape = tuple(map(int, layer["shape"]))
+                self.layers[name] = About(str(name), str(layer["kind"]), str(layer.get("role", "")), shape)
+                self._index[name] = len(self._index)
+        return np.array([self._index[name] for name in names], np.int64)
 
     def _table(self, rows: np.ndarray, layers: Sequence[Mapping[str, Any]]) -> Rows:
-        for layer in layers:
-            if not layer["metrics"].keys() <= self.metrics.keys():
-                for name in layer["metrics"]:
-                    self.metrics.setdefault(name, len(self.metrics))
-        values = [[layer["metrics"].get(name) for name in self.metrics] for layer in layers]
         words = [layer.get("verdict") or str(layer.get("status", "ok")).split(":")[0] for layer in layers]
         codes = [self.verdicts.setdefault(word, len(self.verdicts)) for word in words]
-        return Rows(rows, np.array(values, float).reshape(len(rows), len(self.metrics)), np.array(codes, np.uint16))
+        values = np.array(self._values([layer["metrics"] for layer in layers]), float)
+        return Rows(rows, values.reshape(len(rows), len(self.metrics)), np.array(codes, np.uint16))
+
+    def _values(self, metrics: Sequence[Mapping[str, float | None]]) -> list[Sequence[float | None]]:
+        if len({len(row) for row in metrics} | {len(self.metrics)}) == 1 and len(self.metrics) > 1:
+            try:
+                return list(map(itemgetter(*self.metrics), metrics))  # where all rows have what is known: the fast way
+            except KeyError:
+                pass
+        for row in metrics:
+            for name in row:
+                self.metrics.setdefault(name, len(self.metrics))
+        return [[row.get(name) for name in self.metrics] for row in metrics]
 
 
 def _spectra(rows: np.ndarray, layers: Sequence[Mapping[str, Any]]) -> Spectra:
@@ -190,7 +199,7 @@ def _entries(rows: np.ndarray, layers: Sequence[Mapping[str, Any]]) -> dict[int,
     }
 
 
-def recorded(run: History | Iterable[Snapshot] | str | Path, *, name: str = "") -> Recording:
+def recorded(run: History | Iterable[Snapshot] | Snapshot | str | Path) -> Recording:
     """Read a run: a history at hand, a history file, or a folder that has one.
 
     Raises:
@@ -200,18 +209,16 @@ def recorded(run: History | Iterable[Snapshot] | str | Path, *, name: str = "") 
     """
     if isinstance(run, (str, Path)):
         path = history_file(Path(run))
-        recording = Recording(name or _name_of(path))
+        where, recording = str(path), Recording(_name_of(path))
         _read(path, recording)
     else:
-        path = Path()
-        recording = Recording(name or "this run")
-        for snapshot in run:
+        where, recording = "the history", Recording("this run")
+        for snapshot in [run] if isinstance(run, Snapshot) else run:
             recording.add(snapshot.to_dict())
         if isinstance(run, History) and run.left_out:
             recording.notes.append(f"{run.left_out:,} snapshots after the first were no longer at hand.")
     if not recording.steps:
-        where = path if isinstance(run, (str, Path)) else "the history"
-        raise InvalidArgument(" ".join([f"report: {where}: expected at least one snapshot, got none.", *recording.notes]))
+        raise InvalidArgument(" ".join([f"report: {where}: expected a snapshot, got none.", *recording.notes]))
     return recording
 
 
