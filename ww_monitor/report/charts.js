@@ -54,10 +54,9 @@ function curve(steps, values, run, { name = "", spread = null, at = null } = {})
     traces.push({ ...common, x: at ?? steps, y: spread[1], fill: "tonexty", fillcolor: filled(color) });
   }
   const mode = steps.length < 40 ? "lines+markers" : "lines";
-  const texts = values.map((value) => figure(value));
   traces.push({
-    x: steps, y: values, mode, name, line: { color, width: 2 }, marker: { size: 5, color }, text: texts,
-    hovertemplate: "step %{x:,}: %{text}<extra></extra>",
+    x: steps, y: values, mode, name, line: { color, width: 2 }, marker: { size: 5, color },
+    hovertemplate: "step %{x:,}: %{y:,.4~r}<extra></extra>",
   });
   return traces;
 }

@@ -102,28 +102,10 @@ async function showMap() {
 
 // --- the table
 
-async function lastValues(metrics) {
-  for (const [index, run] of runs.entries()) {
-    const verdicts = await metricOf(run, "verdict");
-    for (const metric of metrics) {
-      const of = await metricOf(run, metric);
-      layers.forEach((row) => {
-        if (row.at[index] === undefined) return;
-        const there = verdicts.row(row.at[index]);
-        let column = there.length - 1;
-        while (column > 0 && Number.isNaN(there[column])) column--;
-        const place = of ? upTo(of.columns, verdicts.columns[column]) : -1;
-        (row.last ??= [{}, {}])[index][metric] = place < 0 ? NaN : of.row(row.at[index])[place];
-      });
-    }
-  }
-}
-
-async function showLayers() {
+function showLayers() {
   const numbers = meta.key.filter((metric) => runs.some((run) => run.metrics[metric]) && metric !== "log_spectral_norm");
   const compared = numbers.filter((metric) => HEALTHIER[metric]);
-  await lastValues(runs.length > 1 ? compared : numbers);
-  const value = (row, metric, index) => row.last?.[index][metric] ?? NaN;
+  const value = (row, metric, index) => runs[index].last[metric]?.[row.at[index]] ?? NaN;
   const number = (title, read, about) => ({ title, about, number: true, width: `minmax(${Math.max(60, 9 * title.length)}px, 0.3fr)`, sort: read, show: (row) => figure(read(row)) });
   const words = (index) => (row) => (row.at[index] === undefined ? "not in this run" : runs[index].judged[row.at[index]]);
   const columns = [
@@ -314,7 +296,7 @@ async function start() {
   runs = meta.runs;
   runs.forEach((run, index) => { run.prefix = `${RUN[index]}-`; });
   layers = paired();
-  await showLayers();
+  showLayers();
   showFindings($("#findings"), allSpans(), { withLayer: true });
   $("#notes-section").hidden = !$("#notes").children.length;
   await pause();
