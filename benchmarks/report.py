@@ -25,7 +25,15 @@ from ww_monitor import metrics
 from ww_monitor.report import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-ROLES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+ROLES = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+}
 SIDE, BINS = 1024, 64
 COUNTED = ("n_tail", "num_spikes", "num_traps", "erg_num", "erg_gap", "matrix_rank", "rank_loss")
 
@@ -59,22 +67,34 @@ def generate(path: Path, *, layers: int, snapshots: int, seed: int = 0) -> None:
             counts = rng.poisson(SIDE * shape / shape.sum(), (layers, BINS)).tolist()
             step = 100 * number
             rows = [
-                {
-                    "name": name, "kind": "dense", "shape": [1, SIDE, SIDE], "status": "ok", "verdict": "ok", "role": role,
-                    "phase": "", "esd": {"low": -3.0 + 1e-3 * values[0], "high": 1.0 + 1e-2 * values[1], "counts": bins, "num_zero": 0},
-                    "trap_entries": [], "step": step, "solved_on": "cpu", "metrics": dict(zip(names, values, strict=True)),
-                }
-                for (name, role), values, bins in zip(about, seen.tolist(), counts, strict=True)
-            ]  # fmt: skip
+                _row(about_one, dict(zip(names, values, strict=True)), bins, step)
+                for about_one, values, bins in zip(about, seen.tolist(), counts, strict=True)
+            ]
             found = [_finding(about[number % layers][0], step)] if number % 10 == 9 else []
             summary = dict(zip(names, seen.mean(0).tolist(), strict=True))
             whole_snapshot = {"schema": 1, "layers": rows, "skipped": [], "summary": summary, "findings": found}
-            file.write(json.dumps({**whole_snapshot, "step": step, "epoch": 0, "preset": "default", "seconds": 1.0}) + "\n")
+            file.write(
+                json.dumps({**whole_snapshot, "step": step, "epoch": 0, "preset": "default", "seconds": 1.0}) + "\n"
+            )
+
+
+def _row(about: tuple[str, str], values: dict[str, float], counts: list[int], step: int) -> dict[str, object]:
+    known = {"name": about[0], "role": about[1], "kind": "dense", "shape": [1, SIDE, SIDE], "status": "ok"}
+    esd = {"low": -3.0 + 1e-3 * values["alpha"], "high": 1.0 + 1e-2 * values["alpha"], "counts": counts, "num_zero": 0}
+    rest = {"verdict": "ok", "phase": "", "trap_entries": [], "step": step, "solved_on": "cpu"}
+    return {**known, **rest, "esd": esd, "metrics": values}
 
 
 def _finding(layer: str, step: int) -> dict[str, object]:
     message = f"{layer}: no eigenvalue rises above the random bulk: under-trained"
-    return {"rule": "under_trained", "layer": layer, "severity": "warning", "message": message, "step": step, "state": "begin"}
+    return {
+        "rule": "under_trained",
+        "layer": layer,
+        "severity": "warning",
+        "message": message,
+        "step": step,
+        "state": "begin",
+    }
 
 
 def opened(page: Path) -> dict[str, float]:
@@ -126,21 +146,34 @@ def section(layers: int, snapshots: int, folder: Path) -> str:
         claim("built from the file", f"{built:.0f} s ({busy:.0f} s of one core)", Bound(most=60, unit=" s"), built),
         claim("peak memory of the process, torch included", f"{peak:.0f} MiB", None, None),
         claim("size of the page", f"{size:.1f} MB", Bound(most=20, unit=" MB"), size),
-        claim("first paint", f"{found['first paint'] / 1e3:.2f} s", Bound(most=2, unit=" s"), found["first paint"] / 1e3),
+        claim(
+            "first paint", f"{found['first paint'] / 1e3:.2f} s", Bound(most=2, unit=" s"), found["first paint"] / 1e3
+        ),
         claim("table of layers there", f"{found['table'] / 1e3:.2f} s", None, None),
-        claim("usable: table, curves, map", f"{found['usable'] / 1e3:.2f} s", Bound(most=5, unit=" s"), found["usable"] / 1e3),
+        claim(
+            "usable: table, curves, map",
+            f"{found['usable'] / 1e3:.2f} s",
+            Bound(most=5, unit=" s"),
+            found["usable"] / 1e3,
+        ),
         claim("a layer opened, with its spectrum", f"{found['layer']:.0f} ms", None, None),
         claim("slider moved to another step", f"{found['slider']:.0f} ms", None, None),
         claim("map of another metric", f"{found['map']:.0f} ms", None, None),
         claim("a frame while the table scrolls, median", f"{found['frame']:.0f} ms", None, None),
-        claim("a frame while the table scrolls, 95 %", f"{found['worst frame']:.0f} ms", Bound(most=50, unit=" ms"), found["worst frame"]),
+        claim(
+            "a frame while the table scrolls, 95 %",
+            f"{found['worst frame']:.0f} ms",
+            Bound(most=50, unit=" ms"),
+            found["worst frame"],
+        ),
     ]
     text = f"""## The report (`python -m benchmarks.report`)
 
 {machine()} Headless Chromium without a GPU, on the same cores.
 
-A generated history of {layers:,} layers at {snapshots:,} snapshots ({history.stat().st_size / 1e9:.2f} GB), every standard
-metric and a spectrum a row. Of the main metrics the page has every snapshot, of the others and the spectra some, as it says.
+A generated history of {layers:,} layers at {snapshots:,} snapshots ({history.stat().st_size / 1e9:.2f} GB), every
+standard metric and a spectrum a row. Of the main metrics the page has every snapshot, of the others and of the spectra
+some, as it says.
 
 """
     return text + markdown(["what", "measured", "required", "held?"], rows)

@@ -83,7 +83,9 @@ def train(folder: Path) -> History:
 
 
 def hostile() -> Snapshot:
-    layers = tuple(Layer(name, "dense", (1, 8, 8), verdict="ok", metrics={"alpha": 3.0, "<b>": 1.0}) for name in HOSTILE)
+    layers = tuple(
+        Layer(name, "dense", (1, 8, 8), verdict="ok", metrics={"alpha": 3.0, "<b>": 1.0}) for name in HOSTILE
+    )
     findings = tuple(Finding("trap<img>", name, "critical", f"{name}: </script><img src=x>") for name in HOSTILE)
     return Snapshot(layers, step=0, findings=findings, summary={"alpha": 3.0})
 
@@ -121,7 +123,7 @@ class Look:
         self.page.locator("#layer-other .main-svg").first.wait_for()
 
     def map(self, key: str):
-        return self.page.evaluate(f"Array.from(document.querySelector('#map').data[0].{key}, (row) => row.length === undefined ? row : Array.from(row))")
+        return self.page.evaluate(f"Array.from(document.querySelector('#map').data[0].{key}, (row) => Array.from(row))")
 
     def column(self, number: int) -> list[str]:
         rows = self.page.locator("#layers .body .row").all()
@@ -140,7 +142,10 @@ def look(browser, tmp_path_factory):
 
     yield made
     for path, one in opened:
-        assert (one.said, [url for url in one.asked if url != path.as_uri() and not url.startswith(("data:", "blob:"))]) == ([], [])
+        assert (
+            one.said,
+            [url for url in one.asked if url != path.as_uri() and not url.startswith(("data:", "blob:"))],
+        ) == ([], [])
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +174,9 @@ def test_the_map_has_a_cell_a_layer_and_a_step(one, history):
 
 
 def test_the_models_curves_have_the_findings_on_their_axis(one, history):
-    traces = one.page.evaluate("document.querySelector('#curves [data-metric=alpha] .js-plotly-plot').data.map(({x, name}) => ({x, name}))")
+    traces = one.page.evaluate(
+        "document.querySelector('#curves [data-metric=alpha] .js-plotly-plot').data.map(({x, name}) => ({x, name}))"
+    )
     begun = {finding.step for finding in history.findings if finding.severity == "critical"}
     assert begun
     (critical,) = [trace for trace in traces if trace["name"] == "critical"]
@@ -198,15 +205,23 @@ def test_a_click_opens_a_layer_with_its_spectrum_and_the_slider_changes_it(one, 
     assert page.locator("#layer-name").inner_text() == "encoder.2"
 
     def drawn():
-        return page.evaluate("document.querySelector('#esd').data.map(({name, x, y}) => [name, Array.from(x), Array.from(y)])")
+        return page.evaluate(
+            "document.querySelector('#esd').data.map(({name, x, y}) => [name, Array.from(x), Array.from(y)])"
+        )
 
     last = drawn()
     placed = {name.split(" = ")[0]: x[0] for name, x, _ in last if " = " in name}
     row = history.last["encoder.2"]
-    expected = {"xmin": row.value("xmin"), "Marchenko–Pastur edge": row.value("bulk_max"), "detX": row.value("erg_lambda")}
+    expected = {
+        "xmin": row.value("xmin"),
+        "Marchenko–Pastur edge": row.value("bulk_max"),
+        "detX": row.value("erg_lambda"),
+    }
     assert placed == pytest.approx(expected, rel=1e-3)
     assert any(name.startswith("power law, alpha") for name, _, _ in last)
-    layout = page.evaluate("[document.querySelector('#esd').layout.xaxis.type, document.querySelector('#esd').layout.yaxis.type]")
+    layout = page.evaluate(
+        "[document.querySelector('#esd').layout.xaxis.type, document.querySelector('#esd').layout.yaxis.type]"
+    )
     assert layout == ["log", "log"]
     assert "w" not in page.locator("#entries table td").first.inner_text()
     assert page.locator("#entries td").all_inner_texts()[:3] == ["0", "3", "4"]
@@ -245,7 +260,13 @@ def test_both_themes_can_be_read(one):
 
 def test_two_runs_are_aligned_by_step_and_their_differences_coloured(look, history):
     other = History(
-        replace(snapshot, layers=tuple(replace(layer, metrics={**layer.metrics, "alpha": layer.value("alpha") + 9}) for layer in snapshot.layers))
+        replace(
+            snapshot,
+            layers=tuple(
+                replace(layer, metrics={**layer.metrics, "alpha": layer.value("alpha") + 9})
+                for layer in snapshot.layers
+            ),
+        )
         for snapshot in history.snapshots[2:]
     )
     two = look(history, other, scheme="dark")
@@ -270,13 +291,17 @@ def test_hostile_names_are_shown_and_do_nothing(look):
     page.open_layer(3)
     assert page.page.locator("#layer-name").inner_text() == HOSTILE[3]
     assert page.page.locator("#esd-note").inner_text() == "The history has no spectrum of this layer."
-    assert page.page.locator("#layer-findings .row").count() == 2
+    assert page.page.locator("#layer-findings li").all_inner_texts() == [
+        "trap<img> from step 0 on: </script><img src=x>"
+    ]
     page.page.locator("#map-metric").select_option("<b>")
     assert page.page.locator("svg a, img").count() == 0
 
 
 def test_one_layer_of_which_nothing_is_known_is_a_page_too(look):
-    page = look(Snapshot((Layer("only", "dense", (1, 8, 8), status="error: it broke", metrics={"alpha": float("nan")}),)))
+    page = look(
+        Snapshot((Layer("only", "dense", (1, 8, 8), status="error: it broke", metrics={"alpha": float("nan")}),))
+    )
     assert page.page.locator("#lead li").count() == 3
     assert page.column(2) == ["the analysis failed"]
     page.open_layer(0)

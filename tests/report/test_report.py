@@ -28,7 +28,9 @@ def layer(name, **metrics):
 
 
 def snapshot(step, *layers, findings=(), alpha=3.0):
-    return Snapshot(layers or (layer("fc1"), layer("fc2")), step=step, findings=tuple(findings), summary={"alpha": alpha})
+    return Snapshot(
+        layers or (layer("fc1"), layer("fc2")), step=step, findings=tuple(findings), summary={"alpha": alpha}
+    )
 
 
 def saved(path, snapshots):
@@ -87,7 +89,9 @@ def test_a_folder_with_one_history_among_other_files_is_a_run(write, tmp_path):
 def test_a_folder_with_several_histories_names_them(write, tmp_path):
     for name in ("one", "two"):
         saved(tmp_path / "run" / f"{name}.jsonl", [snapshot(5)])
-    with pytest.raises(InvalidArgument, match=r"expected one history file .*, got 2; name one of .*one\.jsonl, .*two\.jsonl"):
+    with pytest.raises(
+        InvalidArgument, match=r"expected one history file .*, got 2; name one of .*one\.jsonl, .*two\.jsonl"
+    ):
         write(tmp_path / "run")
 
 
@@ -121,7 +125,9 @@ def test_a_damaged_line_costs_itself_and_is_told(write, tmp_path):
 
 def test_where_a_run_was_resumed_the_later_account_holds(write, tmp_path):
     trap = Finding("trap", "fc1", "critical", "fc1: 2 traps", step=20)
-    path = saved(tmp_path / "a.jsonl", [snapshot(0), snapshot(10), snapshot(20, findings=[trap]), snapshot(10, alpha=4.0)])
+    path = saved(
+        tmp_path / "a.jsonl", [snapshot(0), snapshot(10), snapshot(20, findings=[trap]), snapshot(10, alpha=4.0)]
+    )
     (run,) = facts(write(path))
     assert (run["steps"], run["summary"]["alpha"], run["spans"]) == ([0, 10], [3.0, 4.0], [])
 
@@ -137,7 +143,8 @@ def test_three_sentences_say_what_to_look_at():
     assert first.startswith("Look first at fc2, which has had correlation traps since step 10: ")
     assert second.startswith("Then look at fc1, which has had a large mean weight since step 10: ")
     assert third == (
-        "At step 20 a power law fits 2 of 2 layers, and mean alpha is 3.00, as in trained layers (2 to 6), after 5.00 at step 0."
+        "At step 20 a power law fits 2 of 2 layers, and mean alpha is 3.00, as in trained layers (2 to 6), "
+        "after 5.00 at step 0."
     )
 
 
@@ -155,7 +162,11 @@ def unescape_tags(html):
 @pytest.mark.parametrize(
     ("run", "first", "second"),
     [
-        ([snapshot(5)], "Nothing needs a look: no finding holds at step 5.", "How near the layers are to a correlation trap is not known here."),
+        (
+            [snapshot(5)],
+            "Nothing needs a look: no finding holds at step 5.",
+            "How near the layers are to a correlation trap is not known here.",
+        ),
         (
             [snapshot(5, layer("a", trap_headroom=0.3), layer("b", trap_headroom=NAN))],
             "Nothing needs a look: no finding holds at step 5.",
@@ -176,10 +187,17 @@ def unescape_tags(html):
         ),
         (
             [snapshot(0, findings=[Finding("trap", f"l{i}", "critical", "x") for i in range(5)])],
-            "Look first at l0, l1, l2 and 2 more layers, which have correlation traps: weights grown so large that they act alone, a sign of memorising.",
+            (
+                "Look first at l0, l1, l2 and 2 more layers, which have correlation traps: "
+                "weights grown so large that they act alone, a sign of memorising."
+            ),
             "How near the layers are to a correlation trap is not known here.",
         ),
-        ([snapshot(0, findings=[Finding("mine", "", "info", "all is well")])], "Look first at the model: all is well.", None),
+        (
+            [snapshot(0, findings=[Finding("mine", "", "info", "all is well")])],
+            "Look first at the model: all is well.",
+            None,
+        ),
     ],
 )
 def test_sentences_are_made_from_the_findings(run, first, second):
@@ -197,7 +215,13 @@ def test_two_runs_are_told_side_by_side(write):
 
 
 def test_names_that_attack_are_text_and_nothing_else(write):
-    names = ["<script>alert(1)</script>", "../../x", "a\u2028b\u2029", "\"'`&amp;</script><img src=x onerror=alert(1)>", "\ud800{{script}}"]
+    names = [
+        "<script>alert(1)</script>",
+        "../../x",
+        "a\u2028b\u2029",
+        "\"'`&amp;</script><img src=x onerror=alert(1)>",
+        "\ud800{{script}}",
+    ]
     findings = [Finding("trap", name, "critical", f"{name}: </script><script>alert(2)</script>") for name in names]
     page = write(snapshot(0, *map(layer, names), findings=findings))
     assert [one[0] for one in facts(page)[0]["layers"]] == names
@@ -231,7 +255,9 @@ def test_the_policy_of_the_page_forbids_the_network_and_other_scripts(write):
 )
 def test_what_the_page_unpacks_is_what_was_measured(values, bits, within):
     how, text = packed(values)
-    low, high = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(2, *values.shape).astype(np.uint16)
+    low, high = (
+        np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(2, *values.shape).astype(np.uint16)
+    )
     codes = np.cumsum(low | high << 8, axis=1, dtype=np.uint16)
     y = how["low"] + how["step"] * (codes - 1.0)
     found = np.where(codes == 0, np.nan, how["scale"] * np.sinh(y / 1) if how["scale"] else y)
@@ -256,7 +282,11 @@ def test_a_long_run_of_a_large_model_is_thinned_and_says_so(write, monkeypatch):
 
 
 def test_layers_and_metrics_that_come_and_go_keep_their_places(write):
-    run = [snapshot(0, layer("a")), snapshot(1, layer("b", late=7.0), layer("a", late=8.0)), snapshot(2, layer("b"), layer("b"))]
+    run = [
+        snapshot(0, layer("a")),
+        snapshot(1, layer("b", late=7.0), layer("a", late=8.0)),
+        snapshot(2, layer("b"), layer("b")),
+    ]
     (facts_,) = facts(write(run))
     assert [one[0] for one in facts_["layers"]] == ["a", "b", "b (2)"]
     how = facts_["metrics"]["late"]

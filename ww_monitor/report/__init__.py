@@ -14,9 +14,7 @@ Run: TypeAlias = History | Iterable[Snapshot] | Snapshot | str | Path
 """A run: a history file, a folder that has one, or snapshots at hand."""
 
 
-def write_report(
-    run: Run, other: Run | None = None, *, path: str | Path = "report.html"
-) -> Path:
+def write_report(run: Run, other: Run | None = None, *, path: str | Path = "report.html") -> Path:
     """Write what a run has shown as one page: what to look at, curves, a map of depth and time, layers, spectra.
 
     The page needs no server and no network and is at most some 20 MB: of very long runs of very large models it keeps

@@ -84,7 +84,7 @@ function difference(a, b, better) {
 
 const outside = (alpha) => Math.max(0, 2 - alpha, alpha - 6);
 const HEALTHIER = {
-  alpha: (a, b) => Math.sign(outside(a) - outside(b)),
+  alpha: (a, b) => Math.trunc(4 * (outside(a) - outside(b))), // a quarter is not worth a colour
   trap_headroom: (a, b) => (Math.max(a, b) > 0.8 ? Math.sign(a - b) : 0),
   num_traps: (a, b) => Math.sign(a - b),
 };

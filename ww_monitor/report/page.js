@@ -106,7 +106,7 @@ function showLayers() {
   const numbers = meta.key.filter((metric) => runs.some((run) => run.metrics[metric]) && metric !== "log_spectral_norm");
   const compared = numbers.filter((metric) => HEALTHIER[metric]);
   const value = (row, metric, index) => runs[index].last[metric]?.[row.at[index]] ?? NaN;
-  const number = (title, read, about) => ({ title, about, number: true, width: `minmax(${Math.max(60, 9 * title.length)}px, 0.3fr)`, sort: read, show: (row) => figure(read(row)) });
+  const number = (title, read, about) => ({ title, about, number: true, width: `minmax(${Math.max(60, 10 * title.length)}px, 0.3fr)`, sort: read, show: (row) => figure(read(row)) });
   const words = (index) => (row) => (row.at[index] === undefined ? "not in this run" : runs[index].judged[row.at[index]]);
   const columns = [
     { title: "layer", width: "minmax(200px, 1.5fr)", sort: (row) => row.depth, show: (row) => nameButton(row.name, () => openLayer(row)), about: "in the order of the model" },
@@ -128,10 +128,12 @@ function showLayers() {
     columns.push(number("findings", (row) => row.holding?.size ?? 0, "that hold at the end"));
   }
   const list = table($("#layers"), columns, layers, { open: (row) => openLayer(row), empty: "No layer." });
+  const steps = runs.map((run) => run.steps[run.until]), healthier = "; B − A is blue where B looks healthier, red where A does";
+  const when = runs.length === 1 ? "at the end" : (steps[0] === steps[1] ? `at step ${steps[0].toLocaleString("en")}, the last that both have` : "at the end of each") + healthier;
   const find = () => {
     const wanted = $("#find").value.trim().toLowerCase(), text = (row) => [row.name, row.role, ...runs.map((_, index) => words(index)(row))].join(" ").toLowerCase();
     const count = list.keep((row) => text(row).includes(wanted));
-    $("#shown").textContent = `${count.toLocaleString("en")} of ${layers.length.toLocaleString("en")} layers, as they are at the end`;
+    $("#shown").textContent = `${count.toLocaleString("en")} of ${layers.length.toLocaleString("en")} layers, as they are ${when}`;
   };
   $("#find").addEventListener("input", find);
   find();
@@ -142,18 +144,18 @@ const shapeOf = ({ shape }) => (shape.length === 3 && shape[0] === 1 ? shape.sli
 
 // --- findings
 
-function showFindings(element, spans, { withLayer }) {
+function showFindings(element, spans) {
   const letter = ({ index }) => "AB"[index], step = ({ index }, number) => runs[index].steps[number];
   const columns = [
     { title: "severity", width: "minmax(84px, 0.3fr)", sort: (row) => ["critical", "warning", "info"].indexOf(row.severity), show: (row) => make("span", { class: row.severity in SEVERITIES ? row.severity : "info" }, row.severity) },
-    { title: "finding", width: "minmax(120px, 0.5fr)", sort: (row) => row.rule, show: (row) => row.rule.replaceAll("_", " ") },
+    { title: "finding", width: "minmax(140px, 0.5fr)", sort: (row) => row.rule, show: (row) => row.rule.replaceAll("_", " ") },
     { title: "from step", number: true, width: "minmax(80px, 0.3fr)", sort: (row) => step(row, row.begin), show: (row) => step(row, row.begin).toLocaleString("en") },
     { title: "to step", number: true, width: "minmax(80px, 0.3fr)", sort: (row) => (row.end === null ? Infinity : step(row, row.end)), show: (row) => (row.end === null ? "still so" : step(row, row.end).toLocaleString("en")) },
-    { title: "what was found", width: `minmax(${withLayer ? 360 : 260}px, 4fr)`, sort: (row) => row.message, show: (row) => row.message },
+    { title: "what was found", width: "minmax(360px, 4fr)", sort: (row) => row.message, show: (row) => row.message },
   ];
   if (runs.length > 1) columns.unshift({ title: "run", width: "minmax(36px, 0.1fr)", sort: letter, show: letter });
   const open = (row) => openLayer(layers.find((layer) => layer.name === row.layer), step(row, row.begin));
-  table(element, columns, spans, { open: withLayer ? open : undefined, empty: "There are none." });
+  table(element, columns, spans, { open, empty: "There are none." });
 }
 
 const allSpans = () => runs.flatMap((run, index) => run.spans.map(([rule, layer, severity, message, begin, end]) => ({ index, rule, layer, severity, message, begin, end })));
@@ -178,10 +180,16 @@ async function openLayer(row, step) {
   Object.assign(chosen, { spectra, fitted, ranges: spectra.flat().length ? rangesOf(spectra) : null });
   showSlider(step);
   const mine = allSpans().filter((span) => span.layer === row.name);
-  showFindings($("#layer-findings"), mine, { withLayer: false });
+  $("#layer-findings").replaceChildren(...(mine.length ? mine.map(findingItem) : [make("li", {}, "There are none.")]));
   await showSeries($("#layer-headroom"), "trap_headroom");
   await showSeries($("#layer-alpha"), "alpha");
   await showOther();
+}
+
+function findingItem({ index, rule, layer, severity, message, begin, end }) {
+  const steps = runs[index].steps, when = `from step ${steps[begin].toLocaleString("en")}${end === null ? " on" : ` to ${steps[end].toLocaleString("en")}`}`;
+  const mark = make("b", { class: severity in SEVERITIES ? severity : "info" }, `${runs.length > 1 ? `${"AB"[index]}, ` : ""}${rule.replaceAll("_", " ")}`);
+  return make("li", {}, mark, ` ${when}: ${message.startsWith(`${layer}: `) ? message.slice(layer.length + 2) : message}`);
 }
 
 function showSlider(step) {
@@ -297,7 +305,7 @@ async function start() {
   runs.forEach((run, index) => { run.prefix = `${RUN[index]}-`; });
   layers = paired();
   showLayers();
-  showFindings($("#findings"), allSpans(), { withLayer: true });
+  showFindings($("#findings"), allSpans());
   $("#notes-section").hidden = !$("#notes").children.length;
   await pause();
   performance.mark("table");

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from html import escape
@@ -18,7 +19,7 @@ from ww_monitor.metric import PRESETS, metrics
 from ww_monitor.record import NAN
 from ww_monitor.report.packing import deflated, packed, packed_json, planes, short
 from ww_monitor.report.recording import Recording, Spectra
-from ww_monitor.report.words import VERDICT_WORDS, judged, last_values, lead, spans
+from ww_monitor.report.words import VERDICT_WORDS, compared_at, judged, last_values, lead, spans
 
 KEY = (
     "alpha", "alpha_hat", "alpha_weighted", "trap_headroom", "num_traps", "num_spikes", "stable_rank",
@@ -41,7 +42,10 @@ def html(runs: Sequence[Recording]) -> str:
         MissingDependency: if plotly is not installed.
     """
     blocks: dict[str, str] = {}
-    described = [_described(run, f"{letter}-", blocks) for letter, run in zip("ab", runs, strict=False)]
+    described = [
+        _described(run, f"{letter}-", blocks, until=number)
+        for letter, run, number in zip("ab", runs, compared_at(runs), strict=False)
+    ]
     meta = {"runs": described, "metrics": _about_metrics(runs), "key": KEY, "verdicts": VERDICT_WORDS}
     (library, packed_library), head = _plotly(), _piece("theme.js")
     script = "\n".join(map(_piece, SCRIPTS))
@@ -89,7 +93,8 @@ def _policy(*scripts: str) -> str:
     """No network, and no script but these."""
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{one}'" for one in hashes)
-    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+    others = "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; script-src {allowed}; {others}"
 
 
 def _facts(run: Recording) -> str:
@@ -105,7 +110,11 @@ def _notes(runs: Sequence[Recording]) -> list[str]:
         prefix = f"{run.name}: " if len(runs) > 1 else ""
         told = list(run.notes)
         every, others = run.table.every, _every(run, MAX_ROWS_OF_OTHERS)
-        thinned = {"all numbers": every, "numbers of minor metrics": others * (others > every), "spectra": run.spectra.every}
+        thinned = {
+            "all numbers": every,
+            "numbers of minor metrics": others * (others > every),
+            "spectra": run.spectra.every,
+        }
         told += [
             f"To keep the page small, {what} are those of one snapshot in {kept}, and of the last."
             for what, kept in thinned.items()
@@ -123,7 +132,12 @@ def _notes(runs: Sequence[Recording]) -> list[str]:
 
 def _about_metrics(runs: Sequence[Recording]) -> dict[str, dict[str, str]]:
     known = {entry.name: entry for preset in reversed(PRESETS) for entry in metrics(preset)}
-    reduced = {"mean": "mean of the layers", "sum": "sum of the layers", "max": "largest of the layers", "min": "smallest of the layers"}
+    reduced = {
+        "mean": "mean of the layers",
+        "sum": "sum of the layers",
+        "max": "largest of the layers",
+        "min": "smallest of the layers",
+    }
     return {
         name: {
             "unit": known[name].unit if name in known else "",
@@ -144,7 +158,7 @@ def _every(run: Recording, limit: int) -> int:
     return every
 
 
-def _described(run: Recording, prefix: str, blocks: dict[str, str]) -> dict[str, Any]:
+def _described(run: Recording, prefix: str, blocks: dict[str, str], *, until: int) -> dict[str, Any]:
     """What the script must know of a run before it shows any block; the blocks go into `blocks`."""
     columns = list(run.table.items)
     every = _every(run, MAX_ROWS_OF_OTHERS)
@@ -171,11 +185,19 @@ def _described(run: Recording, prefix: str, blocks: dict[str, str]) -> dict[str,
         "layers": [[key, one.kind, one.role, one.shape] for key, one in run.layers.items()],
         "metrics": how,
         "verdict": {**about, "block": f"{prefix}verdict", "columns": "all", "words": list(run.verdicts)},
-        "judged": _judged(run, codes),
-        "last": {name: [short(float(value)) for value in last_values(run, name)] for name in KEY if name in run.metrics},
+        "until": until,
+        "judged": _judged(run, codes[:, : bisect_right(columns, until)], until),
+        "last": {
+            name: [short(float(value)) for value in last_values(run, name, until=until)]
+            for name in KEY
+            if name in run.metrics
+        },
         "summary": {name: [short(row.get(name, NAN)) for row in run.summaries] for name in run.metrics},
         "bands": bands,
-        "shares": [[round(float(share), 4) for share in (codes == code).sum(0) / np.maximum(1, (codes == codes).sum(0))] for code in run.verdicts.values()],
+        "shares": [
+            [round(float(share), 4) for share in (codes == code).sum(0) / np.maximum(1, (codes == codes).sum(0))]
+            for code in run.verdicts.values()
+        ],
         "spans": [[one.rule, one.layer, one.severity, one.message, one.begin, one.end] for one in found],
         "entries": entries,
         "bins": _pack_spectra(run, prefix, blocks),
@@ -209,10 +231,10 @@ def _band(values: np.ndarray) -> list[list[float | None]]:
     return [[short(float(value)) for value in row] for row in points]
 
 
-def _judged(run: Recording, codes: np.ndarray) -> list[str]:
+def _judged(run: Recording, codes: np.ndarray, until: int) -> list[str]:
     """Of every layer, where it last occurs."""
     words = list(run.verdicts)
-    alpha, sigma, traps = (last_values(run, name) for name in ("alpha", "sigma", "num_traps"))
+    alpha, sigma, traps = (last_values(run, name, until=until) for name in ("alpha", "sigma", "num_traps"))
     told = []
     for row in range(len(run.layers)):
         known = codes[row][np.isfinite(codes[row])]
@@ -222,12 +244,14 @@ def _judged(run: Recording, codes: np.ndarray) -> list[str]:
 
 
 def _pack_spectra(run: Recording, prefix: str, blocks: dict[str, str]) -> int:
-    """A block a `CHUNK` of layers: low, high, zeros, bins, counts, each `[layers, snapshots]`; the most bins there are."""
+    """A block a `CHUNK` of layers: low, high, zeros, bins, counts `[layers, snapshots]`; gives the most bins."""
     kept = list(run.spectra.items.values())
     bins = max((len(counts) for item in kept for counts in item.counts), default=0)
     if bins:
         for begin in range(0, len(run.layers), CHUNK):
-            blocks[f"{prefix}esd-{begin // CHUNK}"] = deflated(_chunk(kept, begin, min(CHUNK, len(run.layers) - begin), bins))
+            blocks[f"{prefix}esd-{begin // CHUNK}"] = deflated(
+                _chunk(kept, begin, min(CHUNK, len(run.layers) - begin), bins)
+            )
     return bins
 
 

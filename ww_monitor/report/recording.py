@@ -28,7 +28,7 @@ _Item = TypeVar("_Item")
 
 
 class Thinned(Generic[_Item]):
-    """Items by the number of their snapshot; when they hold more than `limit` rows, every second goes, never the latest.
+    """Items by the number of their snapshot; at more than `limit` rows every second goes, never the latest.
 
     >>> kept = Thinned(limit=4)
     >>> for number in range(10):

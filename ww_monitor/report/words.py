@@ -53,7 +53,8 @@ class Span:
 
 def spans(run: Recording) -> list[Span]:
     """Every finding once, the most severe first, then in the order of their begin."""
-    open_, done = {}, []
+    open_: dict[tuple[str, str], Span] = {}
+    done: list[Span] = []
     for number, findings in enumerate(run.findings):
         for finding in findings:
             key = finding.rule, finding.layer
@@ -175,20 +176,25 @@ def _nearest_to_a_trap(run: Recording) -> str:
     if not np.isfinite(headroom).any():
         return "how near the layers are to a correlation trap is not known here"
     worst = int(np.nanargmax(headroom))
-    name = _name(list(run.layers)[worst])
-    return f"nearest to a correlation trap is {name}: its largest weight is at {headroom[worst]:.2f} of the size that makes one"
+    far = f"its largest weight is at {headroom[worst]:.2f} of the size that makes one"
+    return f"nearest to a correlation trap is {_name(list(run.layers)[worst])}: {far}"
 
 
-def last_values(run: Recording, metric: str) -> np.ndarray:
-    """A metric of every layer where it last occurs, NaN where it is not known."""
+def last_values(run: Recording, metric: str, *, until: int | None = None) -> np.ndarray:
+    """A metric of every layer where it last occurs, up to a snapshot; NaN where it is not known."""
     found = np.full(len(run.layers), NAN)
-    if metric in run.metrics:
-        for rows in run.table.items.values():
-            if run.metrics[metric] < rows.values.shape[1]:
-                found[rows.rows] = rows.values[:, run.metrics[metric]]
-            else:
-                found[rows.rows] = NAN
+    index = run.metrics.get(metric, len(run.metrics))
+    for number, rows in run.table.items.items():
+        if until is None or number <= until:
+            found[rows.rows] = rows.values[:, index] if index < rows.values.shape[1] else NAN
     return found
+
+
+def compared_at(runs: Sequence[Recording]) -> list[int]:
+    """The number of the snapshot at which each run is compared: of the last step that all have kept, or the last."""
+    steps = [{run.steps[number]: number for number in run.table.items} for run in runs]
+    shared = set.intersection(*map(set, steps))
+    return [numbers[max(shared)] if shared else len(run.steps) - 1 for run, numbers in zip(runs, steps, strict=True)]
 
 
 def _state(run: Recording) -> str:
@@ -206,11 +212,15 @@ def _state(run: Recording) -> str:
 
 
 def _difference(a: Recording, b: Recording) -> str:
-    shared = sorted(set(a.steps) & set(b.steps))
-    at = (a.steps.index(shared[-1]), b.steps.index(shared[-1])) if shared else (-1, -1)
-    where = f"at step {shared[-1]:,}, the last that both have," if shared else "at the end, for they share no step,"
+    at = compared_at([a, b])
+    same = a.steps[at[0]] == b.steps[at[1]]
+    where = f"at {_step(a, at[0])}, the last that both have," if same else "at the end, for they share no step,"
     parts = []
-    for metric, words in (("alpha", "mean alpha"), ("trap_headroom", "the largest headroom"), ("num_traps", "the number of traps")):
+    for metric, words in (
+        ("alpha", "mean alpha"),
+        ("trap_headroom", "the largest headroom"),
+        ("num_traps", "the number of traps"),
+    ):
         one, two = a.summaries[at[0]].get(metric, NAN), b.summaries[at[1]].get(metric, NAN)
         if math.isfinite(one) and math.isfinite(two):
             parts.append(f"{words} is {one:.2f} in A and {two:.2f} in B")
