@@ -134,7 +134,8 @@ def opened(page: Path) -> dict[str, float]:
 def section(layers: int, snapshots: int, folder: Path) -> str:
     """Generate, build, open; the section of `RESULTS.md`."""
     history = folder / "ww_history.jsonl"
-    generate(history, layers=layers, snapshots=snapshots)
+    if not history.exists():
+        generate(history, layers=layers, snapshots=snapshots)
     start = time.perf_counter()
     cpu = time.process_time()
     page = write_report(history, path=folder / "report.html")
@@ -183,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=1000)
     parser.add_argument("--snapshots", type=int, default=1000)
-    parser.add_argument("--keep", type=Path, help="a folder that keeps history and page; else a temporary one")
+    parser.add_argument("--keep", type=Path, help="a folder that keeps history and page, and has them next time")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)

@@ -66,11 +66,11 @@ const SEVERITIES = { critical: "triangle-up", warning: "diamond", info: "circle"
 // The findings of a run on its time axis, and a dotted line where a critical one begins.
 function marks(runs) {
   const places = new Map();
-  runs.forEach((run) => run.spans.forEach(([rule, layer, severity, message, begin, end]) => {
+  runs.forEach((run, index) => run.spans.forEach(([rule, layer, severity, message, begin, end]) => {
     const tell = (number, over) => {
       const kind = severity in SEVERITIES ? severity : "info", step = run.steps[number], key = `${step} ${kind} ${over}`;
       if (!places.has(key)) places.set(key, { step, kind, over, told: [] });
-      places.get(key).told.push(`${rule}${over ? " is over" : ""}: ${message}`);
+      places.get(key).told.push(`${runs.length > 1 ? `${"AB"[index]}: ` : ""}${rule}${over ? " is over" : ""}: ${message}`);
     };
     tell(begin, false);
     if (end !== null) tell(end, true);
@@ -92,7 +92,7 @@ function marks(runs) {
   return { traces, shapes, axis: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true } };
 }
 
-const overSteps = (log) => ({ type: log ? "log" : "linear", title: { text: "optimizer step" } });
+const overSteps = (log) => ({ title: { text: "optimizer step" }, ...(log ? { type: "log" } : { type: "linear", tickformat: "~s" }) });
 
 function modelCurve(runs, metric, log) {
   const { traces: found, shapes, axis } = marks(runs);

@@ -250,7 +250,7 @@ async function showSeries(element, metric) {
       return curve(steps, values.map((value) => (Number.isNaN(value) ? null : value)), index, sigma ? { spread: around(one, sigma, row.at[0]), at: stepsOf(runs[0], sigma) } : {});
     });
     const mine = { ...marks(runs.map((run) => ({ ...run, spans: run.spans.filter(([, layer]) => layer === row.name) }))) };
-    return [[...traces, ...mine.traces], { height: 190, xaxis: overSteps(false), yaxis: { title: { text: titled(metric) } }, yaxis2: mine.axis, shapes: [...calm(metric), ...mine.shapes] }];
+    return [[...traces, ...mine.traces], { height: 190, xaxis: overSteps($("#log-steps").checked), yaxis: { title: { text: titled(metric) } }, yaxis2: mine.axis, shapes: [...calm(metric), ...mine.shapes] }];
   });
 }
 

@@ -106,8 +106,8 @@ def _facts(run: Recording) -> str:
 def _notes(runs: Sequence[Recording]) -> list[str]:
     """What the page leaves out, and what the file lacked."""
     notes = []
-    for run in runs:
-        prefix = f"{run.name}: " if len(runs) > 1 else ""
+    for letter, run in zip("AB", runs, strict=False):
+        prefix = f"Run {letter}: " if len(runs) > 1 else ""
         told = list(run.notes)
         every, others = run.table.every, _every(run, MAX_ROWS_OF_OTHERS)
         thinned = {
