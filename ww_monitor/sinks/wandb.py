@@ -15,6 +15,7 @@ from ww_monitor.errors import MissingDependency, WWMonitorError
 from ww_monitor.record import Finding, Snapshot, layer_key, summary_key
 from ww_monitor.sinks import dashboard
 from ww_monitor.sinks.heatmap import Figures, is_milestone
+from ww_monitor.sinks.published import Publish
 
 STEP_KEY = summary_key("step")
 """The x axis where no trainer has one."""
@@ -50,6 +51,7 @@ class WandB:
         run: A run; `None` for the one that is active at the write.
         step_key: Key of the x axis of the run's owner, which then has declared it.
         scalars: Log the values too; `False` where a logger of the trainer does.
+        publish: Which ones, and which histograms: as the callbacks' option of that name.
         own_rows: Write each snapshot as a row of its own at once, for a run that nobody else logs to with `step=`.
         figures: Draws further pictures, for example `ww_monitor.plots.SpectralFigures()`.
 
@@ -63,13 +65,14 @@ class WandB:
         *,
         step_key: str | None = None,
         scalars: bool = True,
+        publish: Publish = "key",
         own_rows: bool = False,
         figures: Figures | None = None,
     ) -> None:
         _wandb()
         self.run = run
         self.scalars = scalars
-        self._options = {"step_key": step_key, "own_rows": own_rows, "figures": figures}
+        self._options = {"step_key": step_key, "publish": publish, "own_rows": own_rows, "figures": figures}
         self._dashboards: WeakKeyDictionary[Any, Dashboard] = WeakKeyDictionary()
 
     def write(self, snapshot: Snapshot) -> None:
@@ -82,7 +85,8 @@ class WandB:
         if run is None:
             raise WWMonitorError("WandB: expected an active run, got none; call wandb.init() first, or pass run=")
         board = self._dashboards.setdefault(run, Dashboard(**self._options))
-        board.update(run, snapshot, snapshot.step or 0, values=snapshot.scalars() if self.scalars else {})
+        values = board.published.scalars(snapshot) if self.scalars else {}
+        board.update(run, snapshot, snapshot.step or 0, values=values)
 
     def close(self) -> None:
         """Send the alerts that waited; rows wait for the end of the run, which is its owner's to finish."""
@@ -128,27 +132,31 @@ class Dashboard(dashboard.Dashboard):
         # asked once, at the first row: the run is not known before
         self.step_key = self.step_key or _step_key(tracker)
         row = {**values, **self._media(snapshot), self.step_key: step}
-        if self._owner_follows and not values:
-            tracker.log(row, commit=False)  # the owner's logger writes the values of this snapshot next, into this row
-        elif self._own_rows or self.step_key != STEP_KEY:
-            tracker.log(row)
-        else:
-            self._rows = self._rows or _QueuedRows(tracker)
-            self._rows.write(tracker, row)
-        self._alert(tracker, snapshot.findings)
+        with self.apart():
+            if self._owner_follows and not values:
+                _log(tracker, row, commit=False)  # the owner's logger writes the values next, into this row
+            elif self._own_rows or self.step_key != STEP_KEY:
+                _log(tracker, row)
+            else:
+                self._rows = self._rows or _QueuedRows(tracker)
+                self._rows.write(tracker, row)
+        with self.apart():
+            self._alert(tracker, snapshot.findings)
 
     def _media(self, snapshot: Snapshot) -> dict[str, Any]:
-        wandb = _wandb()
-        media: dict[str, Any] = {
-            layer_key("esd", layer.name): wandb.Histogram(np_histogram=(list(layer.esd.counts), list(layer.esd.edges)))
-            for layer in snapshot.layers
-            if layer.esd is not None
-        }
+        wandb, media = _wandb(), dict[str, Any]()
+        for key, layer in self.published.histograms(snapshot):
+            with self.apart():
+                media[key] = wandb.Histogram(np_histogram=(list(layer.esd.counts), list(layer.esd.edges)))
         if snapshot.layers and is_milestone(self.count):
-            media[summary_key("layers")] = _table(wandb, snapshot)
-            if (drawn := self.alpha_map.draw()) is not None:
-                media[summary_key("alpha_map")] = wandb.Image(drawn, caption="alpha by layer and step")
-        media.update({key: wandb.Image(picture) for key, picture in self._pictures(snapshot).items()})
+            with self.apart():
+                media[summary_key("layers")] = _table(wandb, snapshot)
+            with self.apart():
+                if (drawn := self.alpha_map.draw()) is not None:
+                    media[summary_key("alpha_map")] = wandb.Image(drawn, caption="alpha by layer and step")
+        for key, picture in self._pictures(snapshot).items():
+            with self.apart():
+                media[key] = wandb.Image(picture)
         return media
 
     def _alert(self, run: Any, findings: tuple[Finding, ...]) -> None:
@@ -193,10 +201,10 @@ class _QueuedRows:
             self.write_all(run)
         elif place != self._taken:
             self._taken = place
-            run.log(self._queue.pop(0), commit=False)
+            _log(run, self._queue.pop(0), commit=False)
         if len(self._queue) > QUEUED_MEDIA:
             row = self._queue[-1 - QUEUED_MEDIA]
-            self._queue[-1 - QUEUED_MEDIA] = {k: v for k, v in row.items() if isinstance(v, (int, float))}
+            self._queue[-1 - QUEUED_MEDIA] = _numbers(row)
         if len(self._queue) > QUEUED_ROWS:
             del self._queue[1::2]
 
@@ -205,7 +213,7 @@ class _QueuedRows:
         if self._queue and self._taken is not None and run.step == self._taken:
             run.log({}, commit=True)
         while self._queue:
-            run.log(self._queue.pop(0))
+            _log(run, self._queue.pop(0))
 
     def _finish(self, known: ref[Any]) -> None:
         """The run ends, in its own `finish` or with the process: whatever happens, that must go on."""
@@ -213,6 +221,19 @@ class _QueuedRows:
         with suppress(Exception):
             if (run := known()) is not None:
                 self.write_all(run)
+
+
+def _log(run: Any, row: dict[str, Any], *, commit: bool | None = None) -> None:
+    """Log a row; if something in it cannot be logged, its numbers, and then raise what failed."""
+    try:
+        run.log(row, commit=commit)
+    except Exception:
+        run.log(_numbers(row), commit=commit)
+        raise
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if isinstance(value, (int, float))}
 
 
 def _send(run: Any, rule: str, findings: list[Finding]) -> None:
