@@ -63,7 +63,7 @@ class Dashboard:
         """One kind of content: what fails in it costs nothing else, and is raised in the end."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - of any library that draws or writes; `update` raises it
             self._failed.append(error)
 
     def finish(self, tracker: Any) -> None:

@@ -79,7 +79,9 @@ class EventFile:
                 else:
                     made.append(pb.Chart(title=title, multiline=pb.MultilineChartContent(tag=tags)))
             categories.append(pb.Category(title=category, chart=made))
-        self._add_string("custom_scalars", "custom_scalars__config__", pb.Layout(category=categories).SerializeToString())
+        self._add_string(
+            "custom_scalars", "custom_scalars__config__", pb.Layout(category=categories).SerializeToString()
+        )
 
     def flush(self) -> None:
         """Hand what was written to the system."""

@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from ww_monitor.record import Layer, Snapshot, layer_key, summary_key
+from ww_monitor.errors import check_names
+from ww_monitor.record import Histogram, Layer, Snapshot, layer_key, summary_key
 
 Publish = str | Sequence[str]
 
@@ -50,6 +51,7 @@ class Published:
     """
 
     def __init__(self, publish: Publish = "key") -> None:
+        check_names("publish", "it", publish)
         given = (publish,) if isinstance(publish, str) else tuple(publish)
         self.key = "key" in given
         self.patterns = tuple("*" if one == "all" else one for one in given if one != "key")
@@ -71,18 +73,22 @@ class Published:
             chosen |= {key: value for key, value in everything.items() if self.asked(key)}
         return {key: float(value) for key, value in chosen.items() if math.isfinite(value)}
 
+    def shows_of_model(self, metric: str) -> bool:
+        """Whether the model's value of this metric is shown, when it is known."""
+        return (self.key and metric in MODEL_METRICS) or self.asked(summary_key(metric))
+
     def asked(self, key: str) -> bool:
         """Whether the user named this key, or the metric that it is of."""
         metric = key.partition("/")[2] if key.startswith(summary_key("")) else key.partition("/")[0][len("ww_") :]
         return any(fnmatchcase(key if "/" in pattern else metric, pattern) for pattern in self.patterns)
 
-    def histograms(self, snapshot: Snapshot) -> Iterator[tuple[str, Layer]]:
-        """The layers whose eigenvalues are shown as a histogram, and its key."""
+    def histograms(self, snapshot: Snapshot) -> Iterator[tuple[str, Histogram]]:
+        """Key and histogram of the layers whose eigenvalues are shown."""
         few = self.key and len(snapshot.layers) <= MOST_HISTOGRAMS
         for name, layer in zip(snapshot.key_names, snapshot.layers, strict=True):
             key = layer_key("esd", name)
             if layer.esd is not None and (few or self.asked(key)):
-                yield key, layer
+                yield key, layer.esd
 
     def layer_metrics(self, snapshot: Snapshot) -> tuple[str, ...]:
         """The metrics that each layer is shown by; none where roles stand for them."""

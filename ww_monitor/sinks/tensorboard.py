@@ -14,7 +14,7 @@ from ww_monitor.record import Finding, Histogram, Snapshot, layer_key, summary_k
 from ww_monitor.sinks import dashboard
 from ww_monitor.sinks.event_file import EventFile
 from ww_monitor.sinks.heatmap import Figures, is_milestone
-from ww_monitor.sinks.published import Published, Publish, spread_of
+from ww_monitor.sinks.published import Publish, Published, spread_of
 
 ALPHA_BAND = (2.0, 6.0)
 """Alpha of trained layers (Martin & Mahoney 2021)."""
@@ -108,9 +108,9 @@ class Dashboard(dashboard.Dashboard):
         with self.apart():
             for key, value in {**values, **self._charts(tracker, snapshot)}.items():
                 tracker.add_scalar(key, value, step)
-        for key, layer in self.published.histograms(snapshot):
+        for key, esd in self.published.histograms(snapshot):
             with self.apart():
-                _add_histogram(tracker, key, layer.esd, step)
+                _add_histogram(tracker, key, esd, step)
         with self.apart():
             self._show_findings(tracker, snapshot, step)
         if is_milestone(self.count):
@@ -131,7 +131,7 @@ class Dashboard(dashboard.Dashboard):
         beside = dict(zip(BAND_KEYS, ALPHA_BAND, strict=True))
         if "trap_headroom" in snapshot.summary:
             beside[EDGE_KEY] = 1.0
-        if FEW_CURVES < len(snapshot.layers):
+        if len(snapshot.layers) > FEW_CURVES:
             beside.update(spread_of(snapshot, "alpha"))
         return {self.prefix + key: value for key, value in beside.items()}
 

@@ -12,7 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 from ww_monitor.errors import MissingDependency, WWMonitorError
-from ww_monitor.record import Finding, Snapshot, layer_key, summary_key
+from ww_monitor.record import Finding, Snapshot, summary_key
 from ww_monitor.sinks import dashboard
 from ww_monitor.sinks.heatmap import Figures, is_milestone
 from ww_monitor.sinks.published import Publish
@@ -72,7 +72,12 @@ class WandB:
         _wandb()
         self.run = run
         self.scalars = scalars
-        self._options = {"step_key": step_key, "publish": publish, "own_rows": own_rows, "figures": figures}
+        self._options: dict[str, Any] = {
+            "step_key": step_key,
+            "publish": publish,
+            "own_rows": own_rows,
+            "figures": figures,
+        }
         self._dashboards: WeakKeyDictionary[Any, Dashboard] = WeakKeyDictionary()
 
     def write(self, snapshot: Snapshot) -> None:
@@ -145,9 +150,9 @@ class Dashboard(dashboard.Dashboard):
 
     def _media(self, snapshot: Snapshot) -> dict[str, Any]:
         wandb, media = _wandb(), dict[str, Any]()
-        for key, layer in self.published.histograms(snapshot):
+        for key, esd in self.published.histograms(snapshot):
             with self.apart():
-                media[key] = wandb.Histogram(np_histogram=(list(layer.esd.counts), list(layer.esd.edges)))
+                media[key] = wandb.Histogram(np_histogram=(list(esd.counts), list(esd.edges)))
         if snapshot.layers and is_milestone(self.count):
             with self.apart():
                 media[summary_key("layers")] = _table(wandb, snapshot)
@@ -195,7 +200,7 @@ class _QueuedRows:
         self._queue.append(row)
         try:
             place = int(run.step)
-        except Exception:  # a run of several processes has no counter that a row could move
+        except Exception:  # noqa: BLE001 - a run of several processes has no counter that a row could move
             place = None
         if place is None or not self._sees_the_end:
             self.write_all(run)
@@ -223,12 +228,18 @@ class _QueuedRows:
                 self.write_all(run)
 
 
-def _log(run: Any, row: dict[str, Any], *, commit: bool | None = None) -> None:
-    """Log a row; if something in it cannot be logged, its numbers, and then raise what failed."""
+def _log(run: Any, row: dict[str, Any], *, commit: bool = True) -> None:
+    """Log a row; if something in it cannot be logged, all else, and then raise what failed."""
     try:
         run.log(row, commit=commit)
     except Exception:
-        run.log(_numbers(row), commit=commit)
+        numbers = _numbers(row)
+        run.log(numbers, commit=False)
+        for key in row.keys() - numbers.keys():
+            with suppress(Exception):
+                run.log({key: row[key]}, commit=False)
+        if commit:
+            run.log({}, commit=True)
         raise
 
 
