@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from ww_monitor.errors import InvalidArgument, SpectralWarning, check_positive_int, check_share
+from ww_monitor.errors import InvalidArgument, SpectralWarning, check_names, check_positive_int, check_share
 from ww_monitor.matrix import Matrix
 from ww_monitor.record import Rule, Sink, Skipped
 from ww_monitor.signatures import Settings
@@ -267,6 +267,13 @@ class CallbackOptions(WalkOptions, Select, AnalysisOptions, RunOptions):
 
     where: ClassVar[str] = "SpectralMonitor"
     _: KW_ONLY
+    publish: Annotated[
+        str | Sequence[str],
+        'What trackers, logs and progress bars get: `"key"` for the few values that matter (see'
+        ' `ww_monitor.sinks.published`), `"all"`, or names of metrics and globs on keys, such as'
+        ' `["key", "entropy", "ww_alpha/*.mlp.*"]`. The history file has everything.',
+        check_names,
+    ] = "key"
     console: Annotated[bool, "Print findings, a line at the start, and a table at the end."] = True
     history: Annotated[bool, "Write the history file."] = True
 
