@@ -122,6 +122,86 @@ def test_each_verdict_has_a_spectrum_that_earns_it(verdict, weight):
         assert layer_of(1e-12 * weight).verdict == verdict
 
 
+def with_dependent_rows(how):
+    free = normal(32, 128)
+    return {
+        "copies": np.r_[free, free],
+        "three copies": np.r_[free[:21], free[:21], free[:21]],
+        "multiples": np.r_[free, -2 * free],
+        "some copies": np.r_[normal(48, 128), free[:8], free[:8]],
+        "zeros": np.r_[free, 0 * free],
+        "sums": np.r_[free, free[:16] + free[16:]],
+        "mixtures": np.r_[free, normal(20, 32, seed=1) @ free],
+        "copies and zeros": np.r_[normal(44, 128), normal(44, 128)[:8], 0 * free[:4]],
+        "copied columns": np.c_[normal(128, 32), normal(128, 32)],
+    }[how]
+
+
+@pytest.mark.parametrize("how", ["copies", "three copies", "multiples", "some copies", "zeros", "copies and zeros"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_copied_rows_are_no_spikes_in_any_precision(how, dtype):
+    layer = layer_of(torch.as_tensor(with_dependent_rows(how)).to(dtype))
+    assert (layer.verdict, math.isnan(layer.value("num_spikes"))) == ("rank_deficient", True)
+
+
+@pytest.mark.parametrize("how", ["sums", "mixtures", "copied columns"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_dependent_rows_are_no_spikes(how, dtype):
+    layer = layer_of(torch.as_tensor(with_dependent_rows(how)).to(dtype))
+    assert (layer.verdict, math.isnan(layer.value("num_spikes"))) == ("rank_deficient", True)
+
+
+@pytest.mark.parametrize(
+    ("weight", "rank"),
+    [
+        (normal(64, 128) - normal(64, 128).mean(0), 63),  # rows that sum to zero, as those of a head that began at zero
+        (np.r_[normal(63, 128), normal(63, 128)[:1]], 63),
+        (np.r_[normal(44, 128), np.zeros((20, 128))], 44),
+    ],
+    ids=["one constraint", "one copy", "pruned rows"],
+)
+def test_a_layer_that_lacks_one_mode_or_has_been_pruned_keeps_its_bulk(weight, rank):
+    layer = layer_of(weight)
+    assert (layer.verdict, layer.value("matrix_rank"), layer.value("num_spikes")) == ("random_like", rank, 0)
+
+
+def test_rounding_makes_no_square_matrix_deficient():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert layer_of(torch.as_tensor(normal(256, 256)).to(dtype)).verdict == "random_like"
+
+
+THIN = {
+    "depthwise": torch.nn.Conv2d(48, 48, 5, groups=48),
+    "depthwise, many taps": torch.nn.Conv1d(48, 48, 31, groups=48),
+    "narrow groups": torch.nn.Conv2d(64, 64, 3, groups=16),
+    "on colours": torch.nn.Conv2d(3, 64, 7),
+}
+
+
+@pytest.mark.parametrize("kernel", THIN.values(), ids=THIN)
+def test_a_kernel_of_thin_slices_has_norms_but_no_exponent(kernel):
+    """Its few entries are heavy-tailed here, of which a fit to the pooled norms makes an over-trained layer."""
+    with torch.no_grad():
+        kernel.weight.copy_(kernel.weight.sign() * (kernel.weight.abs() / kernel.weight.abs().max()) ** 6)
+    other = torch.nn.Linear(96, 64)
+    snapshot = analyze(torch.nn.ModuleDict({"thin": kernel, "other": other}))
+    layer, plain = snapshot["thin"], analyze(torch.nn.ModuleDict({"other": other}))
+    assert layer.verdict == "thin_slices"
+    assert math.isnan(layer.value("alpha"))
+    assert snapshot.summary["alpha"] == plain.summary["alpha"]
+    assert not [finding for finding in snapshot.findings if finding.layer == "thin"]
+    weight = kernel.weight.detach().double()
+    assert layer.value("log_norm") == pytest.approx(math.log10(weight.square().sum() / 2))
+    slices = weight.flatten(2).permute(2, 0, 1)
+    largest = torch.linalg.matrix_norm(slices, 2).max() ** 2 / 2
+    assert layer.value("log_spectral_norm") == pytest.approx(math.log10(largest))
+
+
+def test_thin_slices_keep_weightwatchers_exponent_under_its_preset():
+    layer = analyze(THIN["depthwise"], preset="weightwatcher").layers[0]
+    assert (layer.verdict, math.isnan(layer.value("alpha"))) == ("thin_slices", False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_rank_is_judged_by_the_storage_precision(dtype):
     """A product of rank 30 of 80 rounded to storage precision has the rank 30, and Gaussian noise has full rank."""

@@ -99,6 +99,15 @@ def test_over_trained_needs_a_power_law_that_fits(verdict):
     assert not wakes(over_trained, layer(verdict=verdict, alpha=1.2, sigma=0.01))
 
 
+@pytest.mark.parametrize(
+    ("verdict", "severity"),
+    [("ok", "critical"), ("poor_fit", "critical"), ("rank_deficient", "critical"), ("few_eigenvalues", "warning")],
+)
+def test_a_trap_in_a_layer_with_few_eigenvalues_is_a_warning(verdict, severity):
+    (found,) = trap(run(layer(verdict=verdict, num_traps=2.0)))
+    assert found.severity == severity
+
+
 # --- rules that look back
 
 
