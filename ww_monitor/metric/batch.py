@@ -26,7 +26,7 @@ NAN = float("nan")
 
 LEAST_BULK_SIDE = 5
 """Shortest side for which the law of λmax is tested: Johnstone 2001 finds it good from about 5 on. The 16 × 1 slices of
-a first convolution on grey images have no bulk, and `Batch.thin` no tail either."""
+a first convolution on grey images have no bulk."""
 
 LOST_SHARE = 0.05
 """Modes that a matrix may lack, beside one, before it counts as rank deficient. Our choice: a constraint takes one (the
@@ -125,11 +125,9 @@ class Batch:
 
     @cached_property
     def fitted_eigenvalues(self) -> torch.Tensor:
-        """`[B, n]` what the tail is fitted to: of the matrices, or of their windows; ties where `flat`, NaN if `thin`."""
+        """`[B, n]` what the tail is fitted to: of the matrices, or of their windows; ties where `flat`."""
         values = self.column("window_eigenvalues") if "window_eigenvalues" in self.measured else self.eigenvalues
-        if self.follows_weightwatcher:
-            return values
-        return torch.full_like(values, NAN) if self.thin else torch.where(self.flat[:, None], values[:, -1:], values)
+        return values if self.follows_weightwatcher else torch.where(self.flat[:, None], values[:, -1:], values)
 
     @property
     def thin(self) -> bool:

@@ -21,6 +21,11 @@ def statuses(batch: Batch) -> torch.Tensor:
     return torch.where(batch.status == Status.OK, batch.tail.status, batch.status)
 
 
+NORMS = frozenset(
+    ("log_norm", "log_spectral_norm", "stable_rank", "rms_norm", "matrix_rank", "rank_loss", "trap_headroom")
+)
+"""What a row of thin slices adds to the model's values; nothing is left out under weightwatcher's preset."""
+
 VERDICTS = (
     "ok", "not_finite", "zero", "solver_failed", "degenerate", "rank_deficient", "few_eigenvalues", "random_like",
     "poor_fit", "thin_slices",
@@ -33,7 +38,8 @@ def verdicts(batch: Batch) -> torch.Tensor:
 
     - `not_finite`, `zero`, `solver_failed`: there is no spectrum.
     - `thin_slices`: a kernel whose slices have a short side of at most 4 (depthwise, narrow groups, a first layer on
-      colours). Its pool of eigenvalues lists the norms of its taps, not one spectrum: no alpha, but norms. A bank
+      colours). Its pool of eigenvalues lists the norms of its taps, not one spectrum: whatever alpha says of
+      them, the model's values take no more of the row than `NORMS`. A bank
       `[C, 1, k]` is not read as one C × k matrix instead: that is not the map that the layer applies (each channel has
       its own filter, none mixes them), the usual 3, 4 and 9 taps would still be too few to judge, and with more taps
       its leading mode is how smooth the filters are. Σλ, hence every Frobenius norm, is the same either way.
