@@ -13,7 +13,8 @@ import torch
 from ww_monitor.engine.options import Options
 from ww_monitor.errors import LayerError
 from ww_monitor.matrix import Matrix
-from ww_monitor.metric import PHASES, VERDICTS, Batch, Metric, phases, statuses, verdicts
+from ww_monitor.metric import NORMS, PHASES, VERDICTS, Batch, phases, statuses, verdicts
+from ww_monitor.metric.drift import DRIFT, sketch
 from ww_monitor.record import NAN, Histogram, Layer, Skipped, Snapshot, TrapEntry
 from ww_monitor.spectra.device import accelerator_of
 from ww_monitor.spectra.status import Status
@@ -85,17 +86,22 @@ def _place(matrix: Matrix, step: int | None) -> str:
 
 
 def _numbers(batch: Batch, options: Options) -> list[np.ndarray]:
-    """On the host: metrics `[B, K]`, codes of status, verdict and phase `[B, 3]`, floors `[B]`, spectra `[B, n]`."""
+    """On the host: metrics `[B, K]`, codes of status, verdict and phase `[B, 3]`, floors `[B]`, spectra `[B, n]`.
+
+    And the sketches of the spectra `[B, k]`, where the drift is wanted; else `[B, 0]`.
+    """
     columns = [metric.function(batch) for metric in options.chosen]
     codes = torch.stack([statuses(batch), verdicts(batch), phases(batch)], 1)
     wanted = [torch.stack(columns, 1) if columns else codes[:, :0], codes, batch.floor, batch.eigenvalues]
+    drifts = any(metric.name == DRIFT for metric in options.chosen)
+    wanted.append(sketch(batch.eigenvalues) if drifts else batch.eigenvalues[:, :0])
     accelerator = accelerator_of(batch.eigenvalues.device)
     read = wanted if accelerator is None else accelerator.read(wanted)
     return [tensor.numpy() for tensor in read]
 
 
 def _layers(batch: Batch, numbers: Sequence[np.ndarray], options: Options, step: int | None) -> list[Layer]:
-    columns, codes, floors, spectra = numbers
+    columns, codes, floors, spectra, sketches = numbers
     if options.strict:
         _refuse(batch, step)
     names, values = [metric.name for metric in options.chosen], columns.tolist()
@@ -117,6 +123,7 @@ def _layers(batch: Batch, numbers: Sequence[np.ndarray], options: Options, step:
             step=step,
             solved_on=batch.solved_on[b],
             eigenvalues=tuple(spectra[b].tolist()) if options.keep_eigenvalues else None,
+            sketch=tuple(sketches[b].tolist()) if solved[b] and sketches.size else None,
         )
         for b, (matrix, (status, verdict, phase)) in enumerate(zip(batch.matrices, codes.tolist(), strict=True))
     ]
@@ -160,17 +167,19 @@ def snapshot_of(
     seconds: float = NAN,
 ) -> Snapshot:
     """The rows with the model's values over them."""
-    summary = summary_of(layers, options.chosen)
+    summary = summary_of(layers, options)
     return Snapshot(
         tuple(layers), tuple(skipped), summary, step=step, epoch=epoch, preset=options.preset, seconds=seconds
     )
 
 
-def summary_of(layers: Sequence[Layer], chosen: Sequence[Metric]) -> dict[str, float]:
-    """The model's value of each metric, over the layers where it is known."""
+def summary_of(layers: Sequence[Layer], options: Options) -> dict[str, float]:
+    """The model's value of each metric, over the layers where it is known and says something."""
     summary = {}
     rows = [layer.metrics for layer in layers]
-    for metric in chosen:
-        known = [value for row in rows if (value := row.get(metric.name, NAN)) == value]
+    whole = [layer.metrics for layer in layers if layer.verdict != "thin_slices"]
+    for metric in options.chosen:
+        counted = rows if metric.name in NORMS or options.preset == "weightwatcher" else whole
+        known = [value for row in counted if (value := row.get(metric.name, NAN)) == value]
         summary[metric.name] = float(metric.reduce(known)) if known else NAN
     return summary

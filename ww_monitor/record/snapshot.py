@@ -96,6 +96,8 @@ class Layer:
         solved_on: The device that solved it (`"cpu"`, `"cuda:0"`); where that is not the one that has the weights, with
             the reason: `"cpu, not cuda:0: no full-rate float64"`.
         eigenvalues: All eigenvalues, ascending, if they were asked for; never saved.
+        sketch: Some sums over the normalised spectrum (`ww_monitor.metric.drift`), until a monitor has the next
+            snapshot's drift from them; never saved.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Layer:
     step: int | None = None
     solved_on: str = field(default="", compare=False)
     eigenvalues: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
+    sketch: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
 
     def value(self, metric: str) -> float:
         """The value of `metric`, NaN if it is not known here."""
@@ -239,11 +242,11 @@ class Snapshot:
     def to_dict(self) -> dict[str, Any]:
         """Plain Python data for JSON: NaN and infinity become `None`, eigenvalues are left out."""
         layers = [
-            {**asdict(replace(layer, metrics={}, eigenvalues=None)), "metrics": dict(layer.metrics)}
+            {**asdict(replace(layer, metrics={}, eigenvalues=None, sketch=None)), "metrics": dict(layer.metrics)}
             for layer in self.layers
         ]
         for layer in layers:
-            del layer["eigenvalues"]
+            del layer["eigenvalues"], layer["sketch"]
         data = {**asdict(replace(self, layers=(), summary={})), "layers": layers, "summary": dict(self.summary)}
         return {"schema": SCHEMA, **_finite_or_none(data)}
 

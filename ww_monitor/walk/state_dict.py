@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
@@ -125,7 +126,16 @@ def _items(
         yield Skipped(_name(key), kind, value.shape, reason)
         return
     name = key.rpartition(".")[0] if kind is Kind.ATTENTION else _name(key)
-    yield from (parts.matrix(name, kind, part, value.shape, value.read, infer_role(name, kind)) for part in cuts)
+    for part in cuts:
+        item = parts.matrix(name, kind, part, value.shape, value.read, infer_role(name, kind))
+        yield replace(item, inputs_first=_inputs_first(name, value.shape))
+
+
+def _inputs_first(path: str, shape: Sequence[int]) -> bool:
+    """Whether a weight of GPT-2's names is stored [in, out]: it has more outputs than inputs, or in `c_proj` fewer."""
+    last, rows, columns = path.rpartition(".")[2], shape[0], shape[1]
+    more = (last in ("c_attn", "c_fc") and columns > rows) or (last == "c_proj" and rows > columns)
+    return len(shape) == 2 and more
 
 
 def _meaning(

@@ -197,7 +197,7 @@ def _weights(module: nn.Module, path: str) -> Iterator[_Weight]:
         yield _Weight("weight", Kind.DENSE, None, axis=1)
     elif kind := next((kind for kind, known in _KINDS.items() if isinstance(module, known)), None):
         fixed = None if isinstance(module, nn.Linear) else KERNEL if kind is Kind.CONV else WHOLE
-        yield _Weight("weight", kind, fixed)
+        yield _Weight("weight", kind, fixed, axis=int(kind is Kind.CONV and bool(module.transposed)))
     else:
         yield from _bare_weights(module, path)
 
@@ -289,18 +289,32 @@ def _parts(
     stored, computed = reading.sources(module, weight.attribute)
     for part in weight.parts or _cut(module, name, weight, size, this):
         shards = (this.layout or shards_of)(stored, part.stack, size, computed=computed)
-        yield parts.matrix(name, weight.kind, part, size, load, role, shards), part
+        item = parts.matrix(name, weight.kind, part, size, load, role, shards)
+        yield replace(item, inputs_first=weight.axis == 1 or _holds_inputs_first(module, size)), part
 
 
 def _cut(module: nn.Module, name: str, weight: _Weight, size: tuple[int, ...], this: _Walk) -> tuple[Part, ...]:
     """The parts of a dense weight that its name, its owner and the caller decide."""
     if len(size) == 3:
-        beside = getattr(module, "down_proj", None)
-        layout = fused.declared_layout(module) or fused.layout_beside(size, getattr(beside, "shape", None))
+        layout = _expert_layout(module, size)
         return fused.expert_parts(weight.attribute, size, layout, separate=this.separate)
     owner = this.owners.get(name.rpartition(".")[0])
     wished = parts.split_parts(this.split, name, size, weight.axis)
     return wished or fused.fused_parts(name, size, weight.axis, owner) or WHOLE
+
+
+def _expert_layout(module: nn.Module, size: tuple[int, ...]) -> fused.ExpertLayout | None:
+    beside = getattr(module, "down_proj", None)
+    return fused.declared_layout(module) or fused.layout_beside(size, getattr(beside, "shape", None))
+
+
+def _holds_inputs_first(module: nn.Module, size: tuple[int, ...]) -> bool:
+    """Whether a stack of experts, or the one beside it, has its outputs last."""
+    like = getattr(module, "gate_up_proj", None)
+    layout = (
+        _expert_layout(module, tuple(getattr(like, "shape", size))) if len(size) == 3 and like is not None else None
+    )
+    return layout is not None and layout.axis == 2
 
 
 def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk) -> Iterator[Skipped]:
