@@ -23,7 +23,8 @@ class AnalyzeOptions(WalkOptions, Select, AnalysisOptions):
     model: Annotated[
         Source,
         "A torch module; a mapping from names to tensors; or the path of a checkpoint: a `.safetensors` file, a torch"
-        " file (`.bin`, `.pt`, `.pth`, `.th`, `.ckpt`; no pickled objects) or a directory with such weights.",
+        " file (`.bin`, `.pt`, `.pth`, `.th`, `.ckpt`, `.pth.tar`; no pickled objects), weights of Keras, the index of"
+        " shards, or a directory with such weights or with the checkpoints of a run.",
     ]
     _: KW_ONLY
     part: Annotated[

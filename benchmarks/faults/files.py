@@ -91,7 +91,7 @@ GROUPS = (damaged, garbage, pickles, contents, headers, indices, places, archive
 
 
 def run(*, quick: bool = False) -> dict[str, object]:
-    """All cases, or a tenth of those without Keras; how many were tried and survived, and what went wrong with the others."""
+    """All cases, or a tenth of those without Keras: how many were tried and survived, and what went wrong."""
     cases = [case for group in GROUPS for case in group()]
     if quick:
         cases = [case for case in cases if not re.search("h5|hdf5|keras", case[0])][::10]

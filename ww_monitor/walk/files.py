@@ -131,7 +131,7 @@ def _read_file(path: Path, part: str) -> tuple[Mapping[str, Unread], Iterable[Sk
         if part:
             raise InvalidArgument(f"walk_files: part chooses between several state dicts; {path} has one; got {part!r}")
         return (_safetensors(path) if name.endswith(".safetensors") else script_weights(path)), ()
-    raise WWMonitorError(f"walk_files: expected {RECOGNISED}; got {path.name!r}")
+    raise WWMonitorError(f"walk_files: expected {RECOGNISED}; got {path.name!r} in {path.parent}")
 
 
 # --- safetensors

@@ -181,6 +181,8 @@ def beside(module: torch.nn.Module, attribute: str, weight: Tensor) -> dict[str,
 
 def codes_in(module: torch.nn.Module, attribute: str, weight: Tensor) -> Codes | str:
     """`codes_of` of a weight of a module."""
+    if weight.dtype.itemsize > 1:
+        return ""  # before its module is looked through
     return codes_of(attribute, weight, beside(module, attribute, weight))
 
 

@@ -37,8 +37,10 @@ def unread(tensor: Tensor, read: Callable[[], Tensor]) -> Unread:
         return Unread(shape, torch.float32, lambda: read().dequantize(), identity(tensor))
     if tensor.layout is not torch.strided:
         reason = f"sparse weights (layout {tensor.layout})"
-    elif tensor.is_meta:
-        reason = "on the meta device: no data"
-    elif type(tensor) in (Tensor, torch.nn.Parameter) and tensor.nbytes > tensor.untyped_storage().nbytes():
+    elif (
+        not tensor.is_meta
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.nbytes > tensor.untyped_storage().nbytes()
+    ):
         reason = "a view that repeats fewer numbers than its shape says"
     return Unread(shape, dtype, read, identity(tensor), reason)
