@@ -99,7 +99,7 @@ def _layers(batch: Batch, numbers: Sequence[np.ndarray], options: Options, step:
     if options.strict:
         _refuse(batch, step)
     names, values = [metric.name for metric in options.chosen], columns.tolist()
-    entries = batch.entries("trap_entries")
+    entries, permuted_on = batch.entries("trap_entries"), batch.entries("permuted_on")
     solved = [code == Status.OK for code in batch.status.tolist()]
     esd = _histograms(spectra, floors, solved)
     return [
@@ -115,7 +115,7 @@ def _layers(batch: Batch, numbers: Sequence[np.ndarray], options: Options, step:
             esd=esd[b],
             trap_entries=tuple(TrapEntry(*entry) for entry in (entries[b] if solved[b] else None) or ()),
             step=step,
-            solved_on=batch.solved_on[b],
+            solved_on=", permuted on ".join(filter(None, (batch.solved_on[b], permuted_on[b]))),
             eigenvalues=tuple(spectra[b].tolist()) if options.keep_eigenvalues else None,
         )
         for b, (matrix, (status, verdict, phase)) in enumerate(zip(batch.matrices, codes.tolist(), strict=True))

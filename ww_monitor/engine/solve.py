@@ -14,7 +14,6 @@ from ww_monitor.metric import Batch, Loaded
 from ww_monitor.metric.batch import Values
 from ww_monitor.spectra.device import Accelerator
 from ww_monitor.spectra.eigenvalues import (
-    FREE_SHARE,
     Eigenvalues,
     bytes_of,
     input_status,
@@ -147,7 +146,7 @@ class DeviceQueue:
     def _solve_side(self, chunks: list[Loaded]) -> list[Batch]:
         """Measure, then solve: the weights are given up in between, as their Gram matrices are made."""
         options, resolve = self._options, self._options.preset == "weightwatcher"
-        if FREE_SHARE * self._accelerator.free_memory() < bytes_of(chunks[0].matrices[0].short_side):
+        if self._accelerator.spare() < bytes_of(chunks[0].matrices[0].short_side):
             self._leave(chunks, "no memory")
             return []
         values = self._measured(chunks)

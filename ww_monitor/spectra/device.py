@@ -25,6 +25,9 @@ MATRIX_COPIES = 6
 """Bytes of a batch over those of its matrices: they, torch's copy, and a workspace of four times their size (19 MB for
 each matrix of 768²)."""
 
+FREE_SHARE = 0.5
+"""Share of a device's free memory that it may take: training beside it needs the rest (our choice)."""
+
 SECONDS_PER_COLUMN = 1e-5
 """Of the routine for one matrix (2.2 ms at 256, 7.8 at 768, 10.3 at 1024), whatever the host does meanwhile."""
 
@@ -62,6 +65,10 @@ class Accelerator:
         """Bytes that can be had: what is free, and what torch has reserved and not allocated."""
         free, _ = torch.cuda.mem_get_info(self.device)
         return int(free + torch.cuda.memory_reserved(self.device) - self.allocated())
+
+    def spare(self) -> float:
+        """Bytes that may be taken of it at a time."""
+        return FREE_SHARE * self.free_memory()
 
     def allocated(self) -> int:
         """Bytes that tensors take."""

@@ -25,9 +25,6 @@ MOST_RELEASED = 3 << 27
 """Bytes that the release of weights may add to them, since a model in training keeps its own (3/8 GiB: with it the 48
 matrices of GPT-2 small are one batch)."""
 
-FREE_SHARE = 0.5
-"""Share of a device's free memory that it may take: training beside it needs the rest (our choice)."""
-
 
 @dataclass(frozen=True)
 class Eigenvalues:
@@ -149,7 +146,7 @@ def solve_on_device(stacks: list[torch.Tensor], accelerator: Accelerator) -> tup
     """
     side, left = min(stacks[0].shape[1:]), sum(map(len, stacks))
     most = DEVICE_MEMORY + min(sum(stack.nbytes for stack in stacks), MOST_RELEASED)
-    fitting = min(most, FREE_SHARE * accelerator.free_memory()) / bytes_of(side)
+    fitting = min(most, accelerator.spare()) / bytes_of(side)
     size, solved, reasons = accelerator.chunk(side, left, fitting), [], list[str]()
     with torch.autocast(accelerator.device.type, enabled=False):
         while left:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,6 +17,10 @@ CACHED_BYTES = 256 << 20
 """Memory of this process for permutations that are kept, unless `keep_permutations` says otherwise: three of
 4096 × 4096. Drawing one takes longer than the iteration that it serves, so a matrix looked at again and again should
 find its own. Our choice."""
+
+DRAW_COPIES = 10
+"""Bytes that a device takes to draw a permutation, over its own: torch sorts random keys of 8 bytes and the places with
+them, which are there as they were, sorted, and as workspace (counted in torch's source)."""
 
 _CHUNK = 1 << 16
 """Entries that the host holds in float64 at a time: half a MiB stays in a core's cache."""
@@ -59,11 +64,17 @@ def stream(seed: int, replica: int) -> int:
     return (seed * 1_000_003 + replica) % (1 << 63)
 
 
-def order_for(matrix: torch.Tensor, *, seed: int, replica: int) -> torch.Tensor:
-    """`[N·M]` on the matrix's device; one that shuffles draws it there, with the same law and other numbers."""
-    if on_host(matrix):
+def order_for(matrix: torch.Tensor, *, seed: int, replica: int, drawn_there: bool) -> torch.Tensor:
+    """`[N·M]`, the host's or drawn on the matrix's device: there with the same law and other numbers."""
+    if not drawn_there:
         return permutation(matrix.numel(), seed=seed, replica=replica)
     return _draw(matrix.numel(), stream(seed, replica), matrix.device)
+
+
+def spare(device: torch.device) -> float:
+    """Bytes that shuffling may take there."""
+    accelerator = accelerator_of(device)
+    return math.inf if accelerator is None else accelerator.spare()
 
 
 class _Cache:
@@ -106,13 +117,21 @@ _CACHE = _Cache()
 
 def _draw(size: int, seed: int, device: torch.device) -> torch.Tensor:
     generator = torch.Generator(device=device).manual_seed(seed)
-    dtype = torch.int32 if size < 1 << 31 else torch.int64
-    return torch.randperm(size, generator=generator, dtype=dtype, device=device)
+    return torch.randperm(size, generator=generator, dtype=_dtype(size), device=device)
+
+
+def bytes_to_draw(size: int) -> int:
+    """What a device takes to draw a permutation."""
+    return DRAW_COPIES * _dtype(size).itemsize * size
+
+
+def _dtype(size: int) -> torch.dtype:
+    return torch.int32 if size < 1 << 31 else torch.int64
 
 
 def mixed(matrices: Sequence[torch.Tensor], order: torch.Tensor) -> torch.Tensor:
     """`[K, N, M]` with the entries of each in this order."""
-    shape = matrices[0].shape
+    shape, order = matrices[0].shape, order.to(matrices[0].device)
     return torch.stack([one.reshape(-1).index_select(0, order).view(shape) for one in matrices])
 
 
@@ -122,7 +141,7 @@ def gram_of_shuffled(matrices: Sequence[torch.Tensor], stats: Elements, order: t
     Args:
         matrices: K of one shape and device.
         stats: What `elements` gives for these matrices.
-        order: A permutation of their entries.
+        order: A permutation of their entries, there or on the host.
     """
     by_rows = _tall(order.view(matrices[0].shape))
     short_side, device = by_rows.shape[1], matrices[0].device
@@ -130,7 +149,7 @@ def gram_of_shuffled(matrices: Sequence[torch.Tensor], stats: Elements, order: t
     mean = stats.mean.to(device)[:, None]
     gram = torch.zeros(len(flat), short_side, short_side, dtype=torch.float64, device=device)
     for start in range(0, len(by_rows), short_side):  # as large as the Gram matrices
-        part = by_rows[start : start + short_side].reshape(-1)
+        part = by_rows[start : start + short_side].reshape(-1).to(device)
         rows = torch.stack([one.index_select(0, part) for one in flat]).double().sub_(mean)
         rows = rows.view(len(flat), -1, short_side)
         gram.baddbmm_(rows.mT, rows)

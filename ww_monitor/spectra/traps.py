@@ -8,6 +8,7 @@ function below works on the de-meaned matrix and reports the mean apart.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,8 +54,8 @@ LEAST_LANCZOS_SIDE = 384
 weights of all-MiniLM-L6-v2, with a short side of 384, 16 ms a shuffle against 25."""
 
 MEMORY = 256 << 20
-"""Bytes that a device may take for Gram matrices of shuffled weights at a time. Our choice, a quarter of the GiB that a
-look may take."""
+"""Bytes that a device may take for shuffled weights at a time where more of it is free, for a single matrix more. Our
+choice, a quarter of the GiB that a look may take."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,13 @@ class Shuffled:
         num_traps: Eigenvalues above the Tracy–Widom quantile.
         severity: λmax divided by the upper Marchenko–Pastur edge.
         p_value: Probability that a random matrix has an eigenvalue as large.
+        permuted_on: What has permuted them and why, where it is not the device that has them; `""` else.
     """
 
     num_traps: torch.Tensor
     severity: torch.Tensor
     p_value: torch.Tensor
+    permuted_on: str = ""
 
     @property
     def mean_count(self) -> torch.Tensor:
@@ -144,6 +147,8 @@ def shuffled(
     Only the numbers asked for are computed, by Lanczos' iteration; matrices that are small, or for which it comes to
     no certain answer, get their whole spectrum. Both give the same counts, and the same λmax to 1e-9. On the host
     matrix by matrix, on a device as many at once as the memory allows, and the host waits for it a few times in all.
+    Where half of what is free does not suffice to draw a permutation, the host draws it; where it does not suffice for
+    one matrix, the host shuffles.
 
     Args:
         matrices: K of one shape `[N, M]` and one device, any floating dtype.
@@ -153,53 +158,43 @@ def shuffled(
         significance: Probability of a false trap in one replica of one matrix.
         stop_early: Draw no further replica of a matrix whose first is clear by `CLEARLY_BELOW` or `CLEARLY_ABOVE`, or
             of which more than half have said the same.
-        memory: Bytes that a device may take at a time, `MEMORY` if None; a single matrix may need more.
+        memory: Bytes that a device may take at a time, at most half of what is free, `MEMORY` if None; a single matrix
+            may need more.
     """
-    edge, memory = Edge.of(matrices[0].shape, significance), MEMORY if memory is None else memory
-    here = [one.detach().cpu() if shuffle.on_host(one) else one.detach() for one in matrices]
-    counts = torch.full((len(here), replicas), float("nan"), dtype=torch.float64, device="cpu")
-    largest = counts.clone()
-    open_ = torch.arange(len(here), dtype=torch.int64, device="cpu")
+    edge, (rows, columns) = Edge.of(matrices[0].shape, significance), matrices[0].shape
+    counts = torch.full((len(matrices), replicas), float("nan"), dtype=torch.float64, device="cpu")
+    largest, open_ = counts.clone(), torch.arange(len(matrices), dtype=torch.int64, device="cpu")
+    here, spare, iterate = [one.detach() for one in matrices], math.inf, min(rows, columns) >= LEAST_LANCZOS_SIDE
+    on_device = draws = not shuffle.on_host(here[0])
+    one = 8 * (4 * min(rows, columns) ** 2 + (0 if iterate else 2 * rows * columns))
+    if on_device:
+        spare = shuffle.spare(here[0].device)
+        on_device, draws = one <= spare, max(one, shuffle.bytes_to_draw(rows * columns)) <= spare
+    permuted_on = "" if draws or shuffle.on_host(here[0]) else "cpu: no memory"
+    if not on_device:
+        here = [one.cpu() for one in here]
+    at_once = 1 if iterate and not on_device else max(1, int(min(memory or MEMORY, spare)) // one)
+    measure = (_by_lanczos if on_device else _by_rows) if iterate else _by_full_spectrum
     with torch.autocast(here[0].device.type, enabled=False):
         for replica in range(replicas):
-            part, known = [here[k] for k in open_.tolist()], _rows(stats, open_)
-            found = _measured(part, known, edge, seed=seed, replica=replica, memory=memory)
-            counts[open_, replica], largest[open_, replica] = found
+            order = shuffle.order_for(here[0], seed=seed, replica=replica, drawn_there=draws)
+            for which in torch.split(open_, at_once):
+                part = [here[k] for k in which.tolist()]
+                found = measure(part, stats.take(which), order, edge.threshold, shuffle.stream(seed, replica))
+                counts[which, replica], largest[which, replica] = found
+            del order  # a device's memory may not have room for the next beside it
             if stop_early:
                 open_ = open_[~_is_decided(counts[open_], largest[open_, 0], edge)]
             if not len(open_):
                 break
-    return Shuffled(counts, largest / edge.upper, tracy_widom_sf((largest - edge.centre) / edge.scale))
+    p_value = tracy_widom_sf((largest - edge.centre) / edge.scale)
+    return Shuffled(counts, largest / edge.upper, p_value, permuted_on)
 
 
 def _is_decided(counts: torch.Tensor, first: torch.Tensor, edge: Edge) -> torch.Tensor:
     """`[K]` whether the rest of the replicas could hardly change the verdict of `[K, replicas]` counts."""
     majority = counts.shape[1] / 2
     return edge.is_clear(first) | ((counts > 0).sum(1) > majority) | ((counts == 0).sum(1) > majority)
-
-
-def _measured(
-    matrices: Sequence[torch.Tensor], stats: Elements, edge: Edge, *, seed: int, replica: int, memory: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count above the threshold and λmax of one replica, both `[K]` on the host, in units of σ²."""
-    rows, columns = matrices[0].shape
-    order = shuffle.order_for(matrices[0], seed=seed, replica=replica)
-    if min(rows, columns) >= LEAST_LANCZOS_SIDE:
-        measure = _by_rows if shuffle.on_host(matrices[0]) else _by_lanczos
-        at_once = 1 if measure is _by_rows else memory // (4 * 8 * min(rows, columns) ** 2)
-    else:
-        measure = _by_full_spectrum
-        at_once = memory // (8 * (rows * columns + 4 * min(rows, columns) ** 2))
-    found = []
-    for start in range(0, len(matrices), max(1, at_once)):
-        part = slice(start, start + max(1, at_once))
-        found.append(measure(matrices[part], _rows(stats, part), order, edge.threshold, shuffle.stream(seed, replica)))
-    count, largest = torch.cat(found, 1)
-    return count, largest
-
-
-def _rows(stats: Elements, which: torch.Tensor | slice) -> Elements:
-    return Elements(*(value[which] for value in vars(stats).values()))
 
 
 def _by_lanczos(
@@ -235,7 +230,7 @@ def _by_full_spectrum(
     """The same from all eigenvalues of all matrices."""
     stack = shuffle.mixed(matrices, order)
     mean, variance = stats.mean.to(stack.device), stats.std.to(stack.device).square()
-    spectrum = eigenvalues(stack.double() - mean[:, None, None]).values
+    spectrum = eigenvalues(stack.double().sub_(mean[:, None, None])).values
     return _count_and_largest(spectrum / variance.to(spectrum.device)[:, None], threshold)
 
 
