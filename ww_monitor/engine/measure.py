@@ -9,7 +9,7 @@ import torch
 from ww_monitor.engine.options import Options
 from ww_monitor.metric import Batch, Loaded, measure
 from ww_monitor.metric.batch import Values
-from ww_monitor.spectra.eigenvalues import Eigenvalues
+from ww_monitor.spectra.host import Eigenvalues
 from ww_monitor.spectra.status import Status
 
 

@@ -10,8 +10,9 @@ from ww_monitor.engine.rows import failed_layer, layers_of
 from ww_monitor.matrix import Matrix
 from ww_monitor.metric import Loaded, reads_weights
 from ww_monitor.record import Layer
-from ww_monitor.spectra.eigenvalues import eigenvalues_of_gram, input_status
+from ww_monitor.spectra.eigenvalues import eigenvalues_of_gram
 from ww_monitor.spectra.elements import Moments
+from ww_monitor.spectra.host import input_status
 
 
 def needs_weights(matrix: Matrix, found: Moments, options: Options) -> bool:

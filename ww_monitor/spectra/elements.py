@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from ww_monitor.spectra.status import Rows
 
 _TRIM_ROUNDS = 50
 
@@ -22,7 +24,7 @@ _CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
-class Elements:
+class Elements(Rows):
     """The element histogram of B matrices in four numbers, each field `[B]` float64.
 
     Attributes:
@@ -37,13 +39,9 @@ class Elements:
     headroom: torch.Tensor
     mean_shift: torch.Tensor
 
-    def take(self, which: torch.Tensor | slice) -> Elements:
-        """Those of some of the matrices."""
-        return Elements(self.mean[which], self.std[which], self.headroom[which], self.mean_shift[which])
-
 
 @dataclass(frozen=True)
-class Moments:
+class Moments(Rows):
     """What one pass over the entries of B matrices leaves, each field `[B]` float64 on their device.
 
     Attributes:
@@ -59,15 +57,6 @@ class Moments:
     low: torch.Tensor
     high: torch.Tensor
     zeros: torch.Tensor
-
-    def take(self, which: Sequence[int]) -> Moments:
-        """Those of some of the matrices."""
-        return Moments(*(getattr(self, field.name)[which] for field in fields(self)))
-
-    @classmethod
-    def joined(cls, parts: Sequence[Moments]) -> Moments:
-        """Those of more matrices, one after the other."""
-        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 @dataclass(frozen=True)

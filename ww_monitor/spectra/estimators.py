@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -95,19 +95,13 @@ def fit_without_fingers(
             break
         clipped = fit_tail(eigenvalues[:, :-removed], floor=floor, allow_short=weightwatcher)
         accept = searching & (clipped.alpha + FINGER_DROP < first.alpha)
-        best = _where(accept, clipped, best)
+        pairs = zip(vars(clipped).values(), vars(best).values(), strict=True)
+        best = TailFit(*(torch.where(accept, new, old) for new, old in pairs))
         num_fingers = torch.where(accept, float(removed - 1 if weightwatcher else removed), num_fingers)
         searching = searching & ~accept
         if weightwatcher:
             searching = searching & ~(clipped.alpha <= 2.0)
     return FingerFit(best, num_fingers, first.alpha)
-
-
-def _where(condition: torch.Tensor, chosen: TailFit, other: TailFit) -> TailFit:
-    names = ("alpha", "xmin", "ks", "sigma", "n_tail", "num_fitted", "status")
-    return replace(
-        other, **{name: torch.where(condition, getattr(chosen, name), getattr(other, name)) for name in names}
-    )
 
 
 @dataclass(frozen=True)

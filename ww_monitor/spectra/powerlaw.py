@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
 from ww_monitor.spectra.scan import best_candidates
-from ww_monitor.spectra.status import Status
+from ww_monitor.spectra.status import Rows, Status
 
 SMALL_SAMPLE = 20
 """Fewer eigenvalues than this get the bias-corrected exponent and a shortest tail (weightwatcher 0.7.7)."""
@@ -18,7 +17,7 @@ SMALL_SAMPLE_TAIL = 8
 
 
 @dataclass(frozen=True)
-class TailFit:
+class TailFit(Rows):
     """Power-law tails of B spectra, each field `[B]`; NaN (`n_tail` 0) where `status` is not OK.
 
     Attributes:
@@ -38,15 +37,6 @@ class TailFit:
     n_tail: torch.Tensor
     num_fitted: torch.Tensor
     status: torch.Tensor
-
-    def row(self, b: int) -> TailFit:
-        """The fit of spectrum b alone, fields `[1]`."""
-        return TailFit(*(getattr(self, field.name)[b : b + 1] for field in fields(self)))
-
-    @classmethod
-    def join(cls, fits: Sequence[TailFit]) -> TailFit:
-        """Several fits as one batch."""
-        return cls(*(torch.cat([getattr(fit, field.name) for fit in fits]) for field in fields(cls)))
 
 
 def fit_tail(eigenvalues: torch.Tensor, *, floor: torch.Tensor | float = 0.0, allow_short: bool = False) -> TailFit:
