@@ -42,4 +42,5 @@ class Rows:
     @classmethod
     def joined(cls: type[R], parts: Iterable[R]) -> R:
         """The rows of several, one after the other."""
-        return cls(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
+        first, *rest = each = list(parts)
+        return cls(*map(torch.cat, zip(*(vars(one).values() for one in each), strict=True))) if rest else first
