@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from threadpoolctl import ThreadpoolController
+
+from ww_monitor.spectra.lapack import of_torch
 
 Result = TypeVar("Result")
 
@@ -46,21 +47,18 @@ class Workers:
             future: Future[Result] = Future()
             try:
                 future.set_result(task())
-            except BaseException as error:
-                if not isinstance(error, Exception):
-                    raise
+            except Exception as error:  # noqa: BLE001 - it is kept for whoever asks for the result
                 future.set_exception(error)
             return future
         with self._freed:
-            self._freed.wait_for(lambda: self._running < self.count and self._fits(needs))
+            self._freed.wait_for(
+                lambda: not self._running or (self._running < self.count and self._in_use + needs <= self.memory)
+            )
             self._running += 1
             self._in_use += needs
-        future = self._executor.submit(_run_once, [task])
+        future = self._executor.submit(lambda box: box.pop()(), [task])  # what it holds is free when it says so
         future.add_done_callback(lambda _: self._release(needs))
         return future
-
-    def _fits(self, needs: int) -> bool:
-        return self._running == 0 or self._in_use + needs <= self.memory
 
     def _release(self, needs: int) -> None:
         with self._freed:
@@ -74,17 +72,6 @@ class Workers:
             self._executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _run_once(box: list[Callable[[], Result]]) -> Result:
-    """Run the task in the box; what it holds is free when its memory is said to be."""
-    return box.pop()()
-
-
-@contextmanager
-def alone() -> Iterator[Workers]:
-    """The calling thread and no other, with the thread counts that it has."""
-    yield Workers(1, memory=0)
-
-
 LEAST_PARALLEL_SIDE = 512
 """Short side below which a second BLAS thread costs more than it gains (256: 3–13 ms with two threads, 2 with one)."""
 
@@ -93,12 +80,8 @@ LEAST_PARALLEL_SIDE = 512
 def workers(tasks: int, *, memory: int, largest_side: int) -> Iterator[Workers]:
     """As many workers as threads are allowed and tasks there are, each with its share of BLAS threads.
 
-    BLAS libraries get their thread counts back afterwards; torch's own count is not touched.
-
-    Args:
-        tasks: How many there will be.
-        memory: Bytes of workspace for all of them.
-        largest_side: Longest short side of a matrix.
+    BLAS libraries get their thread counts back afterwards; torch's own count is not touched. `memory` is in bytes, for
+    all of them; `largest_side` is the longest short side of a matrix.
     """
     budget = thread_budget()
     pool = Workers(max(1, min(budget, tasks)), memory=memory)
@@ -155,9 +138,4 @@ def hold_to_one_thread() -> None:
 @lru_cache(maxsize=1)
 def _mkl_set_num_threads_local() -> Callable[[int], Any] | None:
     """MKL's count for the calling thread, where torch is linked with it."""
-    for library in Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"):
-        function = getattr(ctypes.CDLL(str(library)), "MKL_Set_Num_Threads_Local", None)
-        if function is not None:
-            function.argtypes, function.restype = [ctypes.c_int], ctypes.c_int
-            return function  # type: ignore[no-any-return]
-    return None
+    return of_torch("MKL_Set_Num_Threads_Local", ctypes.c_int, ctypes.c_int)

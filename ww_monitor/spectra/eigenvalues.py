@@ -28,10 +28,9 @@ matrices of GPT-2 small are one batch)."""
 def eigenvalues(matrices: torch.Tensor, *, resolve_small: bool = False, library: host.Library = "numpy") -> Eigenvalues:
     """λ = eigenvalues of WᵀW (squared singular values of W), ascending, float64, no division by N.
 
-    The Gram matrix of the short side is formed and solved in float64 whatever the storage dtype. That keeps
-    alpha within 1e-11 of a float64 singular value decomposition; a float32 Gram matrix does not. Inputs are
-    checked for finite values first; afterwards Σλ = ‖W‖²_F and Σλ² = ‖WᵀW‖²_F are verified, the second because
-    a solver that returns the diagonal keeps the trace.
+    The Gram matrix of the short side is formed and solved in float64 whatever the storage dtype. That keeps alpha
+    within 1e-11 of a float64 singular value decomposition; a float32 Gram matrix does not. Inputs are checked for
+    finite values first; afterwards Σλ = ‖W‖²_F and Σλ² = ‖WᵀW‖²_F are verified.
 
     Args:
         matrices: `[B, N, M]` of any floating dtype; N < M is transposed.
@@ -40,8 +39,7 @@ def eigenvalues(matrices: torch.Tensor, *, resolve_small: bool = False, library:
         library: Host routines, see `host.Library`.
 
     Returns:
-        Spectra of `min(N, M)` eigenvalues, on the device that solved them; a matrix that fails carries a status and
-        NaN.
+        Spectra of `min(N, M)` eigenvalues, on the device that solved them; NaN and a status for a matrix that fails.
 
     Raises:
         ValueError: if `matrices` is not three-dimensional or has an empty side.
@@ -60,8 +58,8 @@ def eigenvalues(matrices: torch.Tensor, *, resolve_small: bool = False, library:
 
 
 def tall_of(matrices: torch.Tensor) -> torch.Tensor:
-    """The same `[B, N, M]` with N ≥ M."""
-    return matrices if matrices.shape[1] >= matrices.shape[2] else matrices.mT
+    """The same `[…, N, M]` with N ≥ M."""
+    return matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT
 
 
 def resolved(solved: Eigenvalues, matrices: torch.Tensor) -> Eigenvalues:

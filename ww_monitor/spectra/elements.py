@@ -11,13 +11,9 @@ import torch
 
 from ww_monitor.spectra.status import Rows
 
-_TRIM_ROUNDS = 50
-
-_NEAR = 0.5
-"""Share of the first limit from which on entries are looked at one by one: limits fall as far entries are trimmed."""
-
-_LEFT = 1e-3
-"""Least share of Σ w² that is left about the mean: three digits of sixteen may be lost."""
+_TRIM_ROUNDS, _NEAR, _LEFT = 50, 0.5, 1e-3
+"""Most rounds of trimming; the share of the first limit from which on entries are looked at one by one, since limits
+fall; the least share of Σ w² that is left about the mean: three digits of sixteen may be lost."""
 
 _CHUNK = 1 << 16
 """Entries that the host looks at together: they stay in a core's cache."""
@@ -113,22 +109,12 @@ def elements(matrices: Sequence[torch.Tensor] | torch.Tensor, *, known: Moments 
 
 
 def elements_of(found: Moments, count: int) -> Elements:
-    """The same of matrices with nothing to trim, from their moments alone.
-
-    Args:
-        found: Moments of the matrices.
-        count: N·M, the number of entries of one matrix.
-    """
+    """The same of matrices of `count` = N·M entries with nothing to trim, from their moments alone."""
     return _elements(found, *_mean_and_std(found, count), count)
 
 
 def needs_trimming(found: Moments, count: int) -> torch.Tensor:
-    """`[B]` on the host: whether an entry lies above σ(NM)^¼, or the spread drowns in the mean.
-
-    Args:
-        found: Moments of B matrices.
-        count: N·M, the number of entries of one matrix.
-    """
+    """`[B]` on the host: whether one of `count` = N·M entries lies above σ(NM)^¼, or the spread drowns in the mean."""
     mean, std = _mean_and_std(found, count)
     largest = _largest(found, mean)
     far: torch.Tensor = (largest > std * count**0.25) | (std < 1e-3 * mean.abs())
@@ -148,26 +134,18 @@ def _largest(found: Moments, mean: torch.Tensor) -> torch.Tensor:
 def _elements(found: Moments, mean: torch.Tensor, std: torch.Tensor, count: int) -> Elements:
     reach = count**0.25
     std = torch.where(std > 1e-12 * mean.abs(), std, float("nan"))
-    largest = _largest(found, mean)
-    return Elements(mean=mean, std=std, headroom=largest / (std * reach), mean_shift=mean.abs() * reach / std)
+    return Elements(mean, std, headroom=_largest(found, mean) / (std * reach), mean_shift=mean.abs() * reach / std)
 
 
 def _trimmed(entries: torch.Tensor, reach: float, total: float, squares: float) -> tuple[float, float]:
     """Mean and standard deviation of the entries within `reach` standard deviations of the mean, iterated.
 
-    What is trimmed is taken off the sums, which needs one look at the entries; all of them are summed anew each time
+    What is trimmed is taken off their sums, which needs one look at the entries; all of them are summed anew each time
     where that would cost digits.
-
-    Args:
-        entries: `[n]` of any floating dtype.
-        reach: In standard deviations.
-        total: Σ w.
-        squares: Σ w².
     """
-    return _without_far(entries, reach, total, squares) or _summed_anew(entries, reach)
-
-
-def _summed_anew(entries: torch.Tensor, reach: float) -> tuple[float, float]:
+    found = _without_far(entries, reach, total, squares)
+    if found is not None:
+        return found
     exact = entries.double()
     mean, std, kept = float(exact.mean()), float(exact.std(correction=0)), len(exact)
     for _ in range(_TRIM_ROUNDS):
@@ -180,30 +158,26 @@ def _summed_anew(entries: torch.Tensor, reach: float) -> tuple[float, float]:
 
 def _without_far(entries: torch.Tensor, reach: float, total: float, squares: float) -> tuple[float, float] | None:
     """The same by what the far entries leave of the sums; None where they leave too little of them."""
-    size = kept = len(entries)
-    centre = mean = total / size
-    variance = squares / size - mean * mean
-    if not variance * size > _LEFT * squares:
-        return None
-    std = math.sqrt(variance)
-    near = _NEAR * std * reach
-    at = _beyond(entries, centre, near)
-    if at is None:
-        return None
-    far = entries[at].double().cpu()
+    kept, removed, removed_sq = len(entries), 0.0, 0.0
+    far = near = None
     for _ in range(_TRIM_ROUNDS):
-        if not abs(mean - centre) + near <= std * reach:  # an entry might have to go that is not among them
-            return None
-        out = far[(far - mean).abs() > std * reach]
-        if size - len(out) == kept:
-            return mean, std
-        kept = size - len(out)
-        left = squares - float(out.square().sum())
-        mean = (total - float(out.sum())) / kept
+        mean, left = (total - removed) / kept, squares - removed_sq
         variance = left / kept - mean * mean
         if not variance * kept > _LEFT * squares:
             return None
         std = math.sqrt(variance)
+        if far is None or near is None:
+            centre, near = mean, _NEAR * std * reach
+            at = _beyond(entries, centre, near)
+            if at is None:
+                return None
+            far = entries[at].double().cpu()
+        if not abs(mean - centre) + near <= std * reach:  # an entry might have to go that is not among them
+            return None
+        out = far[(far - mean).abs() > std * reach]
+        if len(entries) - len(out) == kept:
+            break
+        kept, removed, removed_sq = len(entries) - len(out), float(out.sum()), float(out.square().sum())
     return mean, std
 
 
@@ -231,20 +205,16 @@ def large_entries(matrices: torch.Tensor, stats: Elements, *, limit: int = 8) ->
         stats: Its `elements`, one row a slice.
         limit: At most this many entries.
     """
-    matrices = matrices.detach()
-    reach, size = (matrices.shape[1] * matrices.shape[2]) ** 0.25, matrices[0].numel()
-    where: list[torch.Tensor] = []
-    ratios: list[torch.Tensor] = []
-    for k, (matrix, mean, std) in enumerate(zip(matrices, stats.mean.tolist(), stats.std.tolist(), strict=True)):
-        entries = matrix.flatten()
-        at = _beyond(entries, mean, 0.99 * std * reach)
+    matrices, size, parts = matrices.detach(), matrices[0].numel(), []
+    each = zip(matrices.flatten(1), stats.mean.tolist(), stats.std.tolist(), strict=True)
+    for k, (entries, mean, std) in enumerate(each):
+        at = _beyond(entries, mean, 0.99 * std * size**0.25)
         if at is None:
             at = torch.arange(size, dtype=torch.int64, device=entries.device)
-        ratio = entries[at].double().sub_(mean).abs_().div_(std * reach)
-        above = ratio > 1.0
-        where.append(at[above] + k * size)
-        ratios.append(ratio[above])
-    found = torch.cat(ratios).sort(descending=True, stable=True)
-    at, headroom = torch.cat(where)[found.indices[:limit]], found.values[:limit]
+        ratio = entries[at].double().sub_(mean).abs_().div_(std * size**0.25)
+        parts.append((at[ratio > 1.0] + k * size, ratio[ratio > 1.0]))
+    where, ratios = map(torch.cat, zip(*parts, strict=True))
+    found = ratios.sort(descending=True, stable=True)
+    at, headroom = where[found.indices[:limit]], found.values[:limit]
     index = torch.stack([at // size, at % size // matrices.shape[2], at % matrices.shape[2]], 1)
     return LargeEntries(index, matrices[index[:, 0], index[:, 1], index[:, 2]], headroom)

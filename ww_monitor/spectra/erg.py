@@ -43,13 +43,8 @@ def correlation_space(eigenvalues: torch.Tensor) -> CorrelationSpace:
     below = log_volume[:, : max(n - 1, 1)] < 0
     count = torch.where(below.any(1), below.double().argmax(1) + 1, n)
     index = torch.where(below.any(1), n - count, min(1, n - 1))
-    flat = ~(eigenvalues[:, 0] < eigenvalues[:, -1])
+    varied = eigenvalues[:, 0] < eigenvalues[:, -1]
+    count, index = count * varied, (index * varied)[:, None]
+    found = (count.double(), eigenvalues.gather(1, index)[:, 0], rescaled.gather(1, index)[:, 0])
     known = torch.isfinite(rescaled[:, -1])
-    count = torch.where(flat, 0, count)
-    index = torch.where(flat, 0, index)
-    nan = float("nan")
-
-    def at(field: torch.Tensor) -> torch.Tensor:
-        return torch.where(known, field.gather(1, index[:, None])[:, 0], nan)
-
-    return CorrelationSpace(torch.where(known, count.double(), nan), at(eigenvalues), at(rescaled))
+    return CorrelationSpace(*(torch.where(known, value, float("nan")) for value in found))

@@ -45,16 +45,9 @@ def fit_hill(eigenvalues: torch.Tensor, *, k: int | None = None, floor: torch.Te
     tail = log_x[:, index:]
     count = torch.arange(size, 0, -1, dtype=torch.float64, device=tail.device) / size
     ks = ((-(tail - tail[:, :1]) * exponent[:, None]).exp() - count).abs().amax(1)
-    nan = float("nan")
-    return TailFit(
-        alpha=torch.where(good, 1 + exponent, nan),
-        xmin=torch.where(good, eigenvalues[:, index], nan),
-        ks=torch.where(good, ks, nan),
-        sigma=torch.where(good, exponent / size**0.5, nan),
-        n_tail=size * good.double(),
-        num_fitted=known.sum(1),
-        status=status,
-    )
+    values = (1 + exponent, eigenvalues[:, index], ks, exponent / size**0.5)
+    alpha, xmin, ks, sigma = (torch.where(good, value, float("nan")) for value in values)
+    return TailFit(alpha, xmin, ks, sigma, size * good.double(), known.sum(1), status)
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,8 @@ def null_band(long_side: int, short_side: int, slices: int = 1, *, draws: int = 
 
     def points(values: torch.Tensor) -> tuple[float, float, float]:
         known = values[~torch.isnan(values)].numpy()
-        if len(known) == 0:
-            return (float("nan"),) * 3
-        low, middle, high = np.quantile(known, [0.05, 0.5, 0.95])
-        return float(low), float(middle), float(high)
+        low, middle, high = np.quantile(known, [0.05, 0.5, 0.95]).tolist() if len(known) else [float("nan")] * 3
+        return low, middle, high
 
     return NullBand(points(fit.alpha), points(fit.ks), points(spectra[:, -1]))
 
@@ -64,11 +62,6 @@ def wishart_eigenvalues(long_side: int, short_side: int, generator: np.random.Ge
 
     They are the squared singular values of the M × M lower bidiagonal matrix with χ_N, χ_{N−1}, …, χ_{N−M+1} on the
     diagonal and χ_{M−1}, …, χ_1 below it. Source: Dumitriu & Edelman 2002 (J. Math. Phys. 43), β = 1.
-
-    Args:
-        long_side: N, the long side of the matrix.
-        short_side: M, the short side of the matrix.
-        generator: Where the random numbers come from.
     """
     diagonal = np.sqrt(generator.chisquare(long_side - np.arange(short_side)))
     below = np.sqrt(generator.chisquare(np.arange(short_side - 1, 0, -1))) if short_side > 1 else np.empty(0)

@@ -69,32 +69,19 @@ def fit_tail(eigenvalues: torch.Tensor, *, floor: torch.Tensor | float = 0.0, al
     alpha = 1 + (tail_size - small.double()) / log_sum
     shortest = torch.where(small, SMALL_SAMPLE_TAIL, 2)
     if allow_short:
-        shortest = torch.where(
-            small & (num_fitted[:, None] < SMALL_SAMPLE_TAIL), num_fitted[:, None].clamp(min=2), shortest
-        )
+        shortest = shortest.minimum(num_fitted[:, None].clamp(min=2))
     candidate = known & (tail_size >= shortest) & (log_sum > 1e-12) & torch.isfinite(alpha)
 
     best, ks = best_candidates(log_x, torch.where(candidate, alpha - 1, 0.0), candidate)
 
-    def at_best(field: torch.Tensor) -> torch.Tensor:
-        return field.gather(1, best[:, None])[:, 0]
-
+    fields = (alpha, tail_size.expand(batch, n), eigenvalues)
+    best_alpha, n_tail, xmin = (field.gather(1, best[:, None])[:, 0] for field in fields)
     found = candidate.any(1)
-    enough = num_fitted >= shortest[:, 0]
-    status = torch.where(
-        found, int(Status.OK), torch.where(enough, int(Status.DEGENERATE), int(Status.FEW_EIGENVALUES))
-    )
-    best_alpha = torch.where(found, at_best(alpha), float("nan"))
-    n_tail = torch.where(found, at_best(tail_size.expand(batch, n)), 0.0)
-    return TailFit(
-        alpha=best_alpha,
-        xmin=torch.where(found, at_best(eigenvalues), float("nan")),
-        ks=torch.where(found, ks, float("nan")),
-        sigma=(best_alpha - 1) / n_tail.sqrt(),
-        n_tail=n_tail,
-        num_fitted=num_fitted,
-        status=status,
-    )
+    status = torch.where(num_fitted >= shortest[:, 0], int(Status.DEGENERATE), int(Status.FEW_EIGENVALUES))
+    status = torch.where(found, int(Status.OK), status)
+    best_alpha, xmin, ks = (torch.where(found, value, float("nan")) for value in (best_alpha, xmin, ks))
+    n_tail = torch.where(found, n_tail, 0.0)
+    return TailFit(best_alpha, xmin, ks, (best_alpha - 1) / n_tail.sqrt(), n_tail, num_fitted, status)
 
 
 def tail_exponents(

@@ -69,22 +69,17 @@ def subspace(weights: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _leading(gram: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest eigenvalues `[R, k]`, descending, and their vectors `[R, M, k]`."""
-    values, vectors = _leading_on_host(gram, k) if gram.device.type == "cpu" else _leading_batched(gram, k)
-    return values.flip(1), vectors.flip(2)
+    """The k largest eigenvalues `[R, k]`, descending, and their vectors `[R, M, k]`.
 
-
-def _leading_batched(gram: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    values, vectors = torch.linalg.eigh(gram)
-    return values[:, -k:], vectors[:, :, -k:]
-
-
-def _leading_on_host(gram: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """LAPACK's solver for a range of eigenvalues: four times as fast as all vectors at M = 1024 and k = 8."""
+    On the host by LAPACK's solver for a range: four times as fast as all vectors at M = 1024 and k = 8.
+    """
+    if gram.device.type != "cpu":
+        values, vectors = torch.linalg.eigh(gram)
+        return values[:, -k:].flip(1), vectors[:, :, -k:].flip(2)
     indices = [gram.shape[1] - k, gram.shape[1] - 1]
     solved = [scipy.linalg.eigh(one.numpy(), subset_by_index=indices, driver="evr") for one in gram]
-    values, vectors = zip(*solved, strict=True)
-    return torch.stack([*map(torch.from_numpy, values)]), torch.stack([*map(torch.from_numpy, vectors)])
+    on_host = (torch.stack([*map(torch.from_numpy, found)]) for found in zip(*solved, strict=True))
+    return next(on_host).flip(1), next(on_host).flip(2)
 
 
 def numerical_floor(
@@ -104,7 +99,7 @@ def numerical_floor(
         largest: `[B]` λmax.
         mean_square: `[B]` mean of the squared entries.
         long_side: N, a number or `[B]`.
-        short_side: M, the short side of the matrix.
+        short_side: M.
         eps: Rounding unit of the storage precision, a number or `[B]`.
     """
     rounding = eps**2 / 12 * mean_square * (long_side**0.5 + short_side**0.5) ** 2
@@ -132,9 +127,7 @@ def overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 def rotation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """1 − ‖UᵀV‖²_F / k, the mean squared sine of the principal angles: 0 = the same subspace, 1 = an orthogonal one.
 
-    Args:
-        first: See `overlap`.
-        second: See `overlap`.
+    Arguments and result as those of `overlap`.
 
     >>> axes = torch.eye(4, dtype=torch.float64)[None]
     >>> rotation(axes[:, :, :2], axes[:, :, 1:3])

@@ -2,8 +2,7 @@
 
 Shuffling leaves only the histogram of the elements. An outlier of the shuffled matrix therefore has one of two
 causes: entries with |w| > σ(NM)^¼, or a mean with |mean| > σ(NM)^-¼ (Baik, Ben Arous & Péché 2005; for rank-one
-perturbations of rectangular matrices Benaych-Georges & Nadakuditi 2012). Only the first is a trap here: every
-function below works on the de-meaned matrix and reports the mean apart.
+perturbations of rectangular matrices Benaych-Georges & Nadakuditi 2012). Only the first is a trap: the mean is removed.
 """
 
 from __future__ import annotations
@@ -16,14 +15,10 @@ import numpy as np
 import torch
 
 from ww_monitor.spectra import lanczos, shuffle
+from ww_monitor.spectra.device import accelerator_of
 from ww_monitor.spectra.eigenvalues import eigenvalues, eigenvalues_of_gram
 from ww_monitor.spectra.elements import Elements
-from ww_monitor.spectra.marchenko_pastur import (
-    SIGNIFICANCE,
-    johnstone,
-    tracy_widom_quantile,
-    tracy_widom_sf,
-)
+from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE, johnstone, tracy_widom_quantile, tracy_widom_sf
 
 HEADROOM_TO_SHUFFLE = 0.8
 """Below this headroom the shuffled spectrum is not computed and no trap is counted. Measured at the level of 0.1 % on
@@ -139,16 +134,14 @@ def shuffled(
 ) -> Shuffled:
     """#{λ(shuffled W − mean) > σ²(centre + q·scale)}: traps counted against Johnstone's Tracy–Widom law.
 
-    Each replica permutes all matrices of one shape alike, from a generator of its own: the global random state is
-    not touched, and a series over training steps shares its random numbers. A device draws its own permutations: what
-    depends on the permutation, as a λmax at the threshold does, is the same as on the host in law only; planted traps
-    are counted alike.
+    Each replica permutes all matrices alike, from a generator of its own: a series over training steps shares its
+    random numbers. A device draws its own: what depends on them, as a λmax at the threshold does, is the same as on the
+    host in law only; planted traps are counted alike. Where half of what is free does not suffice to draw a
+    permutation, the host draws it; where it does not suffice for one matrix, the host shuffles.
 
-    Only the numbers asked for are computed, by Lanczos' iteration; matrices that are small, or for which it comes to
-    no certain answer, get their whole spectrum. Both give the same counts, and the same λmax to 1e-9. On the host
-    matrix by matrix, on a device as many at once as the memory allows, and the host waits for it a few times in all.
-    Where half of what is free does not suffice to draw a permutation, the host draws it; where it does not suffice for
-    one matrix, the host shuffles.
+    Only these numbers are computed, by Lanczos' iteration; matrices that are small, or for which it comes to no certain
+    answer, get their whole spectrum, with the same counts and λmax to 1e-9. On the host matrix by matrix, on a device
+    as many at once as the memory allows, and the host waits for it a few times in all.
 
     Args:
         matrices: K of one shape `[N, M]` and one device, any floating dtype.
@@ -164,23 +157,26 @@ def shuffled(
     edge, (rows, columns) = Edge.of(matrices[0].shape, significance), matrices[0].shape
     counts = torch.full((len(matrices), replicas), float("nan"), dtype=torch.float64, device="cpu")
     largest, open_ = counts.clone(), torch.arange(len(matrices), dtype=torch.int64, device="cpu")
-    here, spare, iterate = [one.detach() for one in matrices], math.inf, min(rows, columns) >= LEAST_LANCZOS_SIDE
-    on_device = draws = not shuffle.on_host(here[0])
+    here, iterate = [one.detach() for one in matrices], min(rows, columns) >= LEAST_LANCZOS_SIDE
     one = 8 * (4 * min(rows, columns) ** 2 + (0 if iterate else 2 * rows * columns))
-    if on_device:
-        spare = shuffle.spare(here[0].device)
-        on_device, draws = one <= spare, max(one, shuffle.bytes_to_draw(rows * columns)) <= spare
-    permuted_on = "" if draws or shuffle.on_host(here[0]) else "cpu: no memory"
+    accelerator, on_host = accelerator_of(here[0].device), shuffle.on_host(here[0])
+    spare = math.inf if on_host or accelerator is None else accelerator.spare()
+    on_device = not on_host and one <= spare
+    draws = on_device and shuffle.bytes_to_draw(rows * columns) <= spare
     if not on_device:
-        here = [one.cpu() for one in here]
+        here = [matrix.cpu() for matrix in here]
     at_once = 1 if iterate and not on_device else max(1, int(min(memory or MEMORY, spare)) // one)
     measure = (_by_lanczos if on_device else _by_rows) if iterate else _by_full_spectrum
     with torch.autocast(here[0].device.type, enabled=False):
         for replica in range(replicas):
-            order = shuffle.order_for(here[0], seed=seed, replica=replica, drawn_there=draws)
+            stream = shuffle.stream(seed, replica)
+            if draws:
+                order = shuffle.draw(rows * columns, stream, here[0].device)
+            else:
+                order = shuffle.permutation(rows * columns, seed=seed, replica=replica)
             for which in torch.split(open_, at_once):
                 part = [here[k] for k in which.tolist()]
-                found = measure(part, stats.take(which), order, edge.threshold, shuffle.stream(seed, replica))
+                found = measure(part, stats.take(which), order, edge.threshold, stream)
                 counts[which, replica], largest[which, replica] = found
             del order  # a device's memory may not have room for the next beside it
             if stop_early:
@@ -188,7 +184,7 @@ def shuffled(
             if not len(open_):
                 break
     p_value = tracy_widom_sf((largest - edge.centre) / edge.scale)
-    return Shuffled(counts, largest / edge.upper, p_value, permuted_on)
+    return Shuffled(counts, largest / edge.upper, p_value, "" if on_host or draws else "cpu: no memory")
 
 
 def _is_decided(counts: torch.Tensor, first: torch.Tensor, edge: Edge) -> torch.Tensor:
@@ -217,7 +213,7 @@ def _by_rows(
     matrices: Sequence[torch.Tensor], stats: Elements, order: torch.Tensor, threshold: float, seed: int
 ) -> torch.Tensor:
     """The same of a matrix on the host, where float32 is the faster: directions by it, their eigenvalues from rows."""
-    rows = shuffle.Rows(matrices[0], stats, order)
+    rows = shuffle.Shuffled(matrices[0], stats, order)
     found = lanczos.outliers(rows.gram()[None], threshold=threshold, seed=seed, exact=rows.image)
     if not found.known[0]:  # such as outliers beside which float32 rounds the others away
         return _by_lanczos(matrices, stats, order, threshold, seed)
@@ -228,9 +224,9 @@ def _by_full_spectrum(
     matrices: Sequence[torch.Tensor], stats: Elements, order: torch.Tensor, threshold: float, seed: int
 ) -> torch.Tensor:
     """The same from all eigenvalues of all matrices."""
-    stack = shuffle.mixed(matrices, order)
-    mean, variance = stats.mean.to(stack.device), stats.std.to(stack.device).square()
-    spectrum = eigenvalues(stack.double().sub_(mean[:, None, None])).values
+    stack = shuffle.mixed(matrices, order).double()
+    spectrum = eigenvalues(stack.sub_(stats.mean.to(stack.device)[:, None, None])).values
+    variance = stats.std.square()
     return _count_and_largest(spectrum / variance.to(spectrum.device)[:, None], threshold)
 
 

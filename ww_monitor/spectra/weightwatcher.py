@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -51,8 +52,8 @@ def fit_density(eigenvalues: np.ndarray, *, long_side: int, short_side: int) -> 
 
     Args:
         eigenvalues: `[n]` ascending.
-        long_side: N, the long side of the matrix.
-        short_side: M, the short side of the matrix.
+        long_side: N.
+        short_side: M.
 
     Returns:
         The fit, or `None` where nothing can be fitted.
@@ -71,13 +72,13 @@ def fit_density(eigenvalues: np.ndarray, *, long_side: int, short_side: int) -> 
     cost = _quarter_circle_cost if ratio == 1 else _marchenko_pastur_cost
     first = math.sqrt(x.max()) / (1 + ratio**-0.5)
     candidates = np.arange(0.05 * first, 2.0 * first, 0.01 * first)
-    costs = cost(candidates, grid[kept], density[kept], ratio)
-    best = candidates[int(np.argmin(costs))]
+    one_cost = partial(cost, grid=grid[kept], density=density[kept], ratio=ratio)
+    best = candidates[int(np.argmin(one_cost(candidates)))]
 
-    def one_cost(s: np.ndarray) -> float:
-        return float(cost(np.ravel(s)[:1], grid[kept], density[kept], ratio)[0])
+    def cost_of(s: np.ndarray) -> float:
+        return float(one_cost(np.ravel(s)[:1])[0])
 
-    sigma = float(fmin(one_cost, [best], disp=False)[0])
+    sigma = float(fmin(cost_of, [best], disp=False)[0])
     upper, lower = (sigma * (1 + ratio**-0.5)) ** 2, (sigma * (1 - ratio**-0.5)) ** 2
     slack = math.sqrt(ratio**-0.5 * upper ** (2 / 3) * short_side ** (-2 / 3))
     return DensityFit(
@@ -86,13 +87,7 @@ def fit_density(eigenvalues: np.ndarray, *, long_side: int, short_side: int) -> 
 
 
 def triangular_density(points: np.ndarray, grid: np.ndarray, width: float) -> np.ndarray:
-    """d(g) = Σ_i max(0, 1 − |x_i − g|/h)/(n h), exact from prefix sums.
-
-    Args:
-        points: `[n]` ascending x.
-        grid: `[G]` g.
-        width: h, in the unit of the points.
-    """
+    """d(g) = Σ_i max(0, 1 − |x_i − g|/h)/(n h), h the width, for `[n]` ascending x and `[G]` g, from prefix sums."""
     prefix = np.concatenate([[0.0], np.cumsum(points)])
     low, middle, high = (np.searchsorted(points, edge) for edge in (grid - width, grid, grid + width))
     left = (middle - low) - ((middle - low) * grid - (prefix[middle] - prefix[low])) / width
@@ -119,12 +114,7 @@ def _quarter_circle_cost(sigma: np.ndarray, grid: np.ndarray, density: np.ndarra
 
 @dataclass(frozen=True)
 class Randomized:
-    """Spectra of element-wise shuffled slices, ascending.
-
-    Attributes:
-        pooled: Over five replicas, or one from 100 eigenvalues on.
-        single: Of a further replica.
-    """
+    """Ascending spectra of shuffled slices: over five replicas (one from 100 eigenvalues on), and of a further one."""
 
     pooled: np.ndarray
     single: np.ndarray
@@ -137,8 +127,7 @@ def randomize(slices: torch.Tensor, *, seed: int) -> Randomized:
         slices: `[R, N, M]` of one layer.
         seed: Seed of the private generator; weightwatcher draws from numpy's global stream instead.
     """
-    num_eigenvalues = slices.shape[0] * min(slices.shape[1:])
-    replicas = 5 if num_eigenvalues < 100 else 1
+    replicas = 5 if slices.shape[0] * min(slices.shape[1:]) < 100 else 1
 
     def draw(replica: int) -> np.ndarray:
         flat = slices.double().flatten(1)
@@ -154,11 +143,7 @@ def spectral_distance(first: np.ndarray, second: np.ndarray) -> float:
     """√((KL(p‖m) + KL(q‖m))/2) with p, q the sorted eigenvalues over their sums and m their mean: `rand_distance`.
 
     Not a distance between densities: the j-th smallest eigenvalues are compared as if they were probabilities of
-    one category. The radicand is clamped at 0, where weightwatcher gives NaN for equal spectra.
-
-    Args:
-        first: `[n]` ascending.
-        second: `[n]` ascending.
+    one category. The radicand is clamped at 0, where weightwatcher gives NaN for equal spectra. Both are `[n]`.
     """
     with np.errstate(all="ignore"):
         p, q = first / first.sum(), second / second.sum()

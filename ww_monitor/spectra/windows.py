@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ww_monitor.spectra.eigenvalues import tall_of
+
 
 def windows(matrices: torch.Tensor, aspect_ratio: float) -> torch.Tensor:
     """Cut N × M into the fewest evenly spaced windows of long side / short side = `aspect_ratio` that cover it.
@@ -23,7 +25,7 @@ def windows(matrices: torch.Tensor, aspect_ratio: float) -> torch.Tensor:
     >>> windows(torch.zeros(1, 100, 30), 1.0).shape
     torch.Size([4, 30, 30])
     """
-    tall = matrices if matrices.shape[1] >= matrices.shape[2] else matrices.mT
+    tall = tall_of(matrices)
     n, m = tall.shape[1:]
     if n >= aspect_ratio * m:
         return torch.cat([tall[:, a:b] for a, b in _spans(n, max(m, round(aspect_ratio * m)))])
