@@ -25,13 +25,9 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(120)
 
 @dataclass(frozen=True)
 class TruncatedFit:
-    """Power law with exponential cut-off, p(λ) ∝ λ^-alpha exp(−Lambda λ) for λ ≥ xmin.
+    """Power law with exponential cut-off, p(λ) ∝ λ^-alpha exp(−Lambda λ) for λ ≥ xmin; alpha ≥ 1, `rate` = Lambda ≥ 0.
 
-    Attributes:
-        alpha: Exponent, at least 1.
-        rate: Lambda, at least 0, in units of 1/λ.
-        ks: Kolmogorov–Smirnov distance to the tail.
-        log_likelihood: `[n]` log density of each point.
+    `ks` is the Kolmogorov–Smirnov distance to the tail, `log_likelihood` `[n]` the log density of each point.
     """
 
     alpha: float
@@ -42,12 +38,9 @@ class TruncatedFit:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The power law against another law on one tail.
+    """Normalised log-likelihood ratio (positive favours the power law), and the probability of one as large in size.
 
-    Attributes:
-        ratio: Normalised log-likelihood ratio; positive favours the power law.
-        p_value: Probability of a ratio as large in size if both are equally good: only below 0.1 or so has the sign
-            of `ratio` a meaning.
+    That if both laws are equally good: only below 0.1 or so has the sign of the ratio a meaning.
     """
 
     ratio: float

@@ -92,8 +92,6 @@ class Accelerator:
         ends = accumulate(tensor.numel() for tensor in tensors)
         return [packed[end - one.numel() : end].view(one.shape) for one, end in zip(tensors, ends, strict=True)]
 
-    # --- what follows from these
-
     def batches(self, side: int, count: int) -> bool:
         """Whether so many matrices of a short side are solved as a batch; else one by one."""
         if side <= BATCHED_SIDE:

@@ -38,15 +38,7 @@ class Elements(Rows):
 
 @dataclass(frozen=True)
 class Moments(Rows):
-    """What one pass over the entries of B matrices leaves, each field `[B]` float64 on their device.
-
-    Attributes:
-        total: Σ w.
-        squares: Σ w².
-        low: Smallest entry.
-        high: Largest entry.
-        zeros: How many entries are zero.
-    """
+    """Σ w, Σ w², min w, max w and #{w = 0} of B matrices, each field `[B]` float64 on their device."""
 
     total: torch.Tensor
     squares: torch.Tensor
@@ -59,10 +51,7 @@ class Moments(Rows):
 class LargeEntries:
     """The K largest entries above the threshold, largest first.
 
-    Attributes:
-        index: `[K, 3]` slice, row and column, as stored.
-        value: `[K]` the weights.
-        headroom: `[K]` |w − mean| / (std (NM)^¼), each above 1.
+    Slice, row and column as stored `[K, 3]`; the weights `[K]`; |w − mean| / (std (NM)^¼) `[K]`, each above 1.
     """
 
     index: torch.Tensor
@@ -71,13 +60,12 @@ class LargeEntries:
 
 
 def moments(matrices: torch.Tensor) -> Moments:
-    """Σ w, Σ w², min w, max w and #{w = 0} of `[B, N, M]`, any floating dtype; in float64, no device is waited for."""
+    """Those of `[B, N, M]` of any floating dtype, summed in float64; no device is waited for."""
     flat = matrices.flatten(1)
     squares = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square()
     zeros = flat.shape[1] - torch.count_nonzero(flat, dim=1)
-    return Moments(
-        flat.sum(1, dtype=torch.float64), squares, flat.amin(1).double(), flat.amax(1).double(), zeros.double()
-    )
+    total, low, high = flat.sum(1, dtype=torch.float64), flat.amin(1), flat.amax(1)
+    return Moments(total, squares, low.double(), high.double(), zeros.double())
 
 
 def elements(matrices: Sequence[torch.Tensor] | torch.Tensor, *, known: Moments | None = None) -> Elements:

@@ -9,13 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class CorrelationSpace:
-    """Each field `[B]`.
-
-    Attributes:
-        size: Number of eigenvalues in the space, as float; NaN where the spectrum is not known.
-        boundary: Its smallest eigenvalue.
-        rescaled_boundary: The same after rescaling to a mean eigenvalue of 1.
-    """
+    """How many eigenvalues it has, its smallest one, and that after rescaling to a mean of 1: `[B]`, NaN if unknown."""
 
     size: torch.Tensor
     boundary: torch.Tensor

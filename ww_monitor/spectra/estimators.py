@@ -52,13 +52,7 @@ def fit_hill(eigenvalues: torch.Tensor, *, k: int | None = None, floor: torch.Te
 
 @dataclass(frozen=True)
 class FingerFit:
-    """A tail fitted without the largest eigenvalues where these are fingers.
-
-    Attributes:
-        tail: The fit that is kept.
-        num_fingers: `[B]` how many eigenvalues were left out.
-        raw_alpha: `[B]` alpha with all of them.
-    """
+    """The fit without fingers, how many largest eigenvalues were left out as such, and alpha with them, each `[B]`."""
 
     tail: TailFit
     num_fingers: torch.Tensor
@@ -99,12 +93,7 @@ def fit_without_fingers(
 
 @dataclass(frozen=True)
 class SoftAlpha:
-    """An exponent averaged over candidate xmin.
-
-    Attributes:
-        alpha: `[B]` Σ w_i alpha_i.
-        spread: `[B]` √(Σ w_i (alpha_i − alpha)²), how far the candidates in question disagree.
-    """
+    """`[B]` alpha = Σ w_i alpha_i, and √(Σ w_i (alpha_i − alpha)²): how far the candidates in question disagree."""
 
     alpha: torch.Tensor
     spread: torch.Tensor

@@ -37,12 +37,9 @@ worker without touching any other thread."""
 
 @dataclass(frozen=True)
 class Eigenvalues(Rows):
-    """Spectra of B matrices.
+    """Spectra `[B, M]` float64, ascending and never negative; NaN where `status` (`[B]` int64 of `Status`) is not OK.
 
-    Attributes:
-        values: `[B, M]` float64, ascending, never negative; NaN where `status` is not OK.
-        frobenius_sq: `[B]` float64, ‖W‖²_F summed over the elements.
-        status: `[B]` int64 of `Status`.
+    `frobenius_sq` is `[B]` ‖W‖²_F, summed over the elements in float64.
     """
 
     values: torch.Tensor
@@ -91,14 +88,15 @@ def _solve_one(w: torch.Tensor, library: Library) -> tuple[Eigenvalues, Moments]
     n, m = w.shape
     gram, found = np.zeros((m, m)), []
     with np.errstate(all="ignore"):
-        for rows in _row_chunks(w):
-            found.append((rows.sum(), _squares(rows, library), rows.min(), rows.max(), np.count_nonzero(rows == 0)))
+        for stored, rows in _row_chunks(w):
+            zeros = np.count_nonzero(stored == 0)
+            found.append((rows.sum(), _squares(rows, library), stored.min(), stored.max(), zeros))
             if library == "torch":
                 torch.from_numpy(gram).addmm_(torch.from_numpy(rows.T), torch.from_numpy(rows))
             else:
                 lapack.add_gram(rows, gram)
-        total, squares, low, high, zeros = np.array(found).T
-        over_all = np.array([total.sum(), squares.sum(), low.min(), high.max(), zeros.sum()])
+        total, squares, low, high, none = np.array(found, dtype=np.float64).T
+        over_all = np.array([total.sum(), squares.sum(), low.min(), high.max(), none.sum()])
         gram_sq = _squares(gram, library)
         if library == "numpy":  # one triangle
             gram_sq = 2 * gram_sq - _squares(gram.diagonal(), library)
@@ -106,8 +104,8 @@ def _solve_one(w: torch.Tensor, library: Library) -> tuple[Eigenvalues, Moments]
     return solved, Moments(*torch.split(torch.from_numpy(over_all), 1))
 
 
-def _row_chunks(w: torch.Tensor) -> Iterator[np.ndarray]:
-    """Some rows at a time, in float64 and in one piece.
+def _row_chunks(w: torch.Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Some rows at a time, as what is quickest to compare and in float64 in one piece.
 
     numpy converts what it knows: the threads that torch would convert with go on spinning where BLAS needs the cores.
     """
@@ -116,7 +114,7 @@ def _row_chunks(w: torch.Tensor) -> Iterator[np.ndarray]:
         array = part.numpy() if in_numpy else part.double().numpy()
         chunk = array.astype(np.float64, order="K" if 1 in w.stride() else "C", copy=False)
         whole = chunk.flags.c_contiguous or chunk.flags.f_contiguous
-        yield chunk if whole else chunk.copy(order="K")
+        yield array if array.dtype == np.float32 else chunk, chunk if whole else chunk.copy(order="K")
 
 
 def _squares(array: np.ndarray, library: Library) -> float:

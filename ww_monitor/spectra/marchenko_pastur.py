@@ -22,10 +22,8 @@ class Bulk:
 
     Attributes:
         variance: Variance of the entries of the random part, in the scale of the eigenvalues.
-        edge_min: Lower Marchenko–Pastur edge, variance · (√N − √M)².
-        edge_max: Upper edge, variance · (√N + √M)².
-        threshold: Eigenvalue above which one counts as a spike.
-        num_spikes: Eigenvalues above the threshold, int64.
+        edge_min: Lower Marchenko–Pastur edge, variance · (√N − √M)²; `edge_max` · (√N + √M)².
+        threshold: Eigenvalue above which one counts as a spike; `num_spikes` of them, int64.
         p_value: Probability that the random part alone has an eigenvalue as large as λmax.
     """
 
@@ -86,14 +84,10 @@ def bulk(
     sigma_sq, centre, scale, threshold = (field.gather(1, num_spikes[:, None])[:, 0] for field in fields)
     deviate = (eigenvalues[:, -1] / sigma_sq - centre) / scale
     p_value = -torch.expm1(slices * torch.log1p(-tracy_widom_sf(deviate)))
-    return Bulk(
-        variance=sigma_sq,
-        edge_min=sigma_sq * (n_side.sqrt() - m_side.sqrt())[:, 0].square(),
-        edge_max=sigma_sq * (n_side.sqrt() + m_side.sqrt())[:, 0].square(),
-        threshold=threshold,
-        num_spikes=torch.where(sigma_sq > 0, num_spikes, 0),
-        p_value=torch.where(sigma_sq > 0, p_value, float("nan")),
-    )
+    known, root_n, root_m = sigma_sq > 0, n_side.sqrt()[:, 0], m_side.sqrt()[:, 0]
+    edges = sigma_sq * (root_n - root_m).square(), sigma_sq * (root_n + root_m).square()
+    num_spikes, p_value = torch.where(known, num_spikes, 0), torch.where(known, p_value, float("nan"))
+    return Bulk(sigma_sq, *edges, threshold, num_spikes, p_value)
 
 
 def per_matrix(significance: float, matrices: int) -> float:

@@ -17,13 +17,7 @@ DRAWS = 40
 
 @dataclass(frozen=True)
 class NullBand:
-    """5, 50 and 95 % points of a Gaussian matrix's fit.
-
-    Attributes:
-        alpha: Points of the distribution of alpha.
-        ks: Points of the distribution of the Kolmogorov–Smirnov distance.
-        lambda_max: Of λmax, for entries of unit variance.
-    """
+    """5, 50 and 95 % points of alpha, of the Kolmogorov–Smirnov distance and of λmax for entries of unit variance."""
 
     alpha: tuple[float, float, float]
     ks: tuple[float, float, float]
@@ -35,7 +29,7 @@ def null_band(long_side: int, short_side: int, slices: int = 1, *, draws: int = 
     """Quantiles over Gaussian matrices of one shape, computed once a shape.
 
     Args:
-        long_side: N, the long side of the matrix.
+        long_side: N.
         short_side: M ≤ N.
         slices: Number of matrices whose eigenvalues are pooled.
         draws: Number of random spectra behind the band.

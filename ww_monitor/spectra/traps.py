@@ -55,9 +55,7 @@ choice, a quarter of the GiB that a look may take."""
 
 @dataclass(frozen=True)
 class Shuffled:
-    """The largest eigenvalues of shuffled matrices, each field `[K, replicas]` float64 on the host.
-
-    NaN in a replica that was not drawn.
+    """The largest eigenvalues of shuffled matrices, `[K, replicas]` float64 on the host; NaN in replicas not drawn.
 
     Attributes:
         num_traps: Eigenvalues above the Tracy–Widom quantile.
@@ -89,13 +87,9 @@ class Shuffled:
 
 @dataclass(frozen=True)
 class Edge:
-    """The law of λmax of a random matrix with unit variance, Johnstone's, and the quantile from which a trap counts.
+    """Johnstone's law of λmax for unit variance, and the quantile from which a trap counts, in scales above the centre.
 
-    Attributes:
-        centre: Centre of the law of λmax.
-        scale: Scale of the law of λmax.
-        quantile: In scales above the centre.
-        upper: Upper Marchenko–Pastur edge.
+    `upper` is the upper Marchenko–Pastur edge.
     """
 
     centre: float

@@ -24,15 +24,12 @@ _BANDWIDTH, _GRID_POINTS, _LEAST_DENSITY = 0.1, 1000, 0.01
 
 @dataclass(frozen=True)
 class DensityFit:
-    """A Marchenko–Pastur law fitted to a kernel density.
+    """A Marchenko–Pastur law fitted to a kernel density; its edges are in the scale of the eigenvalues.
 
     Attributes:
-        sigma: Fitted standard deviation, of entries rescaled so that the mean eigenvalue is 1.
-        bulk_min: Lower edge in the scale of the eigenvalues.
-        bulk_max: Upper edge in the scale of the eigenvalues.
+        sigma: Fitted standard deviation, of entries rescaled (by `w_scale`) so that the mean eigenvalue is 1.
         num_spikes: Eigenvalues above the upper edge plus its Tracy–Widom slack.
         mp_softrank: Upper edge over λmax.
-        w_scale: Factor that the entries were rescaled by.
     """
 
     sigma: float
