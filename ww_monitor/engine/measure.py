@@ -27,7 +27,10 @@ def measured(loaded: Loaded, status: torch.Tensor, options: Options) -> dict[str
     of_layer = _of_layers(status, loaded)
     if options.strict and loaded.weights:
         for b in (of_layer == Status.NOT_FINITE).nonzero().flatten().tolist():
-            raise ValueError(_complaint(loaded.layers[b]))
+            weights = loaded.layers[b]
+            nan, infinite = int(weights.isnan().sum()), int(weights.isinf().sum())
+            found = f"{nan} NaN and {infinite} infinite of {weights.numel()} entries"
+            raise ValueError(f"expected finite weights, got {found}")
     return measure(loaded, (of_layer == Status.OK).tolist(), options.needs, options)
 
 
@@ -53,11 +56,6 @@ def _of_layers(status: torch.Tensor, loaded: Loaded) -> torch.Tensor:
     failed = (of_slice != Status.OK) & ~zero
     first = of_slice.gather(1, failed.to(torch.int64).argmax(1, keepdim=True))[:, 0]
     return torch.where(zero.all(1), int(Status.ZERO), torch.where(failed.any(1), first, int(Status.OK)))
-
-
-def _complaint(weights: torch.Tensor) -> str:
-    nan, infinite = int(weights.isnan().sum()), int(weights.isinf().sum())
-    return f"expected finite weights, got {nan} NaN and {infinite} infinite of {weights.numel()} entries"
 
 
 def as_solved(loaded: Loaded, options: Options) -> Sequence[torch.Tensor]:

@@ -42,8 +42,7 @@ def layers_of(batches: Sequence[Batch], options: Options, *, step: int | None) -
 
 def _rows(group: Sequence[Batch], options: Options, step: int | None) -> list[Layer]:
     try:
-        batch = Batch.joined(group)
-        return _layers(batch, _numbers(batch, options), options, step)
+        return _layers(Batch.joined(group), options, step)
     except LayerError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a metric throws costs one layer
@@ -68,16 +67,11 @@ def _place(matrix: Matrix, step: int | None) -> str:
     return f"layer {matrix.name!r}" + (f" at step {step}" if step is not None else "")
 
 
-def _numbers(batch: Batch, options: Options) -> list[np.ndarray]:
-    """On the host: metrics `[B, K]`, codes of status, verdict and phase `[B, 3]`, floors `[B]`, spectra `[B, n]`."""
-    columns = [metric.function(batch) for metric in options.chosen]
-    codes = torch.stack([statuses(batch), verdicts(batch), phases(batch)], 1)
-    wanted = [torch.stack(columns, 1) if columns else codes[:, :0], codes, batch.floor, batch.eigenvalues]
-    return [tensor.numpy() for tensor in read_together(wanted)]
-
-
-def _layers(batch: Batch, numbers: Sequence[np.ndarray], options: Options, step: int | None) -> list[Layer]:
-    columns, codes, floors, spectra = numbers
+def _layers(batch: Batch, options: Options, step: int | None) -> list[Layer]:
+    found = [metric.function(batch) for metric in options.chosen]
+    states = torch.stack([statuses(batch), verdicts(batch), phases(batch)], 1)
+    wanted = [torch.stack(found, 1) if found else states[:, :0], states, batch.floor, batch.eigenvalues]
+    columns, codes, floors, spectra = (tensor.numpy() for tensor in read_together(wanted))
     for matrix, code in zip(batch.matrices, batch.status.tolist(), strict=True):
         if options.strict and code not in (Status.OK, Status.ZERO):  # what is not finite has been refused before
             complaint = f"expected a spectrum with the moments of the weights, got {Status(code).label}"

@@ -12,16 +12,18 @@ from functools import lru_cache, partial
 
 import torch
 
+from ww_monitor.engine.measure import as_solved, batch_of, measured
 from ww_monitor.engine.options import Options
 from ww_monitor.engine.rows import failed_layer, layers_of, snapshot_of
-from ww_monitor.engine.solve import DeviceQueue, on_host
+from ww_monitor.engine.solve import DeviceQueue
 from ww_monitor.engine.threads import Workers, workers
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.metric import Batch, Loaded
 from ww_monitor.record import Layer, Snapshot
+from ww_monitor.spectra import host
 from ww_monitor.spectra.device import accelerator_of
-from ww_monitor.spectra.host import Library
+from ww_monitor.spectra.eigenvalues import resolved, tall_of
 
 TOGETHER = 1 << 20
 """Elements up to which matrices of one shape are loaded and analysed as one chunk: small ones share its overhead."""
@@ -29,8 +31,7 @@ TOGETHER = 1 << 20
 HOST_MEMORY = 2 << 30
 """Bytes of workspace that the chunks under way on the host may need together, the weights not counted."""
 
-Found = list[Batch | Layer]
-"""Batches, and a row for each layer that failed."""
+Found = list[Batch | Layer]  # batches, and a row for each layer that failed
 
 
 @torch.no_grad()
@@ -132,7 +133,7 @@ def _taken(chunk: list[tuple[Matrix, torch.Tensor]]) -> Loaded:
 
 def _solved(matrices: list[Matrix], options: Options, step: int | None, background: bool) -> Found:
     """Chunks on the host go to the workers as they are loaded; what a device solves never does."""
-    library: Library = "torch" if background else "numpy"
+    library: host.Library = "torch" if background else "numpy"
     side = max((matrix.short_side for matrix in matrices), default=0)
     queues: dict[torch.device, DeviceQueue] = {}
     tasks: list[Future[Found]] = []
@@ -172,19 +173,21 @@ def _solved(matrices: list[Matrix], options: Options, step: int | None, backgrou
 
 
 def workspace(loaded: Loaded) -> int:
-    """Bytes that a solve on the host takes: Gram matrices in float64, and the weights once more.
-
-    A large matrix is solved in its Gram matrix; small ones together take two further copies.
-    """
+    """Bytes that a solve on the host takes: the weights and the Gram matrices, of small ones together three times."""
     gram, weights = 8 * loaded.matrices[0].short_side ** 2, loaded.weights[0]
     return weights.nbytes + (gram if len(weights) == 1 else 3 * gram * weights.shape[0] * weights.shape[1])
 
 
-def _on_host(loaded: Loaded, options: Options, step: int | None, library: Library) -> Found:
+def _on_host(loaded: Loaded, options: Options, step: int | None, library: host.Library) -> Found:
     """Solve and measure a chunk; where that fails its matrices one by one, so that a bad layer costs itself only."""
     with torch.no_grad():
         try:
-            return [on_host(loaded, options, library=library)]
+            (stack,) = as_solved(loaded, options)
+            solved, found = host.solve(tall_of(stack), library)
+            solved = resolved(solved, stack) if options.preset == "weightwatcher" else solved
+            values = measured(replace(loaded, moments=found), solved.status, options)
+            where = [loaded.solved_on or "cpu"] * len(loaded.matrices)
+            return [batch_of(loaded, solved, values, options, where=where)]
         except Exception as error:  # noqa: BLE001 - whatever a solver throws costs one layer
             if len(loaded.matrices) == 1:
                 return [failed_layer(loaded.matrices[0], error, options, step=step)]

@@ -12,9 +12,8 @@ import torch
 from ww_monitor.engine.measure import as_solved, batch_of, measured
 from ww_monitor.engine.options import Options
 from ww_monitor.metric import Batch, Loaded
-from ww_monitor.spectra import host
 from ww_monitor.spectra.device import Accelerator
-from ww_monitor.spectra.eigenvalues import bytes_of, resolved, solve_on_device, tall_of
+from ww_monitor.spectra.eigenvalues import bytes_of, resolved, solve_on_device
 from ww_monitor.spectra.elements import Moments, moments
 from ww_monitor.spectra.host import Eigenvalues, input_status
 
@@ -25,39 +24,18 @@ HOST_RATE = 2e10
 """Multiply-adds a second of one host core on M²N + M³ (measured: 3072 × 768 in 0.09 s on a Zen 4 core)."""
 
 
-def on_host(loaded: Loaded, options: Options, *, library: host.Library = "numpy") -> Batch:
-    """Eigenvalues and measurements of one chunk whose weights are on the host, by the calling thread.
-
-    Raises:
-        ValueError: with `options.strict`, if a layer has no spectrum.
-    """
-    (stack,) = as_solved(loaded, options)
-    solved, found = host.solve(tall_of(stack), library)
-    loaded = replace(loaded, moments=found)
-    solved = resolved(solved, stack) if options.preset == "weightwatcher" else solved
-    values = measured(loaded, solved.status, options)
-    return batch_of(loaded, solved, values, options, where=[loaded.solved_on or "cpu"] * len(loaded.matrices))
-
-
 class DeviceQueue:
     """The chunks on one device, until it is decided for all of them together where they are solved.
 
     The device solves them if it has full-rate float64, unless they are so few and small that one core of the host is
-    done before the device's latency has passed. What it fails at, the host solves.
-
-    Args:
-        accelerator: The device whose matrices wait here.
-        options: How to analyse.
-        watch_memory: Whether what loading allocates is counted; not beside a training that allocates too.
+    done before the device's latency has passed. What it fails at, the host solves. What loading allocates is counted
+    (`watch_memory`), but not beside a training that allocates too.
     """
 
     def __init__(self, accelerator: Accelerator, options: Options, *, watch_memory: bool = True) -> None:
-        self._accelerator = accelerator
-        self._options = options
-        self._watch_memory = watch_memory
+        self._accelerator, self._options, self._watch_memory = accelerator, options, watch_memory
         self._waiting: list[Loaded] = []
-        self._before = 0
-        self._decided = False
+        self._before, self._decided = 0, False
         self.to_host: list[Loaded] = []
         """What is left to the host; whoever takes it clears it."""
 

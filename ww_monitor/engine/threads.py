@@ -26,19 +26,15 @@ def thread_budget() -> int:
 
 
 class Workers:
-    """Runs tasks on threads, or in the caller's where there is one worker; holds at most so many bytes at a time.
+    """Runs tasks on `count` threads, or in the caller's where there is one worker.
 
-    Args:
-        count: Number of threads.
-        memory: Bytes of workspace that the tasks under way may need together; a task that needs more runs alone.
+    Tasks under way may need `memory` bytes of workspace together; a task that needs more runs alone.
     """
 
     def __init__(self, count: int, *, memory: int) -> None:
-        self.count = count
-        self.memory = memory
+        self.count, self.memory = count, memory
         self._executor = ThreadPoolExecutor(count, "ww_monitor", initializer=hold_to_one_thread) if count > 1 else None
-        self._in_use = 0
-        self._running = 0
+        self._in_use = self._running = 0
         self._freed = threading.Condition()
 
     def submit(self, task: Callable[[], Result], *, needs: int) -> Future[Result]:
@@ -130,12 +126,6 @@ def hold_to_one_thread() -> None:
     """Give the calling thread one OpenMP and one MKL thread, which no other thread notices."""
     torch.get_num_threads()  # makes torch set up its count for this thread, so that it does not do so later
     controller().select(user_api="openmp").limit(limits=1)
-    set_mkl_threads = _mkl_set_num_threads_local()
-    if set_mkl_threads is not None:
+    set_mkl_threads = of_torch("MKL_Set_Num_Threads_Local", ctypes.c_int, ctypes.c_int)
+    if set_mkl_threads is not None:  # torch is linked with MKL
         set_mkl_threads(1)
-
-
-@lru_cache(maxsize=1)
-def _mkl_set_num_threads_local() -> Callable[[int], Any] | None:
-    """MKL's count for the calling thread, where torch is linked with it."""
-    return of_torch("MKL_Set_Num_Threads_Local", ctypes.c_int, ctypes.c_int)

@@ -50,8 +50,8 @@ class Comparison:
 def fit_truncated(tail: np.ndarray, *, alpha: float) -> TruncatedFit:
     """Maximise −alpha Σ ln λ − Lambda Σ λ − n ln Z over alpha ≥ 1, Lambda ≥ 0; Z = ∫_xmin^∞ t^-alpha e^(−Lambda t) dt.
 
-    The family is exponential, so that the likelihood is concave and has one maximum; Z and its derivatives come from
-    Gauss–Legendre quadrature in ln t. Source: Clauset, Shalizi & Newman 2009, table 2.1.
+    The likelihood is concave and has one maximum; Z and its derivatives come from Gauss–Legendre quadrature in ln t.
+    Source: Clauset, Shalizi & Newman 2009, table 2.1.
 
     Args:
         tail: `[n]` eigenvalues from xmin on, ascending.

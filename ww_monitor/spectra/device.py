@@ -28,11 +28,9 @@ each matrix of 768²)."""
 FREE_SHARE = 0.5
 """Share of a device's free memory that it may take: training beside it needs the rest (our choice)."""
 
-SECONDS_PER_COLUMN = 1e-5
-"""Of the routine for one matrix (2.2 ms at 256, 7.8 at 768, 10.3 at 1024), whatever the host does meanwhile."""
-
-SECONDS_A_SIDE = 1.3e-3
-"""What it takes to launch the operations that follow the solve, once a short side (measured for the fit of one row)."""
+SECONDS_PER_COLUMN, SECONDS_A_SIDE = 1e-5, 1.3e-3
+"""Of the routine for one matrix (2.2 ms at 256, 7.8 at 768, 10.3 at 1024); and what it takes to launch the operations
+that follow the solve, once a short side (measured for the fit of one row)."""
 
 _LARGEST_COUNT, _LARGEST_BATCH = 2**31 - 1, 65535
 """Elements that the batched routine takes together, n·lda·B, and matrices."""

@@ -17,12 +17,9 @@ _RESOLVED = 1e-5
 _DEVICE_ROWS = 1 << 23
 """Elements of W that a device holds in float64 at a time (64 MiB)."""
 
-DEVICE_MEMORY = 1 << 30
-"""Bytes that a chunk of Gram matrices with its workspace may take on a device, beside the weights that it releases."""
-
-MOST_RELEASED = 3 << 27
-"""Bytes that the release of weights may add to them, since a model in training keeps its own (3/8 GiB: with it the 48
-matrices of GPT-2 small are one batch)."""
+DEVICE_MEMORY, MOST_RELEASED = 1 << 30, 3 << 27
+"""Bytes that a chunk of Gram matrices with its workspace may take on a device, and that the release of weights may add:
+a model in training keeps its own (3/8 GiB: with it the 48 matrices of GPT-2 small are one batch)."""
 
 
 def eigenvalues(matrices: torch.Tensor, *, resolve_small: bool = False, library: host.Library = "numpy") -> Eigenvalues:
@@ -98,7 +95,7 @@ def solve_on_device(stacks: list[torch.Tensor], accelerator: Accelerator) -> tup
 
     Args:
         stacks: Each `[b, N, M]` or `[b, M, N]` with N ≥ M, of one M.
-        accelerator: The device that the matrices are on.
+        accelerator: The device that they are on.
 
     Returns:
         Spectra on the device, in the order of the matrices, and for each `""` or why the host has solved it.

@@ -71,9 +71,8 @@ def moments(matrices: torch.Tensor) -> Moments:
 def elements(matrices: Sequence[torch.Tensor] | torch.Tensor, *, known: Moments | None = None) -> Elements:
     """Headroom = max|w − mean| / (σ (NM)^¼), mean_shift = |mean| (NM)^¼ / σ, with σ trimmed of entries above σ(NM)^¼.
 
-    Mean and σ are those of the entries that are not trimmed; this repeats until as many are kept as before. Without it
-    a few large entries would hide in the variance that they inflate and drag the mean. O(NM), no eigensolve; only
-    matrices with something to trim are read a second time.
+    Mean and σ are those of the entries that are not trimmed, until as many are kept as before: a few large entries
+    would hide in the variance that they inflate and drag the mean. Only matrices with something to trim are read again.
 
     Args:
         matrices: `[B, N, M]` or B of `[N, M]`, finite, any floating dtype.
@@ -128,8 +127,7 @@ def _elements(found: Moments, mean: torch.Tensor, std: torch.Tensor, count: int)
 def _trimmed(entries: torch.Tensor, reach: float, total: float, squares: float) -> tuple[float, float]:
     """Mean and standard deviation of the entries within `reach` standard deviations of the mean, iterated.
 
-    What is trimmed is taken off their sums, which needs one look at the entries; all of them are summed anew each time
-    where that would cost digits.
+    What is trimmed is taken off their sums; where that would cost digits, all are summed anew each time.
     """
     found = _without_far(entries, reach, total, squares)
     if found is not None:

@@ -19,10 +19,9 @@ class CorrelationSpace:
 def correlation_space(eigenvalues: torch.Tensor) -> CorrelationSpace:
     """Size = first k with Σ_{j > n−k} ln(λ_j/mean λ) < 0: the k largest rescaled eigenvalues have a product below 1.
 
-    The eigenvalue that takes the product below 1 belongs to the space, as in weightwatcher 0.7.7; at its ideal the
-    power-law tail and this space coincide. Summed in the log domain, where a product over- and underflows from some
-    4,000 eigenvalues on. Source: Martin & Hinrichs 2025 (SETOL, arXiv 2507.17912), the exact renormalisation group
-    condition; weightwatcher's `detX`.
+    The eigenvalue that takes the product below 1 belongs to the space, as in weightwatcher 0.7.7 (`detX`); at its ideal
+    the power-law tail and this space coincide. Summed in the log domain: a product over- and underflows from some 4,000
+    on. Source: Martin & Hinrichs 2025 (SETOL, arXiv 2507.17912), the exact renormalisation group condition.
 
     Args:
         eigenvalues: `[B, n]` float64, ascending.

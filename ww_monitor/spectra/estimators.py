@@ -10,11 +10,8 @@ from ww_monitor.spectra.powerlaw import TailFit, fit_tail, tail_exponents
 from ww_monitor.spectra.scan import ks_distances
 from ww_monitor.spectra.status import Status
 
-MAX_FINGERS = 10
-"""Most eigenvalues that are taken for fingers (weightwatcher 0.7.7's max_fingers)."""
-
-FINGER_DROP = 1.0
-"""Fall of alpha that makes the removed eigenvalues fingers (weightwatcher 0.7.7's finger_thresh)."""
+MAX_FINGERS, FINGER_DROP = 10, 1.0
+"""Most eigenvalues that are taken for fingers, and the fall of alpha that makes them fingers (weightwatcher 0.7.7)."""
 
 SOFTNESS = 0.1
 """Excess of ks, in units of 1/√n_tail, that costs a candidate a factor e. Our choice: a third of the standard deviation
@@ -76,8 +73,7 @@ def fit_without_fingers(
     first = best = fit_tail(eigenvalues, floor=floor, allow_short=weightwatcher)
     num_fingers = torch.zeros_like(first.alpha)
     searching = first.status == Status.OK
-    numbers = range(2, MAX_FINGERS) if weightwatcher else range(1, MAX_FINGERS + 1)
-    for removed in numbers:
+    for removed in range(2, MAX_FINGERS) if weightwatcher else range(1, MAX_FINGERS + 1):
         if removed >= eigenvalues.shape[1] - 1 or not bool(searching.any()):
             break
         clipped = fit_tail(eigenvalues[:, :-removed], floor=floor, allow_short=weightwatcher)

@@ -56,13 +56,9 @@ def input_status(frobenius_sq: torch.Tensor) -> torch.Tensor:
 def verified(
     values: torch.Tensor, frobenius_sq: torch.Tensor, gram_sq: torch.Tensor, long_side: torch.Tensor | int
 ) -> Eigenvalues:
-    """Check both moments of solved spectra to 64·N roundings of the Gram matrix and blank what is not known.
+    """Check both moments of solved spectra `[B, M]` to 64·N roundings of the Gram matrix, blank what is not known.
 
-    Args:
-        values: `[B, M]` ascending, NaN where the solver gave up.
-        frobenius_sq: `[B]` ‖W‖²_F, which Σλ must be.
-        gram_sq: `[B]` ‖WᵀW‖²_F, which Σλ² must be: a solver that returns the diagonal keeps the trace.
-        long_side: N, one or `[B]`.
+    Σλ must be ‖W‖²_F and Σλ² = ‖WᵀW‖²_F, both `[B]`: a solver that returns the diagonal keeps the trace.
     """
     values, tolerance = values.clamp(min=0.0), 64 * torch.finfo(torch.float64).eps * long_side
     first = (values.sum(1) - frobenius_sq).abs() <= tolerance * frobenius_sq

@@ -30,7 +30,7 @@ RELATIVE_ERROR = 1e-9
 """Relative distance from the threshold up to which an eigenvalue is left undecided."""
 
 _STOP = 1e-10
-"""Estimated relative error of λmax at which the iteration stops. Below the 1e-9 that is promised, because the estimate
+"""Estimated relative error of λmax at which the iteration stops: below the 1e-9 that is promised, because the estimate
 knows only the Ritz values that have appeared."""
 
 _FIRST_CHECK, _LONGEST_WAIT = 16, 12
@@ -160,23 +160,22 @@ class _Run:
             self.basis[:, (step + 1) * b : (step + 2) * b], beside = _orthonormal(w)
             new.append(beside)
         blocks = read(torch.stack(new, 1))
-        for i, step in enumerate(range(self.steps, steps)):
-            here, after = slice(step * b, (step + 1) * b), slice((step + 1) * b, (step + 2) * b)
-            self.projected[:, here, here] = blocks[:, 2 * i]
-            self.projected[:, here, after] = blocks[:, 2 * i + 1]
-            self.projected[:, after, here] = blocks[:, 2 * i + 1].swapaxes(1, 2)
+        for at in range(self.steps * b, steps * b, b):  # eigh reads the lower triangle
+            own, beside_it = blocks[:, 2 * (at // b - self.steps)], blocks[:, 2 * (at // b - self.steps) + 1]
+            self.projected[:, at : at + b, at : at + b] = own
+            self.projected[:, at + b : at + 2 * b, at : at + b] = beside_it.swapaxes(1, 2)
         self.steps = steps
 
     def _judge(self, projected: np.ndarray, threshold: float) -> _Verdict:
         """Rayleigh–Ritz on the basis of one matrix: count, λmax, and whether another step would change them."""
         n = self.steps * self.block
-        beside = projected[n - self.block : n, n : n + self.block]
+        beside = projected[n : n + self.block, n - self.block : n]
         if not np.isfinite(projected[: n + self.block, : n + self.block]).all():
             return _Verdict()
         wanted = (max(0, n - self.block - _NEIGHBOURS), n - 1)
         values, vectors = eigh(projected[:n, :n], subset_by_index=wanted, driver="evr", check_finite=False)
         values, vectors = values[::-1], vectors[:, ::-1]
-        residuals = np.linalg.norm(beside.T @ vectors[-self.block :], axis=0)
+        residuals = np.linalg.norm(beside @ vectors[-self.block :], axis=0)
         above = int((values > threshold).sum())
         at_threshold = bool((np.abs(values - threshold) <= RELATIVE_ERROR * threshold).any())
         if above >= self.block or at_threshold or np.abs(beside.diagonal()).min() <= self.rounding * values[0]:

@@ -148,12 +148,12 @@ def _routine(module: ModuleType, name: str, result: Any = None) -> Callable[...,
     return ctypes.CFUNCTYPE(result, *[ctypes.c_void_p] * callable_.signature.count("*"))(address)
 
 
-@lru_cache(maxsize=1)
 def _torch_dsyevd() -> Callable[..., Any] | None:
     """LAPACK's routine in torch's own library, where it can be found there."""
     return of_torch("dsyevd_", None, *[ctypes.c_void_p] * 11)
 
 
+@lru_cache
 def of_torch(name: str, result: Any, *arguments: Any) -> Callable[..., Any] | None:
     """A function of the libraries that torch is linked with, if it can be found in torch's own file."""
     for library in Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"):

@@ -115,8 +115,8 @@ _GRID_LOW, _GRID_HIGH, _GRID_STEP = -8.0, 60.0, 0.0025
 def tracy_widom_sf(s: torch.Tensor) -> torch.Tensor:
     """P(TW₁ > s), the upper tail of the Tracy–Widom law for real matrices, to 1e-6 relative.
 
-    Interpolated in log P from `tracy_widom_sf_exact`: a cubic spline over steps of 0.2 to 1, then linearly
-    over steps of 0.0025; 1 below s = −8 and constant (4e-137) above s = 60. NaN stays NaN.
+    Interpolated in log P from `tracy_widom_sf_exact`: by a cubic spline over steps of 0.2 to 1, then linearly over
+    0.0025; 1 below s = −8 and constant (4e-137) above s = 60. NaN stays NaN.
 
     >>> [round(p, 4) for p in tracy_widom_sf(torch.tensor([0.9793, 2.0234, 3.2724])).tolist()]
     [0.05, 0.01, 0.001]
@@ -167,9 +167,6 @@ def tracy_widom_sf_exact(s: np.ndarray, *, nodes: int = 64) -> np.ndarray:
     Args:
         s: `[K]` points.
         nodes: Quadrature nodes on (s, max(16, s + 16)).
-
-    Returns:
-        `[K]` probabilities.
     """
     node, weight = np.polynomial.legendre.leggauss(nodes)
     result = np.empty(len(s))

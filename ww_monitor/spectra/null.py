@@ -36,11 +36,8 @@ def null_band(long_side: int, short_side: int, slices: int = 1, *, draws: int = 
         seed: Of a private generator.
     """
     generator = np.random.Generator(np.random.PCG64([seed, long_side, short_side, slices]))
-    rows = [
-        np.sort(np.concatenate([wishart_eigenvalues(long_side, short_side, generator) for _ in range(slices)]))
-        for _ in range(draws)
-    ]
-    spectra = torch.from_numpy(np.stack(rows))
+    each = [[wishart_eigenvalues(long_side, short_side, generator) for _ in range(slices)] for _ in range(draws)]
+    spectra = torch.from_numpy(np.sort(np.array(each).reshape(draws, -1)))
     fit = fit_tail(spectra)
 
     def points(values: torch.Tensor) -> tuple[float, float, float]:

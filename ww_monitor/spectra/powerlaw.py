@@ -9,11 +9,8 @@ import torch
 from ww_monitor.spectra.scan import best_candidates
 from ww_monitor.spectra.status import Rows, Status
 
-SMALL_SAMPLE = 20
-"""Fewer eigenvalues than this get the bias-corrected exponent and a shortest tail (weightwatcher 0.7.7)."""
-
-SMALL_SAMPLE_TAIL = 8
-"""Shortest tail of a small sample (weightwatcher 0.7.7)."""
+SMALL_SAMPLE, SMALL_SAMPLE_TAIL = 20, 8
+"""Fewer eigenvalues than this get the bias-corrected exponent and a tail of at least so many (weightwatcher 0.7.7)."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +84,7 @@ def fit_tail(eigenvalues: torch.Tensor, *, floor: torch.Tensor | float = 0.0, al
 def tail_exponents(
     eigenvalues: torch.Tensor, floor: torch.Tensor | float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return λ > floor, ln(λ/λmax) and Σ_{j ≥ i} ln(λ_j/λ_i) for every i, each `[B, n]`; 0 logs below the floor.
-
-    Args:
-        eigenvalues: `[B, n]` float64, ascending.
-        floor: Scalar or `[B]`.
-    """
+    """Return λ > floor, ln(λ/λmax) and Σ_{j ≥ i} ln(λ_j/λ_i) for every i, each `[B, n]`; 0 logs below the floor."""
     known = eigenvalues > torch.as_tensor(floor, dtype=torch.float64, device=eigenvalues.device).reshape(-1, 1)
     log_x = torch.where(known, eigenvalues, 1.0).log()
     log_x = torch.where(known, log_x - log_x[:, -1:], 0.0)

@@ -1,7 +1,6 @@
 """The scan over candidate xmin: the candidate with the smallest Kolmogorov–Smirnov distance, always the exact one.
 
-Two ways to one answer: on the host a branch and bound that evaluates a few of the n candidates in full, on an
-accelerator every candidate of a whole batch at once.
+On the host a branch and bound evaluates a few of the n candidates in full, an accelerator all of a batch at once.
 """
 
 from __future__ import annotations
@@ -50,12 +49,7 @@ def best_candidates(
 def ks_distances(log_x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
     """D_i = max_{j ≥ i} |m_j/m_i − (λ_j/λ_i)^-(alpha_i − 1)| for every i, m_i = number of points from i on.
 
-    Args:
-        log_x: `[B, n]` ln λ, ascending.
-        exponent: `[B, n]` alpha_i − 1.
-
-    Returns:
-        `[B, n]`.
+    All are `[B, n]`: D, ln λ, ascending, and the exponents alpha − 1.
     """
     batch, n = log_x.shape
     tail_size = torch.arange(n, 0, -1, dtype=log_x.dtype, device=log_x.device)

@@ -123,10 +123,7 @@ def mixed(matrices: Sequence[torch.Tensor], order: torch.Tensor) -> torch.Tensor
 def gram_of_shuffled(matrices: Sequence[torch.Tensor], stats: Elements, order: torch.Tensor) -> torch.Tensor:
     """AᵀA `[K, M, M]` of the short side, A = (shuffled W − mean)/σ, float64, summed over some rows at a time.
 
-    Args:
-        matrices: K of one shape and device.
-        stats: What `elements` gives for these matrices.
-        order: A permutation of their entries, there or on the host.
+    The matrices are of one shape and device, the permutation is there or on the host.
     """
     by_rows = tall_of(order.view(matrices[0].shape))
     short_side, device = by_rows.shape[1], matrices[0].device

@@ -32,17 +32,14 @@ freedom clipped at 0.79 has an outlier in a quarter of the shuffles."""
 REPLICAS = 3
 """Shuffles of a matrix that is not skipped. Our choice: enough to see whether a trap depends on the shuffle."""
 
-CLEARLY_BELOW = 3.5
-"""A first shuffle with λmax so many Tracy–Widom scales below the threshold is the only one; see `CLEARLY_ABOVE`."""
-
-CLEARLY_ABOVE = 5.0
-"""And one so many scales above it. Both were chosen, of thirteen pairs tried, on a pilot of the first seed of `python
--m benchmarks.early_stop`: 250 matrices of each of 26 laws of elements at each of four shapes. 53 % of the 20,487 that
-are shuffled are decided by one shuffle, and of these 0.31 % would be decided otherwise by three and 0.19 % by
-fifteen; three say other than fifteen in 5.4 % of all. Matrices of another seed, on which nothing was chosen, gave
-0.22 % and 0.19 % of 3,143. Laws that put λmax at the threshold are far worse, though few of theirs are decided early:
-with one entry of 1.3 σ(NM)^¼ 6 % of 1,000 are, and 8 of those some 60 get another verdict than by three shuffles;
-with 1.2, 9 of some 170."""
+CLEARLY_BELOW, CLEARLY_ABOVE = 3.5, 5.0
+"""A first shuffle with λmax so many Tracy–Widom scales below or above the threshold is the only one. Both were chosen,
+of thirteen pairs tried, on a pilot of the first seed of `python -m benchmarks.early_stop`: 250 matrices of each of 26
+laws of elements at each of four shapes. 53 % of the 20,487 that are shuffled are decided by one shuffle, and of these
+0.31 % would be decided otherwise by three and 0.19 % by fifteen; three say other than fifteen in 5.4 % of all. Matrices
+of another seed, on which nothing was chosen, gave 0.22 % and 0.19 % of 3,143. Laws that put λmax at the threshold are
+far worse, though few of theirs are decided early: with one entry of 1.3 σ(NM)^¼ 6 % of 1,000 are, and 8 of those some
+60 get another verdict than by three shuffles; with 1.2, 9 of some 170."""
 
 LEAST_LANCZOS_SIDE = 384
 """Short side from which Lanczos' iteration beats the whole spectrum on the host, measured in CPU seconds: on the

@@ -66,10 +66,9 @@ def fit_density(eigenvalues: np.ndarray, *, long_side: int, short_side: int) -> 
     kept = density > _LEAST_DENSITY
     if not kept.any():
         return None
-    cost = _quarter_circle_cost if ratio == 1 else _marchenko_pastur_cost
     first = math.sqrt(x.max()) / (1 + ratio**-0.5)
     candidates = np.arange(0.05 * first, 2.0 * first, 0.01 * first)
-    one_cost = partial(cost, grid=grid[kept], density=density[kept], ratio=ratio)
+    one_cost = partial(_cost, grid=grid[kept], density=density[kept], ratio=ratio)
     best = candidates[int(np.argmin(one_cost(candidates)))]
 
     def cost_of(s: np.ndarray) -> float:
@@ -92,21 +91,19 @@ def triangular_density(points: np.ndarray, grid: np.ndarray, width: float) -> np
     return np.asarray((left + right) / (len(points) * width))
 
 
-def _marchenko_pastur_cost(sigma: np.ndarray, grid: np.ndarray, density: np.ndarray, ratio: float) -> np.ndarray:
+def _cost(sigma: np.ndarray, grid: np.ndarray, density: np.ndarray, ratio: float) -> np.ndarray:
+    """Σ_g (f(g; σ) − d(g))² for each σ: f is the quarter circle where N = M, else the Marchenko–Pastur law."""
     s = sigma[:, None]
     low, high = (s * (1 - ratio**-0.5)) ** 2, (s * (1 + ratio**-0.5)) ** 2
-    with np.errstate(all="ignore"):
-        law = np.nan_to_num(ratio / (2 * np.pi * s * s * grid) * np.sqrt((high - grid) * (grid - low)))
     mode, top = grid[np.argmax(density)], grid.max()
     outside = ((high < mode) | (high > top) | (low > mode))[:, 0]
-    return np.where(outside, 1e6 * len(grid), ((law - density) ** 2).sum(1))
-
-
-def _quarter_circle_cost(sigma: np.ndarray, grid: np.ndarray, density: np.ndarray, ratio: float) -> np.ndarray:
-    s = sigma[:, None]
     with np.errstate(all="ignore"):
-        law = np.nan_to_num(np.sqrt(4 - grid**2) / (np.pi * s * s))
-    return np.asarray(((law - density) ** 2).sum(1))
+        if ratio == 1:
+            law = np.sqrt(4 - grid**2) / (np.pi * s * s)
+        else:
+            law = ratio / (2 * np.pi * s * s * grid) * np.sqrt((high - grid) * (grid - low))
+    costs = ((np.nan_to_num(law) - density) ** 2).sum(1)
+    return np.where(outside & (ratio != 1), 1e6 * len(grid), costs)
 
 
 @dataclass(frozen=True)
@@ -118,12 +115,7 @@ class Randomized:
 
 
 def randomize(slices: torch.Tensor, *, seed: int) -> Randomized:
-    """Eigenvalues of each slice with its entries shuffled, five times (once from 100 eigenvalues on) and once more.
-
-    Args:
-        slices: `[R, N, M]` of one layer.
-        seed: Seed of the private generator; weightwatcher draws from numpy's global stream instead.
-    """
+    """Eigenvalues of slices `[R, N, M]` with their entries shuffled, by a private generator and not numpy's global."""
     replicas = 5 if slices.shape[0] * min(slices.shape[1:]) < 100 else 1
 
     def draw(replica: int) -> np.ndarray:

@@ -10,10 +10,9 @@ from ww_monitor.spectra.eigenvalues import tall_of
 def windows(matrices: torch.Tensor, aspect_ratio: float) -> torch.Tensor:
     """Cut N × M into the fewest evenly spaced windows of long side / short side = `aspect_ratio` that cover it.
 
-    A matrix longer than that keeps its short side M and is cut along N, one that is squarer keeps N and is cut along
-    M. The eigenvalues of the windows are then pooled: the exponent of a whole matrix depends on its aspect ratio, that
-    of its windows does not. Source: Hu et al. 2025 (FARMS, arXiv 2506.06280); even spacing instead of a fixed stride,
-    so that every entry counts, is our choice.
+    A longer matrix keeps its short side M and is cut along N, a squarer one keeps N and is cut along M. The eigenvalues
+    of the windows are then pooled: the exponent of a matrix depends on its aspect ratio. Source: Hu et al. 2025 (FARMS,
+    arXiv 2506.06280); even spacing instead of a fixed stride, so that every entry counts, is our choice.
 
     Args:
         matrices: `[R, rows, columns]`.
