@@ -62,9 +62,8 @@ def analyze_matrices(
     start = time.perf_counter()
     items = list(items)
     matrices = [item for item in items if isinstance(item, Matrix)]
-    skipped = [
-        replace(item, kind=str(item.kind), shape=tuple(item.shape)) for item in items if not isinstance(item, Matrix)
-    ]
+    left_out = (item for item in items if not isinstance(item, Matrix))
+    skipped = [replace(item, kind=str(item.kind), shape=tuple(item.shape)) for item in left_out]
     found = _solved(matrices, options, step, background)
     rows = [one for one in found if isinstance(one, Layer)]
     rows += layers_of([one for one in found if isinstance(one, Batch)], options, step=step)
@@ -125,9 +124,9 @@ def _load(matrix: Matrix) -> torch.Tensor:
 
 def _taken(chunk: list[tuple[Matrix, torch.Tensor]]) -> Loaded:
     """What has been collected as one stack `[B, S, N, M]`; nothing is left in the list."""
-    matrices, weights = zip(*((matrix, weights.detach()) for matrix, weights in chunk), strict=True)
+    matrices, weights = zip(*chunk, strict=True)
     chunk.clear()
-    stack = weights[0][None] if len(weights) == 1 else torch.stack(weights)
+    stack = (weights[0][None] if len(weights) == 1 else torch.stack(weights)).detach()
     return Loaded(matrices, [stack], stack.dtype)
 
 

@@ -93,8 +93,7 @@ class _Blas:
     """The thread counts of the BLAS libraries, for analyses that may overlap in any order: the last gives them back."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holding = 0
+        self._lock, self._holding = threading.Lock(), 0
         self._original: Any = None
 
     @contextmanager

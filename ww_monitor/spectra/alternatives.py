@@ -126,9 +126,7 @@ def compare(tail: np.ndarray, *, alpha: float) -> dict[str, Comparison]:
 
 def _vuong(difference: np.ndarray) -> Comparison:
     spread = float(difference.std()) * math.sqrt(len(difference))
-    if spread == 0.0:
-        return Comparison(0.0, 1.0)
-    ratio = float(difference.sum()) / spread
+    ratio = float(difference.sum()) / spread if spread else 0.0
     return Comparison(ratio, float(erfc(abs(ratio) / math.sqrt(2))))
 
 
@@ -171,8 +169,7 @@ def goodness_of_fit(eigenvalues: torch.Tensor, fit: TailFit, *, seed: int, repli
         replicas: Number of synthetic spectra; all are fitted in one batch.
     """
     alpha, xmin, n_tail = float(fit.alpha[0]), float(fit.xmin[0]), int(fit.n_tail[0])
-    n = len(eigenvalues)
-    generator = torch.Generator().manual_seed(seed)
+    n, generator = len(eigenvalues), torch.Generator().manual_seed(seed)
     uniform = torch.rand(replicas, n, generator=generator, dtype=torch.float64, device="cpu")
     body = eigenvalues[: n - n_tail]
     drawn = xmin * (1 - uniform).clamp(min=1e-300) ** (-1 / (alpha - 1))

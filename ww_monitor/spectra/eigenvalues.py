@@ -128,8 +128,7 @@ def _solve_chunk(parts: list[torch.Tensor], size: int, accelerator: Accelerator)
     except Exception as error:  # noqa: BLE001 - whatever a device throws, the host goes on
         return Eigenvalues.joined(host.solve(tall_of(part.cpu()))[0] for part in parts), type(error).__name__
     parts.clear()
-    sides = torch.ones(len(gram), dtype=torch.float64, device="cpu")
-    sides[:count] = torch.tensor(long_sides, dtype=torch.float64, device="cpu")
+    sides = torch.tensor([*long_sides, *[1.0] * (len(gram) - count)], dtype=torch.float64, device="cpu")
     try:
         return _solve_grams(gram, squares, sides.to(gram.device), accelerator).take(slice(count)), ""
     except Exception as error:  # noqa: BLE001 - likewise

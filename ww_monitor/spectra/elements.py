@@ -103,7 +103,7 @@ def elements_of(found: Moments, count: int) -> Elements:
 def needs_trimming(found: Moments, count: int) -> torch.Tensor:
     """`[B]` on the host: whether one of `count` = N·M entries lies above σ(NM)^¼, or the spread drowns in the mean."""
     mean, std = _mean_and_std(found, count)
-    largest = _largest(found, mean)
+    largest = torch.maximum(found.high.cpu() - mean, mean - found.low.cpu())
     far: torch.Tensor = (largest > std * count**0.25) | (std < 1e-3 * mean.abs())
     return far & torch.isfinite(largest)
 
@@ -114,14 +114,10 @@ def _mean_and_std(found: Moments, count: int) -> tuple[torch.Tensor, torch.Tenso
     return mean, variance.clamp(min=0).sqrt()
 
 
-def _largest(found: Moments, mean: torch.Tensor) -> torch.Tensor:
-    return torch.maximum(found.high.cpu() - mean, mean - found.low.cpu())
-
-
 def _elements(found: Moments, mean: torch.Tensor, std: torch.Tensor, count: int) -> Elements:
-    reach = count**0.25
+    reach, largest = count**0.25, torch.maximum(found.high.cpu() - mean, mean - found.low.cpu())
     std = torch.where(std > 1e-12 * mean.abs(), std, float("nan"))
-    return Elements(mean, std, headroom=_largest(found, mean) / (std * reach), mean_shift=mean.abs() * reach / std)
+    return Elements(mean, std, headroom=largest / (std * reach), mean_shift=mean.abs() * reach / std)
 
 
 def _trimmed(entries: torch.Tensor, reach: float, total: float, squares: float) -> tuple[float, float]:
@@ -186,10 +182,7 @@ def _beyond(entries: torch.Tensor, centre: float, distance: float) -> torch.Tens
 def large_entries(matrices: torch.Tensor, stats: Elements, *, limit: int = 8) -> LargeEntries:
     """{(s, i, j): |w_sij − mean_s| > σ_s (NM)^¼}, the addresses of the traps.
 
-    Args:
-        matrices: `[slices, N, M]` of one layer.
-        stats: Its `elements`, one row a slice.
-        limit: At most this many entries.
+    Of one layer `[slices, N, M]`, of which `stats` has a row a slice, at most `limit` entries.
     """
     matrices, size, parts = matrices.detach(), matrices[0].numel(), []
     each = zip(matrices.flatten(1), stats.mean.tolist(), stats.std.tolist(), strict=True)

@@ -35,9 +35,8 @@ def fit_hill(eigenvalues: torch.Tensor, *, k: int | None = None, floor: torch.Te
     index = n - size
     known, log_x, log_sum = tail_exponents(eigenvalues, floor)
     exponent = size / log_sum[:, index]
-    reached = known[:, index] & (size >= 2)
-    status = torch.where(reached, int(Status.OK), int(Status.FEW_EIGENVALUES))
-    status = torch.where(reached & ~(log_sum[:, index] > 1e-12), int(Status.DEGENERATE), status)
+    status = torch.where(log_sum[:, index] > 1e-12, int(Status.OK), int(Status.DEGENERATE))
+    status = torch.where(known[:, index] & (size >= 2), status, int(Status.FEW_EIGENVALUES))
     good = status == Status.OK
     tail = log_x[:, index:]
     count = torch.arange(size, 0, -1, dtype=torch.float64, device=tail.device) / size

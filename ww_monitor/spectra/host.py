@@ -13,13 +13,10 @@ from ww_monitor.spectra import lapack
 from ww_monitor.spectra.elements import Moments
 from ww_monitor.spectra.status import Rows, Status
 
-_TOGETHER = 1 << 18
-"""Elements of W up to which matrices are solved in one call: small ones share its overhead."""
-
-_ROW_CHUNK = 1 << 18
-"""Elements of W that are held in float64 at a time while the Gram matrix is summed, or an eighth of the Gram matrix
-where that is more: 2 MiB stay in a core's cache, and shorter products cost more (measured: those of a sixteenth 5 % of
-the Gram matrix at 2048)."""
+_TOGETHER = _ROW_CHUNK = 1 << 18
+"""Elements of W up to which matrices are solved in one call, whose overhead small ones share; and of a large W that are
+held in float64 at a time while the Gram matrix is summed, or an eighth of the Gram matrix where that is more: 2 MiB
+stay in a core's cache, and shorter products cost more (measured: of a sixteenth 5 % of the Gram matrix at 2048)."""
 
 _IN_PLACE_SIDE = 256
 """From this side on a copy of a Gram matrix costs more than a call of one's own."""

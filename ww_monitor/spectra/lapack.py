@@ -33,9 +33,7 @@ _BLOCK = 32
 def add_gram(rows: np.ndarray, gram: np.ndarray) -> None:
     """Add rowsᵀ·rows to the upper triangle of `gram`; the other triangle is left as it is.
 
-    Args:
-        rows: `[N, M]` float64, contiguous by rows or by columns.
-        gram: `[M, M]` float64, contiguous by rows.
+    Both are float64: rows `[N, M]` contiguous by rows or by columns, `gram` `[M, M]` by rows.
 
     Raises:
         ValueError: if an array is of another kind: its memory would be misread.

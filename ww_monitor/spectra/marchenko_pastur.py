@@ -101,9 +101,7 @@ def johnstone(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, 
     Source: Johnstone 2001 (Annals of Statistics 29, theorem 1.1). Real Gaussian entries; the law is approached from
     M ≈ 5 on, and universal for entries with four moments.
 
-    Args:
-        rows: N, any shape.
-        columns: M ≤ N, broadcastable with `rows`.
+    `rows` are N, of any shape, `columns` M ≤ N.
     """
     root_n, root_m = (rows - 1).clamp(min=0.5).sqrt(), columns.clamp(min=0.5).sqrt()
     return (root_n + root_m).square(), (root_n + root_m) * (1 / root_n + 1 / root_m) ** (1 / 3)

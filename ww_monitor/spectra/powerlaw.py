@@ -50,9 +50,6 @@ def fit_tail(eigenvalues: torch.Tensor, *, floor: torch.Tensor | float = 0.0, al
         allow_short: Fit a sample of 2 to 7 eigenvalues as a whole, as weightwatcher does, instead of giving
             `few_eigenvalues`.
 
-    Returns:
-        One tail a row.
-
     >>> x = (1 - (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000) ** (-1 / (3 - 1))   # quantiles of x^-3
     >>> round(fit_tail(x[None]).alpha.item(), 2)
     3.0

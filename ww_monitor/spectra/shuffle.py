@@ -22,11 +22,9 @@ DRAW_COPIES = 10
 """Bytes that a device takes to draw a permutation, over its own: torch sorts random keys of 8 bytes and the places with
 them, which are there as they were, sorted, and as workspace (counted in torch's source)."""
 
-_CHUNK = 1 << 16
-"""Entries that the host holds in float64 at a time: half a MiB stays in a core's cache."""
-
-_BLOCK = 128
-"""Columns of a Gram matrix that are made together (measured: 15 ms at 3072 × 768 where the whole product takes 24)."""
+_CHUNK, _BLOCK = 1 << 16, 128
+"""Entries that the host holds in float64 at a time (half a MiB stays in a core's cache), and columns of a Gram matrix
+that are made together (measured: 15 ms at 3072 × 768 where the whole product takes 24)."""
 
 
 def on_host(tensor: torch.Tensor) -> bool:
@@ -67,16 +65,13 @@ def stream(seed: int, replica: int) -> int:
 def draw(size: int, seed: int, device: torch.device) -> torch.Tensor:
     """A permutation drawn on a device: with the law of the host's, and other numbers."""
     generator = torch.Generator(device=device).manual_seed(seed)
-    return torch.randperm(size, generator=generator, dtype=_dtype(size), device=device)
+    dtype = torch.int32 if size < 1 << 31 else torch.int64
+    return torch.randperm(size, generator=generator, dtype=dtype, device=device)
 
 
 def bytes_to_draw(size: int) -> int:
     """What a device takes to draw one."""
-    return DRAW_COPIES * _dtype(size).itemsize * size
-
-
-def _dtype(size: int) -> torch.dtype:
-    return torch.int32 if size < 1 << 31 else torch.int64
+    return DRAW_COPIES * size * (4 if size < 1 << 31 else 8)
 
 
 class _Cache:

@@ -11,10 +11,10 @@ _NAN = float("nan")
 def cka(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Linear CKA without centring, ‖AᵀB‖²_F / (‖AᵀA‖_F ‖BᵀB‖_F): the cosine between the Gram matrices AAᵀ and BBᵀ.
 
-    A similarity in [0, 1], 1 also for B = c·AQ with Q orthogonal: the rows (output units) are the examples and the
-    basis of the inputs does not count. Two unrelated Gaussian matrices have columns/(rows + columns), not 0.
-    Source: Kornblith, Norouzi, Lee & Hinton 2019 (ICML, arXiv 1905.00414, eq. 4), left uncentred because a weight
-    matrix has no mean to remove. weightwatcher 0.7.7 gives the square root of this and calls it a distance.
+    A similarity in [0, 1], 1 also for B = c·AQ with Q orthogonal: the rows (output units) are the examples, the basis
+    of the inputs does not count. Unrelated Gaussian matrices have columns/(rows + columns), not 0. Source: Kornblith et
+    al. 2019 (ICML, arXiv 1905.00414, eq. 4), uncentred because a weight matrix has no mean to remove. weightwatcher
+    0.7.7 gives the square root of this and calls it a distance.
 
     Args:
         a: `[R, N, M]` float64.
@@ -28,13 +28,11 @@ def cka(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     tensor([0.7071], dtype=torch.float64)
     """
     if a.shape[1] >= a.shape[2]:
-        cross = (a.mT @ b).square().sum((1, 2))
-        own = [torch.linalg.matrix_norm(x.mT @ x) for x in (a, b)]
+        cross, grams = (a.mT @ b).square().sum((1, 2)), [x.mT @ x for x in (a, b)]
     else:
         grams = [x @ x.mT for x in (a, b)]
         cross = (grams[0] * grams[1]).sum((1, 2))
-        own = [torch.linalg.matrix_norm(gram) for gram in grams]
-    similarity = cross / (own[0] * own[1])
+    similarity = cross / (torch.linalg.matrix_norm(grams[0]) * torch.linalg.matrix_norm(grams[1]))
     return torch.where(torch.isfinite(similarity), similarity.clamp(0.0, 1.0), _NAN)
 
 
