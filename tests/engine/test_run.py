@@ -71,7 +71,7 @@ def loads():
 
 
 HALF, THIRD = (15_000, 40), (10_000, 40)
-"""Of the elements up to which matrices of one shape are loaded together (`engine.load.TOGETHER`), a little more."""
+"""Of the elements up to which matrices of one shape are loaded together (`engine.run.TOGETHER`), a little more."""
 
 
 def test_one_matrix_is_in_memory_at_a_time(loads, allow_threads):

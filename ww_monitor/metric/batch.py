@@ -233,7 +233,7 @@ class Batch:
             row = self.fitted_eigenvalues[b]
             known = row[row > self.floor[b]].cpu()
             values.append(
-                goodness_of_fit(known, self.power_law.row(b), seed=self.definitions.seed) if len(tail) > 2 else NAN
+                goodness_of_fit(known, self.power_law.take([b]), seed=self.definitions.seed) if len(tail) > 2 else NAN
             )
         return self.per_row(values)
 

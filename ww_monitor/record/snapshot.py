@@ -94,7 +94,8 @@ class Layer:
         trap_entries: The largest entries above the trap threshold.
         step: Optimizer step at which the weights were read, or `None` outside training.
         solved_on: The device that solved it (`"cpu"`, `"cuda:0"`); where that is not the one that has the weights, with
-            the reason: `"cpu, not cuda:0: no full-rate float64"`.
+            the reason: `"cpu, not cuda:0: no full-rate float64"`; and what permuted it for lack of memory there:
+            `"cuda:0, permuted on cpu: no memory"`.
         eigenvalues: All eigenvalues, ascending, if they were asked for; never saved.
         sketch: Some sums over the normalised spectrum (`ww_monitor.metric.drift`), until a monitor has the next
             snapshot's drift from them; never saved.
