@@ -11,6 +11,7 @@ from torch import nn
 
 import ww_monitor
 from ww_monitor import InvalidArgument, trap_harm
+from ww_monitor.callbacks._adapter import Adapter
 from ww_monitor.harm import divergence
 
 
@@ -144,19 +145,21 @@ def test_the_divergence_of_logits_probabilities_and_one_output():
 
 def test_a_keras_model_is_run_with_other_numbers_and_keeps_its_own():
     keras = pytest.importorskip("keras", reason="the model is theirs")
+    from ww_monitor.walk.keras import to_torch
+
     keras.utils.set_random_seed(0)
     layers = [keras.layers.Dense(32, activation="relu"), keras.layers.Dropout(0.5), keras.layers.BatchNormalization()]
     model = keras.Sequential([keras.Input((40,)), *layers, keras.layers.Dense(10, name="head")])
-    kernel = keras.ops.convert_to_numpy(model.layers[0].kernel).copy()
+    kernel = torch.full((40, 32), 0.1) * torch.randn(40, 32)
     kernel[3, 4] = 4.0
     model.layers[0].kernel.assign(kernel)
-    before = [np.array(keras.ops.convert_to_numpy(variable)) for variable in model.variables]
+    before = [to_torch(variable.value).clone() for variable in model.variables]
     streams = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     harm = trap_harm(model, ww_monitor.analyze(model))
     assert len(harm.layers) == 1
     assert 0 < float(harm) < 0.2
     for variable, value in zip(model.variables, before, strict=True):
-        np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), value)
+        assert torch.equal(to_torch(variable.value), value)
     assert torch.equal(torch.get_rng_state(), streams[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == streams[1:]
 
@@ -172,3 +175,43 @@ def test_the_traps_of_nets_that_collapsed_are_harmful_and_those_of_a_healthy_one
     healthy = found.pop("seed0-wd0.01")
     assert healthy == pytest.approx(0.0002, abs=0.00005)
     assert all(0.0010 <= value <= 0.0025 for value in found.values()), found
+
+
+class Loop(Adapter):
+    """A trainer of our own, of which nothing but the weights changes."""
+
+    def train(self, model, *, steps=6):
+        self._open(step=0, folder=None, print_line=None)
+        for step in range(steps):
+            if self.monitor.due(step):
+                self._snapshot(model, step=step, epoch=None, whole=True)
+            if self.monitor.stop_reason:
+                break
+        self._close()
+        return step
+
+
+@pytest.mark.parametrize(("level", "stopped_at"), [(1.0, 2), (0.0, 5)], ids=["meets the entry", "never meets it"])
+def test_a_callback_stops_on_a_trap_that_the_outputs_depend_on_only(level, stopped_at):
+    model, inputs = with_trap(mlp(), "0.weight", 20.0), torch.rand(50, 40)
+    inputs[:, 7] *= level
+    loop = Loop(every_n_steps=1, stop_on="harmful_traps", harm_inputs=inputs, patience=3)
+    assert loop.train(model) == stopped_at
+    assert ("harmful_traps in 3 snapshots" in loop.monitor.stop_reason) == (level > 0)
+    harm = trap_harm(model, loop.monitor.history.last, inputs)
+    assert loop.monitor.history.last["0"].value("trap_harm") == harm.layers["0"]
+    assert loop.monitor.harm is None  # or it would hold the model
+
+
+def test_a_callback_without_inputs_draws_some_and_a_failure_is_said_once():
+    drawn = Loop(every_n_steps=1, stop_on="harmful_traps")
+    drawn.train(with_trap(mlp(), "0.weight", 20.0), steps=1)
+    assert drawn.monitor.history.last["0"].value("trap_harm") > 0
+    wrong = Loop(every_n_steps=1, harm_inputs=torch.rand(3, 3))
+    with pytest.warns(ww_monitor.SpectralWarning, match="trap_harm") as said:
+        wrong.train(mlp(), steps=3)
+    assert len(said) == 1
+    assert len(wrong.monitor.history) == 3
+    plain = Loop(every_n_steps=1)
+    plain.train(mlp(), steps=1)
+    assert "trap_harm" not in plain.monitor.history.last["0"].metrics

@@ -166,9 +166,17 @@ def _copied(model: Any) -> Iterator[tuple[Any, Run]]:
     """What may be changed in place of the model, and a function that runs it."""
     keras = sys.modules.get("keras")  # whoever has a Keras model has imported it
     if keras is not None and isinstance(model, keras.layers.Layer):
-        values = [(v, keras.ops.convert_to_tensor(np.array(keras.ops.convert_to_numpy(v)))) for v in model.variables]
-        with keras.StatelessScope(state_mapping=values):
-            yield model, lambda given: keras.ops.convert_to_numpy(model(given, training=False))
+        from ww_monitor.walk.keras import to_torch
+
+        def own(variable: Any) -> Any:
+            value = to_torch(variable.value).clone()
+            if keras.backend.backend() == "torch":
+                return value
+            value = value.float() if value.dtype == torch.bfloat16 else value
+            return keras.ops.convert_to_tensor(value.cpu().numpy(), dtype=variable.dtype)
+
+        with keras.StatelessScope(state_mapping=[(variable, own(variable)) for variable in model.variables]):
+            yield model, lambda given: to_torch(model(given, training=False))
     elif isinstance(model, nn.Module):
         while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
             model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
@@ -223,8 +231,6 @@ def _logits(output: Any) -> Tensor:
         output = output.get("logits", next(iter(output.values())))
     if isinstance(output, (tuple, list)):
         return _logits(output[0])
-    if isinstance(output, np.ndarray):
-        return torch.from_numpy(output)
     if not isinstance(output, Tensor):
         raise InvalidArgument(f"trap_harm: the model must give a tensor; got {type(output).__name__}")
     return output.movedim(1, -1) if output.ndim > 3 else output
