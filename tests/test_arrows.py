@@ -21,7 +21,7 @@ LEVELS = (
     {"walk", "metric", "schedule"},
     {"engine", "rules", "sinks", "baseline"},
     {"distributed"},
-    {"monitor", "analysis", "description"},
+    {"monitor", "analysis", "description", "harm"},
     {"callbacks", "plots", "report", "compare", "plan", "transforms"},
     {"cli"},
 )

@@ -666,7 +666,7 @@ def test_the_state_key_is_the_same_in_every_process():
         ({"every_n_steps": True}, "every_n_steps must be an integer >= 1; got True"),
         ({"every_n_epochs": 0}, "every_n_epochs must be an integer >= 1; got 0"),
         ({"patience": 0}, "patience must be an integer >= 1; got 0"),
-        ({"stop_on": "trap"}, "stop_on must be one of None, 'traps', 'broken_layers'; got 'trap'"),
+        ({"stop_on": "trap"}, "stop_on must be one of None, 'traps', 'harmful_traps', 'broken_layers'; got 'trap'"),
         ({"preset": "ww"}, "preset must be one of 'default', 'weightwatcher'; got 'ww'"),
         ({"metrics": ["alfa"]}, "metrics must be among 'alpha', .*; got 'alfa'"),
         ({"include": "net.*"}, r"include must be a sequence of globs; got the string 'net\.\*'"),
