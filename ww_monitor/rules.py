@@ -92,7 +92,7 @@ def harmful_trap(history: History, *, harm: float = 0.001) -> Iterator[Finding]:
             message = (
                 f"without its trap outputs differ by a Jensen–Shannon divergence of {layer.value('trap_harm'):.2g}"
             )
-            yield _finding(history, harmful_trap, layer, "warning", message)
+            yield _finding(history, harmful_trap, layer, "info", message)
 
 
 @looks_back("trap_headroom")
