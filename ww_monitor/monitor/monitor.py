@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from time import perf_counter
@@ -207,12 +208,26 @@ class Monitor(Guarded):
         published: list[Snapshot] = []
         with self.timed(), self.guard("analysis"):
             items = list(self.select.apply(matrices))
+            if items or not isinstance(matrices, Sequence):  # whoever gives an empty list means it
+                self._warn_of_nothing(items)
             if self.analyzer.reads_now(whole=whole):
                 self._waited += wait_for_queued()
             snapshot = self.analyzer.analyze(items, step=step, epoch=epoch, whole=whole)
             if snapshot is not None:
                 published.append(self._publish(snapshot))
         return published[0] if published else None
+
+    def _warn_of_nothing(self, items: Sequence[Matrix | Skipped]) -> None:
+        """Say once if there is no matrix: the snapshots will be empty, and no key will reach a tracker."""
+        if any(isinstance(item, Matrix) for item in items):
+            return
+        reasons = Counter(item.reason for item in items if isinstance(item, Skipped)).most_common(3)
+        found = "; ".join(f"{count} × {reason}" for reason, count in reasons) or "no weight of two or more dimensions"
+        self.say_once(
+            "nothing",
+            f"there is no matrix to watch, and every snapshot will be empty; found: {found}. ww_monitor.describe(model)"
+            " lists what is left out; change include, exclude, min_size or max_size, or pass the module that trains",
+        )
 
     def collect(self) -> list[Snapshot]:
         """The snapshots that the background has completed, oldest first, now with findings and in the sinks.

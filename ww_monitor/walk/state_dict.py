@@ -13,9 +13,9 @@ from torch import Tensor
 from ww_monitor.errors import InvalidArgument
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.walk import fused, parts
+from ww_monitor.walk import fused, names, parts
 from ww_monitor.walk.lora import low_rank
-from ww_monitor.walk.parts import KERNEL, WHOLE, WRAPPERS, Part, Split
+from ww_monitor.walk.parts import WHOLE, WRAPPERS, Part, Split
 from ww_monitor.walk.reading import identity, tied_to
 from ww_monitor.walk.roles import infer_role
 
@@ -53,7 +53,8 @@ def walk_state_dict(tensors: Mapping[str, Tensor], *, split: Split | None = None
     module is called so; of three to five dimensions a kernel; `in_proj_weight` is the q, k and v of an attention;
     `weight_ih_*` and `weight_hh_*` are recurrent and stay whole; a stack `[experts, rows, columns]` under a name with
     "expert" or "moe" gives one matrix an expert; factors `lora_A` and `lora_B` give their delta B·A. Of the fused
-    projections those are cut whose layout needs no module (`c_attn`, `qkv`, `Wqkv`, `gate_up_proj`).
+    projections those are cut whose layout needs no module (`c_attn`, `qkv`, `Wqkv`, `gate_up_proj`). Whatever else has
+    two sides is a parameter, unless its name says that it is a table of positions, a mask, a bias or a buffer.
 
     Args:
         tensors: A state dict; the prefixes of data parallel and of `torch.compile` leave no mark on the names.
@@ -128,7 +129,7 @@ def _items(
     if factor := _LORA.fullmatch(key):
         yield from _delta(key, factor, tensors, scaling)
         return
-    kind, cuts, reason = _meaning(key, value, tensors, split)
+    kind, cuts, reason = meaning(key, value, tensors, split, stored=True)
     unread = "a storage type that is not read"
     reason = reason or (unread if value.dtype is None else parts.unfit(value.dtype, value.shape, kind))
     if reason:
@@ -138,10 +139,18 @@ def _items(
     yield from (parts.matrix(name, kind, part, value.shape, value.read, infer_role(name, kind)) for part in cuts)
 
 
-def _meaning(
-    key: str, value: Unread, tensors: Mapping[str, Unread], split: Split | None
+def meaning(
+    key: str, value: Unread, tensors: Mapping[str, Unread], split: Split | None, *, stored: bool = False
 ) -> tuple[Kind, tuple[Part, ...], str]:
-    """The kind of a tensor, its parts, and why it is no weight if it is none."""
+    """The kind of a tensor, its parts, and why it is no weight if it is none.
+
+    Args:
+        key: Its dotted name.
+        value: What is known of it.
+        tensors: Those beside it, by their names.
+        split: The caller's own cuts.
+        stored: Whether it may be a buffer; else it is known to be a parameter.
+    """
     path, _, attribute = key.rpartition(".")
     rows, ndim = value.shape[0], len(value.shape)
     if _COMPUTED.fullmatch(key):
@@ -157,15 +166,21 @@ def _meaning(
         layout = fused.layout_beside(value.shape, beside.shape if beside else None)
         declared = None if f"{key}_bias" in tensors else layout  # with a bias the two may alternate, as in GPT-OSS
         return Kind.DENSE, fused.expert_parts(attribute, value.shape, declared, separate=True), ""
-    if attribute != "weight":
-        return Kind.OTHER, (), "its name is none of a known weight"
-    if ndim > 2:
-        return Kind.CONV, KERNEL, ""
+    if attribute != "weight" or ndim > 2:
+        return _by_shape(key, value, called_weight=attribute == "weight", stored=stored)
     if _EMBEDDING.fullmatch(path.rpartition(".")[2]):
         return Kind.EMBEDDING, WHOLE, ""
     transposed = path.endswith("c_attn") and value.shape[1] in (2 * rows, 3 * rows)  # GPT-2 stores [in, out]
     wished = parts.split_parts(split, path, value.shape, int(transposed))
     return Kind.DENSE, wished or fused.fused_parts(path, value.shape, int(transposed), None) or WHOLE, ""
+
+
+def _by_shape(key: str, value: Unread, *, called_weight: bool, stored: bool) -> tuple[Kind, tuple[Part, ...], str]:
+    """What the shape tells of a tensor whose name does not say which layer owns it."""
+    found = names.read_shape(value.shape, called_weight=called_weight)
+    floating = value.dtype is None or value.dtype.is_floating_point  # what is not says so itself
+    reason = (names.no_weight(key, stored=stored) or found.reason) if floating else ""
+    return (Kind.OTHER, (), reason) if reason else (Kind.CONV if found.kernel else Kind.PARAMETER, found.parts, "")
 
 
 def _delta(

@@ -6,21 +6,23 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.parameter import Parameter, is_lazy
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ww_monitor.errors import InvalidArgument, check_choice
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.walk import fused, parts, reading
+from ww_monitor.walk import fused, names, parts, reading
 from ww_monitor.walk import lora as adapters
 from ww_monitor.walk.parts import KERNEL, WHOLE, WRAPPERS, Part, Split
 from ww_monitor.walk.roles import infer_role
 from ww_monitor.walk.sharded import Layout, by_unit, like_whole, shards_of, units
+from ww_monitor.walk.state_dict import Unread, meaning, unread
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _KINDS: Mapping[Kind, tuple[type[nn.Module], ...]] = {
@@ -101,6 +103,7 @@ class _Walk:
     units: dict[int, nn.Module]  # FSDP1's, by the modules in them
     owners: dict[str, nn.Module] = field(default_factory=dict)  # by cleaned path
     seen: dict[object, str] = field(default_factory=dict)  # the first name of a stored tensor, by its identity
+    owned: dict[object, str] = field(default_factory=dict)  # the same, of known layers, from the start
 
     def identity(self, module: nn.Module, stored: torch.Tensor | None) -> object:
         """What tied weights have in common: of a unit that is gathered again and again, the place in its storage."""
@@ -111,6 +114,10 @@ class _Walk:
 
 
 def _walk(root: nn.Module, this: _Walk) -> Iterator[Matrix | Skipped]:
+    for path, module in _modules(root, "", set()) if not this.units else ():
+        if isinstance(module, tuple(chain(*_KINDS.values()))) and (own := reading.own_parameters(module)):
+            this.owned.setdefault(this.identity(module, own.get("weight")), path or _class_name(root))
+    this.owned.pop(None, None)
     found = by_unit(_modules(root, "", set()), this.units, partial(_items_of, this))
     return parts.unique(replace(item, name=item.name or _class_name(root)) for item in found)
 
@@ -175,6 +182,7 @@ class _Weight:
         parts: What it is cut into by the definition of its class, or `None` where its name and owner decide.
         stem: What the names of the parts start with after the path, `None` for the attribute.
         axis: The output axis.
+        role: The role of its matrices, or `None` where their name tells.
     """
 
     attribute: str
@@ -182,6 +190,7 @@ class _Weight:
     parts: tuple[Part, ...] | None = WHOLE
     stem: str | None = None
     axis: int = 0
+    role: str | None = None
 
 
 def _weights(module: nn.Module, path: str) -> Iterator[_Weight]:
@@ -217,7 +226,7 @@ def _recurrent_weights(module: nn.RNNBase | nn.RNNCellBase) -> Iterator[_Weight]
 
 def _bare_weights(module: nn.Module, path: str) -> Iterator[_Weight]:
     """The weights among the parameters of a module of an unknown class: a router, quantised ones, stacked experts."""
-    tensors = reading.own_tensors(module)
+    tensors, parameters = reading.own_tensors(module), reading.own_parameters(module)
     class_name = _class_name(module)
     for attribute, tensor in tensors.items():
         if is_lazy(tensor):
@@ -225,7 +234,7 @@ def _bare_weights(module: nn.Module, path: str) -> Iterator[_Weight]:
         size = reading.shape(like_whole(tensor))
         if attribute in _PACKED and reading.is_packed(module, tensor):
             yield _Weight(attribute, Kind.DENSE, None, stem="")
-        elif isinstance(tensor, Parameter) and tensor.is_floating_point():
+        elif attribute in parameters and tensor.is_floating_point():
             routes = attribute == "weight" and len(size) == 2 and _ROUTER.search(class_name)
             if routes or parts.is_expert_stack(f"{path}.{class_name}", size):
                 yield _Weight(attribute, Kind.DENSE, None)
@@ -242,10 +251,17 @@ def _items(module: nn.Module, path: str, this: _Walk) -> Iterator[Matrix | Skipp
     if adapters.is_lora(module):
         yield from adapters.factors(module, path)
         return
-    weights = list(_weights(module, path))
+    weights = [_stored(module, weight) for weight in _weights(module, path)]
     for weight in weights:
         yield from _cut_weight(module, path, weight, this)
     yield from _leftovers(module, path, weights, this)
+
+
+def _stored(module: nn.Module, weight: _Weight) -> _Weight:
+    """The weight, read from the parameter that it is made of where a hook of an unknown kind makes it."""
+    attribute = reading.made_of(module, weight.attribute)
+    stem = "" if weight.attribute == "weight" else weight.attribute
+    return weight if attribute == weight.attribute else replace(weight, attribute=attribute, stem=weight.stem or stem)
 
 
 @torch.no_grad()
@@ -284,7 +300,8 @@ def _parts(
 ) -> Iterator[tuple[Matrix, Part]]:
     """The matrices of a weight of shape `size`, each with the part of the weight that it is."""
     name = _join(path, weight.attribute if weight.stem is None else weight.stem)
-    load, role = partial(reading.read_dense, module, weight.attribute), infer_role(name, weight.kind)
+    load = partial(reading.read_dense, module, weight.attribute)
+    role = infer_role(name, weight.kind) if weight.role is None else weight.role
     stored, computed = reading.sources(module, weight.attribute)
     for part in weight.parts or _cut(module, name, weight, size, this):
         shards = (this.layout or shards_of)(stored, part.stack, size, computed=computed)
@@ -302,22 +319,43 @@ def _cut(module: nn.Module, name: str, weight: _Weight, size: tuple[int, ...], t
     return wished or fused.fused_parts(name, size, weight.axis, owner) or WHOLE
 
 
-def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk) -> Iterator[Skipped]:
-    """The module's own parameters and packed weights of two or more dimensions that none of `weights` stands for."""
+def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk) -> Iterator[Matrix | Skipped]:
+    """The module's own tensors of two or more dimensions that none of `weights` stands for: parameters and the rest."""
     # pruning, spectral and weight norm register their tensors under these ends
-    listed = {weight.attribute + end for weight in weights for end in ("", "_orig", "_g", "_v")}
-    owner = f"{'other ' if weights else ''}parameters of {_class_name(module)}"
-    tensors = reading.own_tensors(module)
+    ends = ("", "_orig", "_g", "_v", "_u", "_mask")
+    listed = {weight.attribute + end for weight in weights for end in ends}
+    tensors, parameters = reading.own_tensors(module), reading.own_parameters(module)
     if parametrize.is_parametrized(module):
         computed = module.get_submodule("parametrizations").named_children()
-        tensors |= {attribute: reading.originals(functions)[-1] for attribute, functions in computed}
+        found = {attribute: reading.originals(functions)[-1] for attribute, functions in computed}
+        tensors, parameters = tensors | found, parameters | found
+    # where a parameter is partitioned its shape is that of the whole
+    tensors = {name: like_whole(tensor) for name, tensor in tensors.items() if not is_lazy(tensor)}
+    beside = {name: unread(tensor, tensor.detach) for name, tensor in tensors.items()}
     for attribute, tensor in tensors.items():
-        if attribute in listed or is_lazy(tensor) or tensor.ndim < 2:
+        if attribute in listed or tensor.ndim < 2:
             continue
-        reason = ""
-        if isinstance(tensor, Parameter):
-            reason = reading.tied_to(this.seen.get(this.identity(module, tensor))) or f"{owner} are not a known weight"
-        elif attribute in ("weight", "qweight") and not tensor.is_floating_point():
-            reason = "integer weights"
-        if reason:
+        if attribute in parameters:
+            yield from _by_name(module, path, attribute, beside, this)
+        elif tensor.is_floating_point() or attribute in ("weight", "qweight"):
+            reason = names.BUFFER if tensor.is_floating_point() else "integer weights"
             yield Skipped(_join(path, attribute), Kind.OTHER, reading.shape(tensor), reason)
+
+
+def _by_name(
+    module: nn.Module, path: str, attribute: str, beside: Mapping[str, Unread], this: _Walk
+) -> Iterator[Matrix | Skipped]:
+    """What a state dict's rules make of a parameter that no known layer owns."""
+    siblings = {parts.joined(path, name): value for name, value in beside.items()}
+    key = parts.joined(path, attribute)
+    kind, cuts, reason = meaning(key, siblings[key], siblings, this.split)
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        reason = f"parameters of {_class_name(module)} are not a known weight"
+    own = this.identity(module, reading.own_tensors(module).get(attribute))
+    reason = reading.tied_to(this.seen.get(own, this.owned.get(own))) or reason
+    if reason:
+        yield Skipped(_join(path, attribute), Kind.OTHER, siblings[key].shape, reason)
+        return
+    stem = "" if kind is Kind.ATTENTION else None
+    role = infer_role(path if kind is Kind.ATTENTION else _join(path, attribute), kind)
+    yield from _cut_weight(module, path, _Weight(attribute, Kind.PARAMETER, cuts, stem, role=role), this)
