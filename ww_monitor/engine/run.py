@@ -12,7 +12,7 @@ import torch
 
 from ww_monitor.engine.load import chunks_of
 from ww_monitor.engine.options import Options
-from ww_monitor.engine.rows import failed_layer, layers_of, snapshot_of
+from ww_monitor.engine.rows import failed_layer, layers_of, snapshot_of, unread
 from ww_monitor.engine.solve import DeviceQueue, on_host
 from ww_monitor.engine.threads import alone, workers
 from ww_monitor.kind import Kind
@@ -25,8 +25,8 @@ from ww_monitor.spectra.host import Library
 HOST_MEMORY = 2 << 30
 """Bytes of workspace that the chunks under way on the host may need together, the weights not counted."""
 
-Found = list[Batch | Layer]
-"""Batches, and a row for each layer that failed."""
+Found = list[Batch | Layer | Skipped]
+"""Batches, a row for each layer that failed, and what could not be read."""
 
 
 @torch.no_grad()
@@ -62,8 +62,9 @@ def analyze_matrices(
             matrices.append(item)
         else:
             skipped.append(replace(item, kind=str(item.kind), shape=tuple(item.shape)))
-    layers = {layer.name: layer for layer in _rows(matrices, options, step, background)}
-    ordered = [layers[matrix.name] for matrix in matrices]
+    rows = {row.name: row for row in _rows(matrices, options, step, background)}
+    ordered = [row for matrix in matrices if isinstance(row := rows[matrix.name], Layer)]
+    skipped += [row for matrix in matrices if isinstance(row := rows[matrix.name], Skipped)]
     seconds = time.perf_counter() - start
     return snapshot_of(ordered, skipped, options, step=step, epoch=epoch, seconds=seconds)
 
@@ -78,9 +79,9 @@ def warm_up() -> None:
     analyze_matrices([Matrix(name, Kind.DENSE, (1, 32, 16), lambda: weights) for name in "ab"], Options())
 
 
-def _rows(matrices: list[Matrix], options: Options, step: int | None, background: bool) -> list[Layer]:
+def _rows(matrices: list[Matrix], options: Options, step: int | None, background: bool) -> list[Layer | Skipped]:
     found = _solved(matrices, options, step, background)
-    rows = [one for one in found if isinstance(one, Layer)]
+    rows = [one for one in found if not isinstance(one, Batch)]
     return rows + list(layers_of([one for one in found if isinstance(one, Batch)], options, step=step))
 
 
@@ -102,7 +103,7 @@ def _solved(matrices: list[Matrix], options: Options, step: int | None, backgrou
 
         for loaded in chunks_of(matrices):
             if isinstance(loaded, tuple):
-                found.append(failed_layer(*loaded, options, step=step))
+                found.append(unread(*loaded, options, step=step))
                 continue
             accelerator = accelerator_of(loaded.device)
             if accelerator is None:
@@ -121,12 +122,12 @@ def _solved(matrices: list[Matrix], options: Options, step: int | None, backgrou
     return found
 
 
-def _copied(loaded: Loaded, options: Options, step: int | None) -> Loaded | list[Layer]:
-    """The chunk with its weights on the host; rows that say why where they cannot be copied."""
+def _copied(loaded: Loaded, options: Options, step: int | None) -> Loaded | list[Skipped]:
+    """The chunk with its weights on the host, or why they cannot be copied."""
     try:
         return loaded.on_host()
     except Exception as error:  # noqa: BLE001 - it costs these layers only
-        return [failed_layer(matrix, error, options, step=step) for matrix in loaded.matrices]
+        return [unread(matrix, error, options, step=step) for matrix in loaded.matrices]
 
 
 def workspace(loaded: Loaded) -> int:

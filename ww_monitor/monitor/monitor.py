@@ -16,7 +16,7 @@ from ww_monitor.monitor import checkpoint
 from ww_monitor.monitor.analyzer import Analyzer
 from ww_monitor.monitor.guarded import Guarded
 from ww_monitor.monitor.queued import wait_for_queued
-from ww_monitor.record import History, Rule, Sink, Snapshot
+from ww_monitor.record import UNREAD, History, Rule, Sink, Snapshot
 from ww_monitor.rules import LOOKBACK, TRAINING_RULES, Holding, metrics_of_the_past
 from ww_monitor.schedule import Budget, Schedule, never
 from ww_monitor.schedule import every_n_steps as schedule_every_n_steps
@@ -282,11 +282,21 @@ class Monitor(Guarded):
     def _record(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with its findings, which memory now holds."""
         seen = History([*self.history, snapshot])  # of which rules see the last LOOKBACK, as in `replay`
+        self._warn_of_failures(snapshot)
         snapshot = snapshot.with_findings(self.findings.judge(seen, failed=self._say_failed_rule))
         self.history.append(snapshot)
         self.history.forget(latest=max(LOOKBACK, min(self.keep, KEEP_ROWS // max(1, _rows(snapshot)))))
         self._published += 1
         return snapshot
+
+    def _warn_of_failures(self, snapshot: Snapshot) -> None:
+        """Say once a cause which layers have no row, or an empty one, through no fault of theirs."""
+        failed = [(item.name, item.reason) for item in snapshot.skipped if item.reason.startswith(UNREAD)]
+        failed += [(row.name, row.status) for row in snapshot.layers if row.status.startswith("error:")]
+        for name, reason in failed:
+            cause = ":".join(reason.split(":")[:2])  # how, and the class of the exception
+            alike = sum(other.startswith(cause) for _, other in failed)
+            self.say_once(f"failed {cause}", f"{alike} {'layers' if alike > 1 else 'layer'} without numbers, as {name}: {reason}")
 
     def _say_failed_rule(self, rule: str, error: Exception) -> None:
         self.say_once(f"rule {rule}", f"rule {rule} failed: {type(error).__name__}: {error}")

@@ -289,7 +289,7 @@ def _cut_weight(module: nn.Module, path: str, weight: _Weight, this: _Walk) -> l
     except InvalidArgument:  # the caller's `split` does not fit: that is to be told, not listed
         raise
     except Exception as error:  # noqa: BLE001 - the user's code runs here, and one broken layer must not end the walk
-        return [Skipped(name, weight.kind, size, f"could not be read: {type(error).__name__}: {error}")]
+        return [Skipped.unread(name, weight.kind, size, error)]
     if key is not None:  # only what could be read: a tied weight that fails here may be readable elsewhere
         this.seen[key] = name
     return items
