@@ -636,7 +636,9 @@ def test_a_layer_that_raises_costs_its_own_row_only():
     with pytest.warns(errors.SpectralWarning, match="1 layer without numbers, as b: could not be read") as caught:
         together, _ = [watcher.observe(items, step=step) for step in (0, 1)]
     assert len(caught) == 1
-    assert [(item.name, item.reason) for item in together.skipped] == [("b", "could not be read: OSError: shard is gone")]
+    assert [(item.name, item.reason) for item in together.skipped] == [
+        ("b", "could not be read: OSError: shard is gone")
+    ]
     assert [str(together[name].metrics) for name in "ac"] == [str(alone[name].metrics) for name in "ac"]
     assert not [finding for finding in together.findings if finding.rule == "broken_layer"]
     assert watcher.stop_reason == ""

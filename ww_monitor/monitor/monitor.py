@@ -296,7 +296,9 @@ class Monitor(Guarded):
         for name, reason in failed:
             cause = ":".join(reason.split(":")[:2])  # how, and the class of the exception
             alike = sum(other.startswith(cause) for _, other in failed)
-            self.say_once(f"failed {cause}", f"{alike} {'layers' if alike > 1 else 'layer'} without numbers, as {name}: {reason}")
+            self.say_once(
+                f"failed {cause}", f"{alike} {'layers' if alike > 1 else 'layer'} without numbers, as {name}: {reason}"
+            )
 
     def _say_failed_rule(self, rule: str, error: Exception) -> None:
         self.say_once(f"rule {rule}", f"rule {rule} failed: {type(error).__name__}: {error}")

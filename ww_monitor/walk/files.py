@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import pickle
-import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -18,8 +16,9 @@ from torch import Tensor
 
 from ww_monitor.errors import MissingDependency, WWMonitorError
 from ww_monitor.matrix import Matrix, Skipped
+from ww_monitor.walk.factors import lora_scaling
 from ww_monitor.walk.parts import Split, check_split
-from ww_monitor.walk.state_dict import Scaling, Unread, unread, walk_unread
+from ww_monitor.walk.state_dict import Unread, unread, walk_unread
 
 _TORCH = (".bin", ".pt", ".pth", ".th", ".ckpt")
 _KERAS = (".keras", ".h5")
@@ -75,7 +74,7 @@ def walk_files(path: str | Path, *, split: Split | None = None) -> Iterator[Matr
         return walk_keras(load_keras_file(path), split=split)
     files = _weight_files(path) if path.is_dir() else [path]
     tensors = {key: value for file in files for key, value in _read_file(file).items()}
-    return walk_unread(tensors, split, _lora_scaling(files[0].parent))
+    return walk_unread(tensors, split, lora_scaling(files[0].parent))
 
 
 # --- which files
@@ -198,25 +197,3 @@ def _tensors(content: object, path: Path) -> dict[str, Tensor]:
             f"{', '.join(map(repr, _INSIDE))}; got {type(content).__name__}"
         )
     return found
-
-
-# --- adapters
-
-
-def _lora_scaling(folder: Path) -> Scaling | None:
-    """The scaling alpha / r, or alpha / √r with `use_rslora`, from an adapter_config.json beside the weights."""
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        patterns, alpha = dict(config.get("alpha_pattern") or {}), float(config["lora_alpha"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WWMonitorError(f"walk_files: expected a LoRA configuration with `lora_alpha` in {file}") from error
-    root = bool(config.get("use_rslora"))
-
-    def scaling(name: str, rank: int) -> float:
-        own = next((a for pattern, a in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", name)), alpha)
-        return float(own) / (math.sqrt(rank) if root else rank)
-
-    return scaling

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,15 +12,14 @@ from torch import Tensor
 from ww_monitor.errors import InvalidArgument
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.walk import fused, names, parts
-from ww_monitor.walk.lora import low_rank
+from ww_monitor.walk import factors, fused, names, parts
+from ww_monitor.walk.factors import Scaling
 from ww_monitor.walk.parts import WHOLE, WRAPPERS, Part, Split
 from ww_monitor.walk.reading import identity, tied_to
 from ww_monitor.walk.roles import infer_role
 
 _EMBEDDING = re.compile(r"(.*_)?(embed(ding)?s?|emb|wte|wpe)(_(?!out).*)?|[a-z]*embed", re.IGNORECASE)
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
-_LORA = re.compile(r"(?P<name>.*)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.weight")
 _COMPUTED = re.compile(r"(.*\.)?(parametrizations\..*|weight\w*_(orig|g|v))")
 
 
@@ -42,19 +40,15 @@ class Unread:
     identity: object = None
 
 
-Scaling = Callable[[str, int], float]
-"""Name of the adapted module and rank → the scaling s of its delta s·B·A."""
-
-
 def walk_state_dict(tensors: Mapping[str, Tensor], *, split: Split | None = None) -> Iterator[Matrix | Skipped]:
     """The weight matrices among named tensors, in their order, and what was left out with the reason.
 
     Without module classes, names and shapes must tell: `*.weight` of two dimensions is dense, or an embedding if its
     module is called so; of three to five dimensions a kernel; `in_proj_weight` is the q, k and v of an attention;
     `weight_ih_*` and `weight_hh_*` are recurrent and stay whole; a stack `[experts, rows, columns]` under a name with
-    "expert" or "moe" gives one matrix an expert; factors `lora_A` and `lora_B` give their delta B·A. Of the fused
-    projections those are cut whose layout needs no module (`c_attn`, `qkv`, `Wqkv`, `gate_up_proj`). Whatever else has
-    two sides is a parameter, unless its name says that it is a table of positions, a mask, a bias or a buffer.
+    "expert" or "moe" gives one matrix an expert; the two factors of a low-rank adapter give their delta B·A. Of the
+    fused projections those are cut whose layout needs no module (`c_attn`, `qkv`, `Wqkv`, `gate_up_proj`). Whatever
+    else has two sides is a parameter, unless its name says that it is a table of positions, a mask, a bias or a buffer.
 
     Args:
         tensors: A state dict; the prefixes of data parallel and of `torch.compile` leave no mark on the names.
@@ -99,7 +93,7 @@ def walk_unread(
     for key, value in tensors.items():
         if len(value.shape) < 2:
             continue
-        own = value.identity is None or _LORA.fullmatch(key)  # a factor may serve several layers: each has its delta
+        own = value.identity is None or factors.factor_of(key)  # a factor may serve several layers: each has its delta
         if not own and value.identity in seen:
             yield Skipped(_name(key), Kind.OTHER, value.shape, tied_to(seen[value.identity]))
             continue
@@ -111,7 +105,7 @@ def walk_unread(
 
 def _cleaned(tensors: Mapping[str, Unread]) -> dict[str, Unread]:
     """The tensors by their names without wrappers; `module.` goes where every name starts with it."""
-    dropped = (*WRAPPERS, "base_layer") if any(_LORA.fullmatch(key) for key in tensors) else WRAPPERS
+    dropped = (*WRAPPERS, "base_layer") if any(factors.factor_of(key) for key in tensors) else WRAPPERS
     found = {".".join(part for part in key.split(".") if part not in dropped): tensors[key] for key in tensors}
     parallel = all(key.startswith("module.") for key in found)  # else it is an attribute of that name
     return {key.removeprefix("module.") if parallel else key: value for key, value in found.items()}
@@ -126,10 +120,12 @@ def _items(
     key: str, value: Unread, tensors: Mapping[str, Unread], split: Split | None, scaling: Scaling | None
 ) -> Iterator[Matrix | Skipped]:
     """The matrices of one tensor of two or more dimensions, or the reason why there are none."""
-    if factor := _LORA.fullmatch(key):
-        yield from _delta(key, factor, tensors, scaling)
+    if factor := factors.factor_of(key):
+        yield from factors.delta(key, factor, tensors, scaling)
         return
     kind, cuts, reason = meaning(key, value, tensors, split, stored=True)
+    if other := factors.other_adapter(key):
+        kind, reason = Kind.OTHER, other
     unread = "a storage type that is not read"
     reason = reason or (unread if value.dtype is None else parts.unfit(value.dtype, value.shape, kind))
     if reason:
@@ -181,26 +177,3 @@ def _by_shape(key: str, value: Unread, *, called_weight: bool, stored: bool) -> 
     floating = value.dtype is None or value.dtype.is_floating_point  # what is not says so itself
     reason = (names.no_weight(key, stored=stored) or found.reason) if floating else ""
     return (Kind.OTHER, (), reason) if reason else (Kind.CONV if found.kernel else Kind.PARAMETER, found.parts, "")
-
-
-def _delta(
-    key: str, factor: re.Match[str], tensors: Mapping[str, Unread], scaling: Scaling | None
-) -> Iterator[Matrix | Skipped]:
-    """The delta s·B·A at the place of its factor A; a factor without its other half is left out."""
-    name, adapter = factor["name"], factor["adapter"]
-    ends = [f"{name}.lora_{which}{f'.{adapter}' if adapter else ''}.weight" for which in "AB"]
-    label = f"lora[{adapter or 'default'}]"
-    yield Skipped(_name(key), Kind.OTHER, tensors[key].shape, f"factor of {label}")
-    # at A only, so that the delta is listed once; a lone factor has none
-    if factor["factor"] == "B" or not all(end in tensors for end in ends):
-        return
-    right, left = (tensors[end] for end in ends)
-    if len(right.shape) != 2 or len(left.shape) != 2 or right.shape[0] != left.shape[1]:
-        return
-    scale, shape = scaling(name, right.shape[0]) if scaling else 1.0, (left.shape[0], right.shape[1])
-    read, role = partial(_product, left, right, scale), infer_role(name, Kind.DENSE)
-    yield parts.matrix(f"{name}.{label}", Kind.DENSE, WHOLE[0], shape, read, role)
-
-
-def _product(left: Unread, right: Unread, scaling: float) -> Tensor:
-    return low_rank(left.read(), right.read(), scaling)

@@ -151,8 +151,9 @@ def _modules(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str
     """
     seen.add(id(module))  # modules may define ==, and one that is used twice is listed once
     yield path, module
-    adapted = adapters.is_lora(module)
-    inside = adapters.INSIDE if adapted else ("parametrizations",) if parametrize.is_parametrized(module) else ()
+    adapted = adapters.is_adapter(module)
+    inside: Sequence[str] = ("parametrizations",) if parametrize.is_parametrized(module) else ()
+    inside = adapters.inside(module) if adapted else inside
     for name, child in module.named_children():
         if id(child) not in seen and name not in inside:
             plain = name in WRAPPERS or (adapted and name == "base_layer")
@@ -248,7 +249,7 @@ def _items(module: nn.Module, path: str, this: _Walk) -> Iterator[Matrix | Skipp
     if any(isinstance(module, adapters.loaded(home, name)) for home, name in _QUANTIZED):
         yield Skipped(path, Kind.OTHER, (), "a quantized module: no floating-point weight")
         return
-    if adapters.is_lora(module):
+    if adapters.is_adapter(module):
         yield from adapters.factors(module, path)
         return
     weights = [_stored(module, weight) for weight in _weights(module, path)]
