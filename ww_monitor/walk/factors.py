@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -18,10 +17,8 @@ from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.lora import low_rank
 from ww_monitor.walk.parts import KERNEL, WHOLE, matrix
+from ww_monitor.walk.reading import Unread
 from ww_monitor.walk.roles import infer_role
-
-if TYPE_CHECKING:
-    from ww_monitor.walk.state_dict import Unread
 
 Scaling = Callable[[str, int], float]
 """Name of the adapted module and rank → the scaling s of its delta s·B·A."""

@@ -18,7 +18,8 @@ from ww_monitor.errors import MissingDependency, WWMonitorError
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.factors import lora_scaling
 from ww_monitor.walk.parts import Split, check_split
-from ww_monitor.walk.state_dict import Unread, unread, walk_unread
+from ww_monitor.walk.reading import Unread, unread
+from ww_monitor.walk.state_dict import walk_unread
 
 _TORCH = (".bin", ".pt", ".pth", ".th", ".ckpt")
 _KERAS = (".keras", ".h5")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,6 +18,28 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ww_monitor.kind import Kind
 from ww_monitor.walk.parts import unfit
 from ww_monitor.walk.sharded import like_whole, read_whole
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A tensor that is not read yet: what is known of it, and how it is read.
+
+    Attributes:
+        shape: Shape in which the weight is stored.
+        dtype: Its dtype, or `None` for one that is not read.
+        read: Returns the tensor.
+        identity: What it has in common with a tied tensor, or `None` where that is not known.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    read: Callable[[], Tensor]
+    identity: object = None
+
+
+def unread(tensor: Tensor, read: Callable[[], Tensor]) -> Unread:
+    """The description of a tensor that `read` reads."""
+    return Unread(tuple(tensor.shape), tensor.dtype, read, identity(tensor))
 
 
 def read_dense(module: nn.Module, attribute: str) -> Tensor:

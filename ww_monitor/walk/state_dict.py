@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor
 
 from ww_monitor.errors import InvalidArgument
@@ -15,29 +13,12 @@ from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import factors, fused, names, parts
 from ww_monitor.walk.factors import Scaling
 from ww_monitor.walk.parts import WHOLE, WRAPPERS, Part, Split
-from ww_monitor.walk.reading import identity, tied_to
+from ww_monitor.walk.reading import Unread, tied_to, unread
 from ww_monitor.walk.roles import infer_role
 
 _EMBEDDING = re.compile(r"(.*_)?(embed(ding)?s?|emb|wte|wpe)(_(?!out).*)?|[a-z]*embed", re.IGNORECASE)
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
 _COMPUTED = re.compile(r"(.*\.)?(parametrizations\..*|weight\w*_(orig|g|v))")
-
-
-@dataclass(frozen=True)
-class Unread:
-    """A tensor that is not read yet: what is known of it, and how it is read.
-
-    Attributes:
-        shape: Shape in which the weight is stored.
-        dtype: Its dtype, or `None` for one that is not read.
-        read: Returns the tensor.
-        identity: What it has in common with a tied tensor, or `None` where that is not known.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
-    read: Callable[[], Tensor]
-    identity: object = None
 
 
 def walk_state_dict(tensors: Mapping[str, Tensor], *, split: Split | None = None) -> Iterator[Matrix | Skipped]:
@@ -77,11 +58,6 @@ def walk_state_dict(tensors: Mapping[str, Tensor], *, split: Split | None = None
             f"walk_state_dict: every value must be a tensor; got {type(tensors[wrong]).__name__} for {wrong!r}"
         )
     return walk_unread({key: unread(tensor, tensor.detach) for key, tensor in tensors.items()}, split)
-
-
-def unread(tensor: Tensor, read: Callable[[], Tensor]) -> Unread:
-    """The description of a tensor that `read` reads."""
-    return Unread(tuple(tensor.shape), tensor.dtype, read, identity(tensor))
 
 
 def walk_unread(

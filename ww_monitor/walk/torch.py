@@ -19,10 +19,12 @@ from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import fused, names, parts, reading
 from ww_monitor.walk import lora as adapters
-from ww_monitor.walk.parts import KERNEL, WHOLE, WRAPPERS, Part, Split
+from ww_monitor.walk.modules import class_name, modules, unwrap
+from ww_monitor.walk.parts import KERNEL, WHOLE, Part, Split
+from ww_monitor.walk.reading import Unread, unread
 from ww_monitor.walk.roles import infer_role
 from ww_monitor.walk.sharded import Layout, by_unit, like_whole, shards_of, units
-from ww_monitor.walk.state_dict import Unread, meaning, unread
+from ww_monitor.walk.state_dict import meaning
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _KINDS: Mapping[Kind, tuple[type[nn.Module], ...]] = {
@@ -85,7 +87,7 @@ def walk(
     parts.check_split("walk", split)
     check_choice("walk", "experts", experts, ("separate", "pooled"))
     adapters.check_lora("walk", lora)
-    root = _unwrap(model)
+    root = unwrap(model)
     return _walk(
         root, _Walk(split, experts == "separate", tuple(lora), layout, adapters.find_adapters(root), units(model))
     )
@@ -114,12 +116,12 @@ class _Walk:
 
 
 def _walk(root: nn.Module, this: _Walk) -> Iterator[Matrix | Skipped]:
-    for path, module in _modules(root, "", set()) if not this.units else ():
+    for path, module in modules(root, "", set()) if not this.units else ():
         if isinstance(module, tuple(chain(*_KINDS.values()))) and (own := reading.own_parameters(module)):
-            this.owned.setdefault(this.identity(module, own.get("weight")), path or _class_name(root))
+            this.owned.setdefault(this.identity(module, own.get("weight")), path or class_name(root))
     this.owned.pop(None, None)
-    found = by_unit(_modules(root, "", set()), this.units, partial(_items_of, this))
-    return parts.unique(replace(item, name=item.name or _class_name(root)) for item in found)
+    found = by_unit(modules(root, "", set()), this.units, partial(_items_of, this))
+    return parts.unique(replace(item, name=item.name or class_name(root)) for item in found)
 
 
 def _items_of(this: _Walk, path: str, module: nn.Module) -> list[Matrix | Skipped]:
@@ -130,47 +132,12 @@ def _items_of(this: _Walk, path: str, module: nn.Module) -> list[Matrix | Skippe
     return [replace(item, frozen=frozen) if isinstance(item, Matrix) else item for item in items]
 
 
-# --- modules and names
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The user's own root module, without the wrappers around it."""
-    while True:
-        # `module` is a name that anybody may use: only these two classes mean it as a wrapper
-        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-        wrapper = "module" if parallel else next((w for w in WRAPPERS if w in dict(model.named_children())), "")
-        if not wrapper:
-            return model
-        model = model.get_submodule(wrapper)
-
-
-def _modules(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once with its path, which wrappers and the `base_layer` of adapters leave no mark on.
-
-    What computes a parametrization or a LoRA delta is part of the weight it makes, and left out.
-    """
-    seen.add(id(module))  # modules may define ==, and one that is used twice is listed once
-    yield path, module
-    adapted = adapters.is_adapter(module)
-    inside: Sequence[str] = ("parametrizations",) if parametrize.is_parametrized(module) else ()
-    inside = adapters.inside(module) if adapted else inside
-    for name, child in module.named_children():
-        if id(child) not in seen and name not in inside:
-            plain = name in WRAPPERS or (adapted and name == "base_layer")
-            yield from _modules(child, path if plain else parts.joined(path, name), seen)
+# --- which attributes of a module are weights
 
 
 def _join(path: str, attribute: str) -> str:
     """The dotted name of a parameter, without the plain `weight`."""
     return parts.joined(path, "" if attribute == "weight" else attribute)
-
-
-def _class_name(module: nn.Module) -> str:
-    """The name of the class the user wrote, also if a parametrization replaced it."""
-    return parametrize.type_before_parametrizations(module).__name__
-
-
-# --- which attributes of a module are weights
 
 
 @dataclass(frozen=True)
@@ -228,7 +195,7 @@ def _recurrent_weights(module: nn.RNNBase | nn.RNNCellBase) -> Iterator[_Weight]
 def _bare_weights(module: nn.Module, path: str) -> Iterator[_Weight]:
     """The weights among the parameters of a module of an unknown class: a router, quantised ones, stacked experts."""
     tensors, parameters = reading.own_tensors(module), reading.own_parameters(module)
-    class_name = _class_name(module)
+    own_class = class_name(module)
     for attribute, tensor in tensors.items():
         if is_lazy(tensor):
             continue
@@ -236,8 +203,8 @@ def _bare_weights(module: nn.Module, path: str) -> Iterator[_Weight]:
         if attribute in _PACKED and reading.is_packed(module, tensor):
             yield _Weight(attribute, Kind.DENSE, None, stem="")
         elif attribute in parameters and tensor.is_floating_point():
-            routes = attribute == "weight" and len(size) == 2 and _ROUTER.search(class_name)
-            if routes or parts.is_expert_stack(f"{path}.{class_name}", size):
+            routes = attribute == "weight" and len(size) == 2 and _ROUTER.search(own_class)
+            if routes or parts.is_expert_stack(f"{path}.{own_class}", size):
                 yield _Weight(attribute, Kind.DENSE, None)
 
 
@@ -351,7 +318,7 @@ def _by_name(
     key = parts.joined(path, attribute)
     kind, cuts, reason = meaning(key, siblings[key], siblings, this.split)
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        reason = f"parameters of {_class_name(module)} are not a known weight"
+        reason = f"parameters of {class_name(module)} are not a known weight"
     own = this.identity(module, reading.own_tensors(module).get(attribute))
     reason = reading.tied_to(this.seen.get(own, this.owned.get(own))) or reason
     if reason:
