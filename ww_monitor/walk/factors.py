@@ -71,7 +71,7 @@ def delta(
     rank = right.shape[0]
     if math.prod(left.shape[1:]) != rank or (middle is not None and math.prod(middle.shape) != rank):
         return
-    embedding, kernel = "embedding" in factor["stem"], len(right.shape) > 2
+    embedding, kernel = "_embedding_" in factor["stem"], len(right.shape) > 2
     shape = (left.shape[0], *right.shape[1:])
     kind = Kind.EMBEDDING if embedding else Kind.CONV if kernel else Kind.DENSE
     made = _Delta(left, right, middle, _scale(name, rank, tensors, scaling), shape, embedding)
