@@ -44,7 +44,7 @@ FRAMEWORKS = {
     "torch.utils.tensorboard": {"sinks.tensorboard"},
     "matplotlib": {"plots", "sinks.heatmap"},
     "PIL": set(),
-    "plotly": {"plots", "report"},
+    "plotly": {"report.page"},
     "pandas": {"record.snapshot", "compare", "description"},
     "rich": {"sinks.console", "cli"},
     "typer": {"cli"},

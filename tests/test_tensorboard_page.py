@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -21,31 +20,16 @@ import pytest
 import torch
 from torch import nn
 
+from tests.browser import CHROMIUM, FLAGS, NEEDS_A_BROWSER
 from tests.processes import start_python
 from ww_monitor import History, Monitor, plots
 from ww_monitor.sinks.heatmap import alpha_colours
 from ww_monitor.walk.torch import walk
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-HOW = "the pages are looked at in a browser; `apt-get install chromium`, or put one of {} on the PATH"
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 LAYERS = ("encoder.0", "encoder.2", "head")
 SECONDS = 60
 
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason=HOW.format(", ".join(BROWSERS))),
-    # the browser's driver leaves its event loop to the garbage collector
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = NEEDS_A_BROWSER
 
 
 def train(folder: Path) -> History:

@@ -23,6 +23,7 @@ from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.metric import metrics
 from ww_monitor.monitor import Monitor
 from ww_monitor.record import Finding, History, Layer, Snapshot
+from ww_monitor.report import write_report
 from ww_monitor.settings import Select
 from ww_monitor.spectra.shuffle import keep_permutations
 from ww_monitor.transforms import Transformed, svd_sharpen, svd_smooth
@@ -56,4 +57,5 @@ __all__ = [
     "metrics",
     "svd_sharpen",
     "svd_smooth",
+    "write_report",
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.histories import steps_of
+from tests.histories import published, steps_of
 from tests.processes import run_python
 from ww_monitor import History, InvalidArgument, Options, SpectralWarning, rules
 from ww_monitor.sinks.memory import Memory
@@ -92,7 +92,7 @@ def read_csv(logger: CSVLogger) -> list[dict[str, float]]:
 
 def expected_rows(history: History) -> dict[int, dict[str, float]]:
     """Lightning's logging step (the index of the batch that stepped, from 0) → the scalars of that snapshot."""
-    return {max(0, snapshot.step - 1): snapshot.scalars() for snapshot in history}
+    return {max(0, one.step - 1): values for one, values in zip(history, published(history), strict=True)}
 
 
 # --- what is logged, and where

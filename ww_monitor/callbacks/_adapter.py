@@ -19,6 +19,7 @@ from ww_monitor.settings import AnalysisOptions, CallbackOptions, RunOptions, Se
 from ww_monitor.signatures import method_taking
 from ww_monitor.sinks.console import Console, table
 from ww_monitor.sinks.jsonl import JsonLines
+from ww_monitor.sinks.published import Published
 from ww_monitor.sinks.trackers import Dashboards
 from ww_monitor.walk.sources import Source, walk_source
 
@@ -59,7 +60,8 @@ class Adapter:
         self._session: Session | None = None
         self._history_name = ""
         self._resumed = False
-        self._dashboards = Dashboards(prefix=self._prefix, step_key=self._step_key)
+        self._shown = Published(given.publish)
+        self._dashboards = Dashboards(prefix=self._prefix, step_key=self._step_key, publish=given.publish)
         self._x: dict[int | None, int] = {}
         """Where on the framework's own axis a step lies whose snapshot is under way."""
 

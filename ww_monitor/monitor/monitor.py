@@ -14,6 +14,7 @@ from ww_monitor.errors import InvalidArgument
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.monitor import checkpoint
 from ww_monitor.monitor.analyzer import Analyzer
+from ww_monitor.monitor.drift import LastSpectra
 from ww_monitor.monitor.guarded import Guarded
 from ww_monitor.monitor.queued import wait_for_queued
 from ww_monitor.record import UNREAD, History, Rule, Sink, Snapshot
@@ -89,6 +90,7 @@ class Monitor(Guarded):
         self.select = given.select or Select()
         self.analyzer = Analyzer(self.options, given, across_ranks=given.across_ranks)
         self.history = History()
+        self._spectra = LastSpectra()
         self.last_step: int | None = None
         self._next_step: int | None = None
         self._timing = False
@@ -207,7 +209,7 @@ class Monitor(Guarded):
         self.last_step, self._next_step = step, None
         published: list[Snapshot] = []
         with self.timed(), self.guard("analysis"):
-            items = list(self.select.apply(matrices))
+            items = list(self.select.apply(matrices, say=lambda said: self.say_once(said, said)))
             if items or not isinstance(matrices, Sequence):  # whoever gives an empty list means it
                 self._warn_of_nothing(items)
             if self.analyzer.reads_now(whole=whole):
@@ -276,11 +278,13 @@ class Monitor(Guarded):
     def restart(self) -> None:
         """Forget what was seen: a new run begins with this monitor."""
         self.history, self.last_step, self._next_step = History(), None, None
+        self._spectra = LastSpectra()
         self.findings.clear()
         self.analyzer.restart()
 
     def _record(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with its findings, which memory now holds."""
+        snapshot = self._spectra.measure(snapshot)
         seen = History([*self.history, snapshot])  # of which rules see the last LOOKBACK, as in `replay`
         self._warn_of_failures(snapshot)
         snapshot = snapshot.with_findings(self.findings.judge(seen, failed=self._say_failed_rule))
@@ -309,7 +313,7 @@ class Monitor(Guarded):
         return {
             "last_step": self.last_step,
             "stop_reason": self.stop_reason,
-            "packed": checkpoint.compress({**self.findings.state(), **past}),
+            "packed": checkpoint.compress({**self.findings.state(), **past, "spectra": self._spectra.state()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -318,6 +322,7 @@ class Monitor(Guarded):
         past = state if "recent" in state else checkpoint.expand(state["packed"])
         history = checkpoint.unpack(past)
         self.findings.load(past, stop_reason=stop_reason)
+        self._spectra.load(past.get("spectra", {}))
         self.last_step, self.history = last_step, history
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from ww_monitor.errors import WWMonitorError
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
+from ww_monitor.walk.folders import check_regular
 from ww_monitor.walk.lora import low_rank
 from ww_monitor.walk.parts import KERNEL, WHOLE, matrix
-from ww_monitor.walk.reading import Unread
 from ww_monitor.walk.roles import infer_role
+from ww_monitor.walk.unread import Unread
 
 Scaling = Callable[[str, int], float]
 """Name of the adapted module and rank → the scaling s of its delta s·B·A."""
@@ -41,6 +42,9 @@ MOST_WORK = 4e6
 """Steps that all patterns of a configuration may take for a name, at worst: a file may have been written to hang us."""
 
 LONGEST_PATTERN = 500
+
+MOST_CONFIG = 16 << 20
+"""Bytes of an adapter_config.json, which has some thousand."""
 
 
 def factor_of(key: str) -> re.Match[str] | None:
@@ -74,6 +78,10 @@ def delta(
     embedding, kernel = "_embedding_" in factor["stem"], len(right.shape) > 2
     shape = (left.shape[0], *right.shape[1:])
     kind = Kind.EMBEDDING if embedding else Kind.CONV if kernel else Kind.DENSE
+    reason = next((one.reason for one in (right, left, middle) if one is not None and one.reason), "")
+    if reason:
+        yield Skipped(f"{name}.{label}", kind, shape, reason)
+        return
     made = _Delta(left, right, middle, _scale(name, rank, tensors, scaling), shape, embedding)
     part = KERNEL[0] if kernel else WHOLE[0]
     yield matrix(f"{name}.{label}", kind, part, shape[::-1] if embedding else shape, made.read, infer_role(name, kind))
@@ -117,6 +125,8 @@ def lora_scaling(folder: Path) -> Scaling | None:
     file = folder / "adapter_config.json"
     if not file.is_file():
         return None
+    if check_regular(file).stat().st_size > MOST_CONFIG:
+        raise WWMonitorError(f"walk_files: expected a configuration of at most {MOST_CONFIG} bytes, got {file}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         found = dict(config.get("alpha_pattern") or {})

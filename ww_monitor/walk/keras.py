@@ -191,7 +191,10 @@ def _known(model: Any, split: Split | None) -> Iterator[Matrix | Skipped]:
             seen[id(variable)] = name
             of_name = infer_role(name, kind) if role is None else role
             load, frozen = partial(_read, layer, attribute), not layer.trainable_weights
-            yield from (replace(matrix(name, kind, part, shape, load, of_name), frozen=frozen) for part in parts)
+            inputs_first = "Transpose" not in type(layer).__name__  # whose kernels are [*k, outputs, inputs]
+            for part in parts:
+                item = matrix(name, kind, part, shape, load, of_name)
+                yield replace(item, frozen=frozen, inputs_first=inputs_first)
 
 
 def _others(model: Any) -> Iterator[Matrix | Skipped]:
@@ -221,7 +224,7 @@ def _by_name(variable: Any, name: str, *, learns: bool) -> Matrix | Skipped:
         return Skipped(name, Kind.OTHER, shape, reason)
     role = infer_role(name, Kind.CONV if kernel else Kind.PARAMETER)
     item = matrix(name, Kind.PARAMETER, part, shape, partial(_value, variable), role)
-    return replace(item, frozen=not variable.trainable)
+    return replace(item, frozen=not variable.trainable, inputs_first=True)
 
 
 def _value(variable: Any) -> Tensor:

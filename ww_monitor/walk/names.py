@@ -23,7 +23,7 @@ _NO_WEIGHT = (
     (r"(rel|abs)?pos(ition(s|al)?)?(_?(emb|enc)\w*)?|pe|wpe|rpe|rope|rotary\w*|alibi\w*", "a table of positions"),
     (r"mask(s|ed)?(?!_?(token|emb))", "a mask"),
     (r"bias(es)?", "a bias"),
-    (r"(\w+_)?scales?(_inv)?$|(\w+_)?zero(s|_points?)$|\w*absmax|quant_\w+", "numbers of a quantisation"),
+    (r"weight_(scales?(_inv)?|zero(s|_points?)?)|qzeros|\w*absmax|quant_(map|state)", "numbers of a quantisation"),
 )
 _BUFFERS = r"running|cos|sin|\w*cached?|inv_freq|freqs|window|\w*filter_?banks?|mel_\w+"
 

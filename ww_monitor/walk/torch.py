@@ -21,10 +21,10 @@ from ww_monitor.walk import fused, names, parts, reading
 from ww_monitor.walk import lora as adapters
 from ww_monitor.walk.modules import class_name, modules, unwrap
 from ww_monitor.walk.parts import KERNEL, WHOLE, Part, Split
-from ww_monitor.walk.reading import Unread, unread
 from ww_monitor.walk.roles import infer_role
 from ww_monitor.walk.sharded import Layout, by_unit, like_whole, shards_of, units
 from ww_monitor.walk.state_dict import meaning
+from ww_monitor.walk.unread import Unread, unread
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _KINDS: Mapping[Kind, tuple[type[nn.Module], ...]] = {
@@ -174,7 +174,7 @@ def _weights(module: nn.Module, path: str) -> Iterator[_Weight]:
         yield _Weight("weight", Kind.DENSE, None, axis=1)
     elif kind := next((kind for kind, known in _KINDS.items() if isinstance(module, known)), None):
         fixed = None if isinstance(module, nn.Linear) else KERNEL if kind is Kind.CONV else WHOLE
-        yield _Weight("weight", kind, fixed)
+        yield _Weight("weight", kind, fixed, axis=int(kind is Kind.CONV and bool(module.transposed)))
     else:
         yield from _bare_weights(module, path)
 
@@ -200,7 +200,7 @@ def _bare_weights(module: nn.Module, path: str) -> Iterator[_Weight]:
         if is_lazy(tensor):
             continue
         size = reading.shape(like_whole(tensor))
-        if attribute in _PACKED and reading.is_packed(module, tensor):
+        if attribute in _PACKED and reading.is_coded(module, attribute, tensor):
             yield _Weight(attribute, Kind.DENSE, None, stem="")
         elif attribute in parameters and tensor.is_floating_point():
             routes = attribute == "weight" and len(size) == 2 and _ROUTER.search(own_class)
@@ -242,10 +242,11 @@ def _cut_weight(module: nn.Module, path: str, weight: _Weight, this: _Walk) -> l
         if like is None:
             absent = Skipped(name, weight.kind, (), "no weight tensor in the module: packed or sharded elsewhere")
             return [absent] if attribute == "weight" else []
-        dense = reading.dequantized_shape(module, like)
+        dense = reading.dequantized_shape(module, attribute, like)
         size = dense or reading.shape(like)
         key = this.identity(module, reading.own_tensors(module).get(attribute))
-        reason = "" if dense else reading.defect(like, weight.kind, planned=this.layout is not None)
+        refused = "" if dense else reading.refusal(module, attribute, like)
+        reason = "" if dense else refused or reading.defect(like, weight.kind, planned=this.layout is not None)
         layer = this.adapters.get((id(module), attribute))
         if (reason and layer is None) or key in this.seen:
             return [Skipped(name, weight.kind, size, reason or reading.tied_to(this.seen.get(key)))]
@@ -273,18 +274,32 @@ def _parts(
     stored, computed = reading.sources(module, weight.attribute)
     for part in weight.parts or _cut(module, name, weight, size, this):
         shards = (this.layout or shards_of)(stored, part.stack, size, computed=computed)
-        yield parts.matrix(name, weight.kind, part, size, load, role, shards), part
+        item = parts.matrix(name, weight.kind, part, size, load, role, shards)
+        yield replace(item, inputs_first=weight.axis == 1 or _holds_inputs_first(module, size)), part
 
 
 def _cut(module: nn.Module, name: str, weight: _Weight, size: tuple[int, ...], this: _Walk) -> tuple[Part, ...]:
     """The parts of a dense weight that its name, its owner and the caller decide."""
     if len(size) == 3:
-        beside = getattr(module, "down_proj", None)
-        layout = fused.declared_layout(module) or fused.layout_beside(size, getattr(beside, "shape", None))
+        layout = _expert_layout(module, size)
         return fused.expert_parts(weight.attribute, size, layout, separate=this.separate)
     owner = this.owners.get(name.rpartition(".")[0])
     wished = parts.split_parts(this.split, name, size, weight.axis)
     return wished or fused.fused_parts(name, size, weight.axis, owner) or WHOLE
+
+
+def _expert_layout(module: nn.Module, size: tuple[int, ...]) -> fused.ExpertLayout | None:
+    beside = getattr(module, "down_proj", None)
+    return fused.declared_layout(module) or fused.layout_beside(size, getattr(beside, "shape", None))
+
+
+def _holds_inputs_first(module: nn.Module, size: tuple[int, ...]) -> bool:
+    """Whether a stack of experts, or the one beside it, has its outputs last."""
+    like = getattr(module, "gate_up_proj", None)
+    if len(size) != 3 or like is None:
+        return False
+    layout = _expert_layout(module, tuple(getattr(like, "shape", size)))
+    return layout is not None and layout.axis == 2
 
 
 def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk) -> Iterator[Matrix | Skipped]:
@@ -300,13 +315,15 @@ def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk
     # where a parameter is partitioned its shape is that of the whole
     tensors = {name: like_whole(tensor) for name, tensor in tensors.items() if not is_lazy(tensor)}
     beside = {name: unread(tensor, tensor.detach) for name, tensor in tensors.items()}
+    scales = reading.scales_in(module, tensors)
     for attribute, tensor in tensors.items():
         if attribute in listed or tensor.ndim < 2:
             continue
-        if attribute in parameters:
+        if attribute in parameters and attribute not in scales:
             yield from _by_name(module, path, attribute, beside, this)
-        elif tensor.is_floating_point() or attribute in ("weight", "qweight"):
-            reason = names.BUFFER if tensor.is_floating_point() else "integer weights"
+        elif attribute in scales or tensor.is_floating_point() or attribute in ("weight", "qweight"):
+            kept = names.BUFFER if tensor.is_floating_point() else reading.refusal(module, attribute, tensor)
+            reason = f"scales of {scales[attribute]}" if attribute in scales else kept or "integer weights"
             yield Skipped(_join(path, attribute), Kind.OTHER, reading.shape(tensor), reason)
 
 
