@@ -54,9 +54,9 @@ def metrics_of_the_past(rules: Iterable[Rule]) -> frozenset[str] | None:
 
 @looks_back()
 def broken_layer(history: History) -> Iterator[Finding]:
-    """A layer has NaN or infinite weights, or its analysis failed."""
+    """A layer has NaN or infinite weights, or a spectrum that no solver gives; a failure of our own is none."""
     for layer in history.last.layers:
-        if layer.status in BROKEN or layer.status.startswith("error"):
+        if layer.status in BROKEN:
             yield _finding(history, broken_layer, layer, "critical", f"no spectrum: {layer.status}")
 
 

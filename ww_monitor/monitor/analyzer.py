@@ -94,7 +94,7 @@ class Analyzer:
             else:
                 read = analyze_matrices(taken.to_analyse(), self.options, **at, background=background)
                 rows = {**taken.checked.rows, **{layer.name: layer for layer in read.layers}}
-                layers = [rows[item.name] for item in taken.items if isinstance(item, Matrix)]
+                layers = [rows[item.name] for item in taken.items if isinstance(item, Matrix) and item.name in rows]
                 snapshot = snapshot_of(layers, read.skipped, self.options, **at, seconds=perf_counter() - start)
         return snapshot if moved is None else snapshot.with_metrics(moved)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from time import perf_counter
@@ -16,7 +17,7 @@ from ww_monitor.monitor.analyzer import Analyzer
 from ww_monitor.monitor.drift import LastSpectra
 from ww_monitor.monitor.guarded import Guarded
 from ww_monitor.monitor.queued import wait_for_queued
-from ww_monitor.record import History, Rule, Sink, Snapshot
+from ww_monitor.record import UNREAD, History, Rule, Sink, Snapshot
 from ww_monitor.rules import LOOKBACK, TRAINING_RULES, Holding, metrics_of_the_past
 from ww_monitor.schedule import Budget, Schedule, never
 from ww_monitor.schedule import every_n_steps as schedule_every_n_steps
@@ -213,12 +214,26 @@ class Monitor(Guarded):
         published: list[Snapshot] = []
         with self.timed(), self.guard("analysis"):
             items = list(self.select.apply(matrices, say=lambda said: self.say_once(said, said)))
+            if items or not isinstance(matrices, Sequence):  # whoever gives an empty list means it
+                self._warn_of_nothing(items)
             if self.analyzer.reads_now(whole=whole):
                 self._waited += wait_for_queued()
             snapshot = self.analyzer.analyze(items, step=step, epoch=epoch, whole=whole)
             if snapshot is not None:
                 published.append(self._publish(snapshot))
         return published[0] if published else None
+
+    def _warn_of_nothing(self, items: Sequence[Matrix | Skipped]) -> None:
+        """Say once if there is no matrix: the snapshots will be empty, and no key will reach a tracker."""
+        if any(isinstance(item, Matrix) for item in items):
+            return
+        reasons = Counter(item.reason for item in items if isinstance(item, Skipped)).most_common(3)
+        found = "; ".join(f"{count} × {reason}" for reason, count in reasons) or "no weight of two or more dimensions"
+        self.say_once(
+            "nothing",
+            f"there is no matrix to watch, and every snapshot will be empty; found: {found}. ww_monitor.describe(model)"
+            " lists what is left out; change include, exclude, min_size or max_size, or pass the module that trains",
+        )
 
     def collect(self) -> list[Snapshot]:
         """The snapshots that the background has completed, oldest first, now with findings and in the sinks.
@@ -275,6 +290,7 @@ class Monitor(Guarded):
         """The snapshot with its findings, which memory now holds."""
         snapshot = self._with_harm(self._spectra.measure(snapshot))
         seen = History([*self.history, snapshot])  # of which rules see the last LOOKBACK, as in `replay`
+        self._warn_of_failures(snapshot)
         snapshot = snapshot.with_findings(self.findings.judge(seen, failed=self._say_failed_rule))
         self.history.append(snapshot)
         self.history.forget(latest=max(LOOKBACK, min(self.keep, KEEP_ROWS // max(1, _rows(snapshot)))))
@@ -291,6 +307,17 @@ class Monitor(Guarded):
         with self.guard("trap_harm"):
             found = self.analyzer.agreed(found)  # all ranks stop alike
         return snapshot.with_metrics({name: {"trap_harm": value} for name, value in found.items()})
+
+    def _warn_of_failures(self, snapshot: Snapshot) -> None:
+        """Say once a cause which layers have no row, or an empty one, through no fault of theirs."""
+        failed = [(item.name, item.reason) for item in snapshot.skipped if item.reason.startswith(UNREAD)]
+        failed += [(row.name, row.status) for row in snapshot.layers if row.status.startswith("error:")]
+        for name, reason in failed:
+            cause = ":".join(reason.split(":")[:2])  # how, and the class of the exception
+            alike = sum(other.startswith(cause) for _, other in failed)
+            self.say_once(
+                f"failed {cause}", f"{alike} {'layers' if alike > 1 else 'layer'} without numbers, as {name}: {reason}"
+            )
 
     def _say_failed_rule(self, rule: str, error: Exception) -> None:
         self.say_once(f"rule {rule}", f"rule {rule} failed: {type(error).__name__}: {error}")
