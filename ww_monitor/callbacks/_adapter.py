@@ -4,30 +4,48 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
 from ww_monitor.engine import Options
+from ww_monitor.matrix import Matrix
 from ww_monitor.monitor import Monitor
-from ww_monitor.record import Sink, Snapshot
+from ww_monitor.record import Sink, Skipped, Snapshot
 from ww_monitor.settings import AnalysisOptions, CallbackOptions, RunOptions, Select
 from ww_monitor.signatures import method_taking
 from ww_monitor.sinks.console import Console, table
 from ww_monitor.sinks.jsonl import JsonLines
 from ww_monitor.sinks.trackers import Dashboards
 from ww_monitor.walk.sources import Source, walk_source
+from ww_monitor.walk.torch import walk
 
 _Kind = TypeVar("_Kind")
+_Hook = TypeVar("_Hook", bound=Callable[..., Any])
 
 HISTORY_FILE = "ww_history.jsonl"
 
 _chosen: set[Path] = set()
 """History files of the sessions that are open: a file is chosen before its first snapshot makes it."""
+
+
+def hook(function: _Hook) -> _Hook:
+    """A method that a framework calls: whatever fails in it becomes one warning, and it returns `None`.
+
+    What is no `Exception` passes, and with `strict` everything does.
+    """
+
+    @wraps(function)
+    def guarded(self: Adapter, *arguments: Any, **named: Any) -> Any:
+        with self.monitor.guard(function.__name__):
+            return function(self, *arguments, **named)
+
+    return cast("_Hook", guarded)
 
 
 class Adapter:
@@ -53,7 +71,7 @@ class Adapter:
         options = Options(**AnalysisOptions.of(given).keywords())
         self.monitor = Monitor(**RunOptions.of(given).keywords(), select=Select.of(given), options=options)
         self._how = given.for_walker(given.preset)
-        walk_source(torch.nn.Module(), **self._how)  # a wrong choice is refused here
+        walk(torch.nn.Module(), **self._how)  # a wrong choice is refused here
         self._console = given.console
         self._history = given.history
         self._session: Session | None = None
@@ -67,7 +85,7 @@ class Adapter:
         self,
         *,
         step: int,
-        folder: Path | None,
+        folder: Callable[[], Path | None],
         print_line: Callable[[str], object] | None,
         rank: int = 0,
         ranks: int = 1,
@@ -76,7 +94,7 @@ class Adapter:
 
         Args:
             step: Number of completed optimizer updates.
-            folder: Where the history file goes, if one is wanted.
+            folder: Says where the history file goes, if one is wanted; asked on every rank.
             print_line: Where console lines go, if they are wanted.
             rank: Of this process; only the first writes files and lines.
             ranks: Number of processes: each analyses its share, and all get the same snapshots.
@@ -88,10 +106,13 @@ class Adapter:
         monitor.begin(step)
         monitor.quiet = rank > 0
         monitor.across_ranks = ranks > 1
+        place = None
+        with monitor.guard("choosing the history file", always=True):
+            place = folder()
         if rank == 0:
             self._session = Session(
                 monitor,
-                folder=folder if self._history else None,
+                folder=place if self._history else None,
                 print_line=print_line if self._console else None,
                 continues=self._history_name,
             )
@@ -108,8 +129,11 @@ class Adapter:
             whole: Wait for a snapshot of now: at the beginning and at the end of a run.
         """
         done = self.monitor.finish() if whole else self.monitor.collect()
-        snapshot = self.monitor.observe(walk_source(model, **self._how), step=step, epoch=epoch, whole=whole)
+        snapshot = self.monitor.observe(self._walk(model), step=step, epoch=epoch, whole=whole)
         return done if snapshot is None else [*done, snapshot]
+
+    def _walk(self, model: Source) -> Iterator[Matrix | Skipped]:
+        yield from walk_source(model, **self._how)  # begins where `observe` asks for the first, and guards it
 
     def _announce(self) -> None:
         """The line at the start, once there is a snapshot."""
@@ -131,10 +155,11 @@ class Adapter:
         self._resumed = False
         with self.monitor.guard("last pictures", always=True):
             self._dashboards.finish()
-        if self._session is not None:
-            self._left_open.detach()
-            self._session.close()
-            self._session = None
+        session, self._session = self._session, None
+        if session is not None:
+            with self.monitor.guard("closing", always=True):
+                self._left_open.detach()
+                session.close()
 
     def _state(self) -> dict[str, Any]:
         """Plain Python values that `_load_state` continues from, in a run that a checkpoint resumes."""
@@ -176,8 +201,10 @@ class Session:
     ) -> None:
         self.monitor = monitor
         self.print_line = print_line
-        self.history_path = None if folder is None else history_path(folder, continues=continues)
+        self.history_path: Path | None = None
         self._own: list[Sink] = []
+        with monitor.guard("choosing the history file", always=True):
+            self.history_path = None if folder is None else history_path(folder, continues=continues)
         if self.history_path is not None:
             _chosen.add(self.history_path)
             self._own.append(JsonLines(self.history_path))
@@ -213,10 +240,12 @@ class Session:
 
     def close(self) -> None:
         """Close all sinks and take the session's own off the monitor."""
-        self.monitor.close()
-        self.monitor.sinks = [sink for sink in self.monitor.sinks if sink not in self._own]
-        if self.history_path is not None:
-            _chosen.discard(self.history_path)
+        try:
+            self.monitor.close()
+        finally:
+            self.monitor.sinks = [sink for sink in self.monitor.sinks if sink not in self._own]
+            if self.history_path is not None:
+                _chosen.discard(self.history_path)
 
 
 def calling_object(kind: type[_Kind]) -> _Kind | None:

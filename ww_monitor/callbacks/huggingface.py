@@ -9,7 +9,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-from ww_monitor.callbacks._adapter import Adapter, calling_object
+from ww_monitor.callbacks._adapter import Adapter, calling_object, hook
 from ww_monitor.errors import MissingDependency
 from ww_monitor.record import Snapshot, summary_key
 from ww_monitor.sinks.trackers import dashboard_of
@@ -76,28 +76,31 @@ class SpectralMonitor(Adapter, TrainerCallback):
             trainer.add_callback(self)
         return self
 
+    @hook
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the files; what a run that died has left open is closed first."""
         self._close()
-        self._handler = calling_object(CallbackHandler) or self._handler
         self._known: dict[str, float] = {}
         self._training, self._begun = True, False
+        self._handler = calling_object(CallbackHandler) or self._handler
         if self._key in state.stateful_callbacks:
             self._load_state(state.stateful_callbacks[self._key].get("attributes", {}))
         self._open(
             step=state.global_step,
-            folder=Path(args.output_dir),
+            folder=lambda: Path(args.output_dir),
             print_line=_print_line,
             rank=args.process_index,
             ranks=args.world_size,
         )
         self._check_surroundings(args)
 
+    @hook
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """First snapshot; not when training begins, because trackers that stand later have not begun then."""
         if not self._begun:
             self._begin(args, state, control, **kwargs)
 
+    @hook
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """A snapshot where one is due, and after the last step, before its evaluation and its checkpoint."""
         last = control.should_training_stop and not self._is_seen(state)
@@ -107,12 +110,14 @@ class SpectralMonitor(Adapter, TrainerCallback):
             self._publish(args, state, control, self.monitor.collect(), **kwargs)
         return self._stop_if_asked(state, control)
 
+    @hook
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """A snapshot where the epoch schedule asks for one."""
         if self.monitor.due_at_epoch_end(_epoch(state), state.global_step):
             self._observe(args, state, control, **kwargs)
         return self._stop_if_asked(state, control)
 
+    @hook
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
@@ -131,6 +136,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
             values = {watched: values[watched]} if watched else {}
         metrics.update(values)
 
+    @hook
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Last snapshot, where `on_step_end` did not know that the step was the last.
 
@@ -139,6 +145,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
         if self._training and "train_runtime" in (logs or {}) and not self._is_seen(state):
             self._observe(args, state, control, whole=True, **kwargs)
 
+    @hook
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The table; close the sinks."""
         self._show_table()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ww_monitor.callbacks._adapter import Adapter, calling_object
+from ww_monitor.callbacks._adapter import Adapter, calling_object, hook
 from ww_monitor.errors import MissingDependency
 from ww_monitor.record import NAN, Snapshot, summary_key
 from ww_monitor.settings import CallbackOptions, KerasOptions
@@ -72,6 +72,7 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         self._unknown: dict[str, float] = {}
         self._watched: set[str] = set()
 
+    @hook
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         """Close what a run that died has left open, and look who else is there."""
         self._close()
@@ -80,12 +81,14 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
             calling = calling_object(keras.callbacks.CallbackList)
             self._look_around([] if calling is None else list(calling.callbacks))
 
+    @hook
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """First snapshot; not when training begins, because a later callback may restore weights then."""
         self._epoch, self._within_line = epoch, False
         if not self._begun:
             self._begin()
 
+    @hook
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         """A snapshot where one is due."""
         self._within_line = True
@@ -97,6 +100,7 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
             wanted = self._watched | {"ww_alpha"}
             logs.update({key: value for key, value in self._known.items() if key in wanted})
 
+    @hook
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """A snapshot where the epoch schedule or a later callback asks for one, and after the last step."""
         step = self._step()
@@ -108,6 +112,7 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         if logs is not None:
             logs.update({**self._unknown, **self._known})
 
+    @hook
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         """Last snapshot, where no hook above knew that the step was the last; the table; close the sinks."""
         self._within_line = False
@@ -116,10 +121,12 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         self._show_table()
         self._close()
 
+    @hook
     def state_dict(self) -> dict[str, Any]:
         """Plain Python values, as JSON needs."""
         return self._state()
 
+    @hook
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a run: the next `fit` appends to its history file in `folder`."""
         self._load_state(state_dict)
@@ -128,7 +135,7 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         """Open the files; first snapshot, unless a continued run has it or the model has no weights yet."""
         self._begun, step = True, self._step()
         rank, ranks = _processes()
-        self._open(step=step, folder=self._folder, print_line=self._print_line, rank=rank, ranks=ranks)
+        self._open(step=step, folder=lambda: self._folder, print_line=self._print_line, rank=rank, ranks=ranks)
         self._known, self._unknown = {}, {}
         for snapshot in self.monitor.history:
             self._remember(snapshot)

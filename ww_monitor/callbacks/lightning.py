@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ww_monitor.callbacks._adapter import Adapter
+from ww_monitor.callbacks._adapter import Adapter, hook
 from ww_monitor.errors import MissingDependency
 from ww_monitor.record import NAN, Snapshot
 
@@ -47,12 +47,16 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
 
     _step_key = "trainer/global_step"
 
+    @hook
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """First snapshot, so that every key exists before a callback looks for it."""
         monitor, step = self.monitor, trainer.global_step
-        folder = self._folder(trainer)
         self._open(
-            step=step, folder=folder, print_line=_printer(trainer), rank=trainer.global_rank, ranks=trainer.world_size
+            step=step,
+            folder=lambda: _folder(trainer),
+            print_line=_printer(trainer),
+            rank=trainer.global_rank,
+            ranks=trainer.world_size,
         )
         if monitor.last_step == step and len(monitor.history):
             self._publish_metrics(trainer, monitor.history.last)
@@ -60,6 +64,7 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
             self._observe(trainer, pl_module, x=trainer.fit_loop.epoch_loop._batches_that_stepped, whole=True)
         self._announce()
 
+    @hook
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A snapshot where one is due; repeats and jumps of `global_step` are the schedule's business."""
         if self.monitor.due(trainer.global_step):
@@ -71,11 +76,13 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
             with self.monitor.guard("progress bar", always=True):
                 pl_module.log("ww_alpha", alpha, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
+    @hook
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """A snapshot where the epoch schedule asks for one."""
         if self.monitor.due_at_epoch_end(trainer.current_epoch, trainer.global_step):
             self._observe(trainer, pl_module, x=self._x_after_batch(trainer))
 
+    @hook
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Last snapshot, and the table."""
         self._published(trainer, self.monitor.finish())
@@ -83,18 +90,22 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
             self._observe(trainer, pl_module, x=self._x_after_batch(trainer), whole=True)
         self._show_table()
 
+    @hook
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Close the sinks, also after an exception or an interrupt."""
         self._close()
 
+    @hook
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """The run died: nothing of what was seen is lost."""
         self.teardown(trainer, pl_module, "fit")
 
+    @hook
     def state_dict(self) -> dict[str, Any]:
         """Plain Python values, as resuming with `weights_only` needs."""
         return self._state()
 
+    @hook
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a resumed run."""
         self._load_state(state_dict)
@@ -142,10 +153,11 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
         """Lightning's logging step of the batch that ended, outside its hook."""
         return max(0, int(trainer.fit_loop.epoch_loop._batches_that_stepped) - 1)
 
-    def _folder(self, trainer: Any) -> Path | None:
-        """The log folder (a collective: every rank asks)."""
-        folder = trainer.log_dir or trainer.default_root_dir
-        return None if trainer.fast_dev_run else Path(folder)
+
+def _folder(trainer: Any) -> Path | None:
+    """The log folder (a collective: every rank asks)."""
+    folder = trainer.log_dir or trainer.default_root_dir
+    return None if trainer.fast_dev_run else Path(folder)
 
 
 def _printer(trainer: Any) -> Callable[[str], object]:

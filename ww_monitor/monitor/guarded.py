@@ -42,5 +42,5 @@ class Guarded:
         self._said.add(key)
         try:
             warnings.warn(f"ww_monitor: {message}", SpectralWarning, stacklevel=3)
-        except SpectralWarning:
+        except Exception:  # noqa: BLE001 - a filter or a `showwarning` of the user's
             logger.warning("%s", message)
