@@ -238,6 +238,16 @@ def _name(rule: Rule) -> str:
     return str(getattr(getattr(rule, "func", rule), "__name__", ""))
 
 
+def named(rule: Rule) -> str:
+    """A rule in words, the same in every process.
+
+    >>> named(partial(trap, at_least=2.0))
+    'trap(at_least=2.0)'
+    """
+    given = ", ".join(f"{name}={value!r}" for name, value in getattr(rule, "keywords", {}).items())
+    return f"{_name(rule)}({given})" if given else _name(rule)
+
+
 def _finding(history: History, rule: Callable[..., object], layer: Layer, severity: Severity, message: str) -> Finding:
     name = getattr(rule, "__name__", "rule")
     return Finding(name, layer.name, severity, f"{layer.name}: {message}", step=history.last.step)

@@ -225,6 +225,11 @@ class CallbackOptions(WalkOptions, Select, AnalysisOptions, RunOptions):
     _: KW_ONLY
     console: Annotated[bool, "Print findings, a line at the start, and a table at the end."] = True
     history: Annotated[bool, "Write the history file."] = True
+    prefix: Annotated[
+        str,
+        'Put before every key that others see, such as `"teacher/"`, so that two monitors of one run keep apart. Where'
+        " two would share their keys the second one's get `2/`.",
+    ] = ""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
@@ -13,12 +14,14 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from ww_monitor.callbacks._watched import Watched
 from ww_monitor.engine import Options
 from ww_monitor.matrix import Matrix
 from ww_monitor.monitor import Monitor
 from ww_monitor.record import Sink, Skipped, Snapshot
-from ww_monitor.settings import AnalysisOptions, CallbackOptions, RunOptions, Select
-from ww_monitor.signatures import method_taking
+from ww_monitor.rules import named
+from ww_monitor.settings import AnalysisOptions, CallbackOptions, RunOptions, Select, WalkOptions
+from ww_monitor.signatures import Settings, method_taking, options_of
 from ww_monitor.sinks.console import Console, table
 from ww_monitor.sinks.jsonl import JsonLines
 from ww_monitor.sinks.trackers import Dashboards
@@ -72,14 +75,46 @@ class Adapter:
         self.monitor = Monitor(**RunOptions.of(given).keywords(), select=Select.of(given), options=options)
         self._how = given.for_walker(given.preset)
         walk(torch.nn.Module(), **self._how)  # a wrong choice is refused here
+        self.prefix = self._name = given.prefix
+        """What stands before the keys, as it was given and as it is in this run."""
+        self._state_settings = _state_settings(given)
+        self._place = 1
+        self._seen_weights: list[float] = []
+        self._watched = Watched()
         self._console = given.console
         self._history = given.history
         self._session: Session | None = None
         self._history_name = ""
         self._resumed = False
-        self._dashboards = Dashboards(prefix=self._prefix, step_key=self._step_key)
+        self._dashboards = self._make_dashboards()
         self._x: dict[int | None, int] = {}
         """Where on the framework's own axis a step lies whose snapshot is under way."""
+
+    def _make_dashboards(self) -> Dashboards:
+        return Dashboards(prefix=self._prefix + self._name, step_key=self._step_key)
+
+    def _keep_apart(self, callbacks: Sequence[Any]) -> None:
+        """Take keys of one's own among the callbacks of a run: the second monitor that would share them gets `2/`."""
+        metrics = {metric.name for metric in self.monitor.options.chosen}
+        before = [one for one in callbacks[: _place_in(callbacks, self)] if isinstance(one, Adapter)]
+        alike = [one for one in before if one.prefix == self.prefix]
+        shared = any(metrics & {metric.name for metric in one.monitor.options.chosen} for one in alike)
+        self._name = f"{self.prefix}{len(alike) + 1}/" if shared else self.prefix
+        self._dashboards = self._make_dashboards()
+        if shared:
+            message = (
+                f"another SpectralMonitor has the same keys, so this one's begin with {self._name!r}; give prefix="
+            )
+            self.monitor.say_once("shared keys", message)
+
+    def _place_among(self, callbacks: Sequence[Any]) -> int:
+        """Which one this is, from 1, of the monitors in a run whose state would have one key."""
+        before = [one for one in callbacks[: _place_in(callbacks, self)] if isinstance(one, Adapter)]
+        return 1 + sum(one._state_settings == self._state_settings for one in before)
+
+    def _values(self, snapshot: Snapshot, *, layers: bool = True) -> dict[str, float]:
+        """Every known value under the key that others see."""
+        return {self._name + key: value for key, value in snapshot.scalars(layers=layers).items()}
 
     def _open(
         self,
@@ -129,8 +164,28 @@ class Adapter:
             whole: Wait for a snapshot of now: at the beginning and at the end of a run.
         """
         done = self.monitor.finish() if whole else self.monitor.collect()
+        self._seen_weights = self._sample(model)
         snapshot = self.monitor.observe(self._walk(model), step=step, epoch=epoch, whole=whole)
         return done if snapshot is None else [*done, snapshot]
+
+    def _sample(self, model: Source) -> list[float]:
+        """A few numbers of every matrix that trains, which tell whether somebody has exchanged the weights."""
+        sample: list[float] = []
+        with self.monitor.guard("sampling the weights", always=True), torch.no_grad():
+            items = [item for item in self.monitor.select.apply(self._walk(model)) if isinstance(item, Matrix)]
+            trained = [item for item in items if not item.frozen and item.shards is None]
+            sample = [float(item.load()[0, :8].sum(dtype=torch.float64)) for item in trained]
+        return sample
+
+    def _are_exchanged(self, model: Source, step: int) -> bool:
+        """Whether the model has other weights than those of the snapshot of this step, such as averages."""
+        sample = self._sample(model)
+        exchanged = sample != self._seen_weights and all(map(math.isfinite, (*sample, *self._seen_weights)))
+        if not (self.monitor.is_seen(step) and self.monitor.analyzer.agreed(exchanged)):
+            return False
+        message = "the model ends with other weights than those of its last step, and this snapshot is of them"
+        self.monitor.note("exchanged_weights", message, step)
+        return True
 
     def _walk(self, model: Source) -> Iterator[Matrix | Skipped]:
         yield from walk_source(model, **self._how)  # begins where `observe` asks for the first, and guards it
@@ -175,15 +230,19 @@ class Adapter:
             self._resumed = True
 
     @property
-    def _settings(self) -> str:
-        """What is analysed and how often, as text: equal for monitors that do the same."""
-        settings = [f"every={self.monitor.cadence!r}"]
-        for part in (self.monitor.options, self.monitor.select):
-            for field in fields(part):
-                value = getattr(part, field.name)
-                if value != field.default and field.name != "strict":
-                    settings.append(f"{field.name}={value!r}")
-        return ", ".join(settings)
+    def _key_of_state(self) -> str:
+        """Of the state in a checkpoint: one for every monitor that does the same, however often, whatever its base."""
+        settings = self._state_settings + ([] if self._place == 1 else [f"number {self._place}"])
+        return f"ww_monitor.SpectralMonitor({', '.join(settings)})"
+
+    @property
+    def _key_before(self) -> str:
+        """What the key was in the last release, with the cadence and less of what is done."""
+        known = {field.name for part in (self.monitor.options, self.monitor.select) for field in fields(part)}
+        settings = [one for one in self._state_settings if one.partition("=")[0] in known]
+        share = f"as often as {self.monitor.budget.share:.3g} of the run's time allows"
+        every = share if self.monitor.within_budget else self.monitor.cadence
+        return f"ww_monitor.SpectralMonitor({', '.join([f'every={every!r}', *settings])})"
 
 
 class Session:
@@ -246,6 +305,21 @@ class Session:
             self.monitor.sinks = [sink for sink in self.monitor.sinks if sink not in self._own]
             if self.history_path is not None:
                 _chosen.discard(self.history_path)
+
+
+def _state_settings(given: CallbackOptions) -> list[str]:
+    """What is done, as texts: equal for monitors that do the same, however often and wherever it goes."""
+    parts: tuple[type[Settings], ...] = (AnalysisOptions, Select, WalkOptions)
+    names = [name for part in parts for name in part.of(given).keywords() if name != "strict"]
+    defaults = {option.name: option.default for option in options_of(type(given))}
+    values: dict[str, Any] = {**given.keywords(), "rules": given.rules and [named(rule) for rule in given.rules]}
+    names += ["stop_on", "rules", "track_delta", "prefix"]
+    return [f"{name}={values[name]!r}" for name in names if values[name] != defaults[name]]
+
+
+def _place_in(callbacks: Sequence[Any], one: object) -> int:
+    """Where a callback stands, by identity; 0 where it is not there."""
+    return next((place for place, callback in enumerate(callbacks) if callback is one), 0)
 
 
 def calling_object(kind: type[_Kind]) -> _Kind | None:

@@ -15,7 +15,7 @@ from ww_monitor.monitor import checkpoint
 from ww_monitor.monitor.analyzer import Analyzer
 from ww_monitor.monitor.guarded import Guarded
 from ww_monitor.monitor.queued import wait_for_queued
-from ww_monitor.record import History, Rule, Sink, Snapshot
+from ww_monitor.record import Finding, History, Rule, Sink, Snapshot
 from ww_monitor.rules import LOOKBACK, TRAINING_RULES, Holding, metrics_of_the_past
 from ww_monitor.schedule import Budget, Schedule, never
 from ww_monitor.schedule import every_n_steps as schedule_every_n_steps
@@ -93,6 +93,7 @@ class Monitor(Guarded):
         self._timing = False
         self._waited = 0.0
         self._published = 0
+        self._notes: list[Finding] = []
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -267,11 +268,17 @@ class Monitor(Guarded):
     def _record(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with its findings, which memory now holds."""
         seen = History([*self.history, snapshot])  # of which rules see the last LOOKBACK, as in `replay`
-        snapshot = snapshot.with_findings(self.findings.judge(seen, failed=self._say_failed_rule))
+        told = self.findings.judge(seen, failed=self._say_failed_rule)
+        snapshot = snapshot.with_findings([*self._notes, *told])
+        self._notes.clear()
         self.history.append(snapshot)
         self.history.forget(latest=max(LOOKBACK, min(self.keep, KEEP_ROWS // max(1, _rows(snapshot)))))
         self._published += 1
         return snapshot
+
+    def note(self, what: str, message: str, step: int | None) -> None:
+        """Let the next snapshot say something of the run, as an informational finding that no rule makes."""
+        self._notes.append(Finding(what, "", "info", message, step=step))
 
     def _say_failed_rule(self, rule: str, error: Exception) -> None:
         self.say_once(f"rule {rule}", f"rule {rule} failed: {type(error).__name__}: {error}")
