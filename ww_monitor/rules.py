@@ -125,7 +125,39 @@ def under_trained(history: History, *, snapshots: int = 3) -> Iterator[Finding]:
             yield _finding(history, under_trained, layer, "warning", message)
 
 
-TRAINING_RULES: tuple[Rule, ...] = (broken_layer, trap, trap_approaching, mean_shift, over_trained, under_trained)
+@looks_back("alpha")
+def other_layers(history: History) -> Iterator[Finding]:
+    """The model's alpha is the mean over other layers than one snapshot before; over those known at both it is told."""
+    if len(history) < 2:
+        return
+    before, now = ({row.name: row.value("alpha") for row in one.layers} for one in history.snapshots[-2:])
+    before, now = ({name: value for name, value in one.items() if value == value} for one in (before, now))
+    both = before.keys() & now.keys()
+    if before and now and before.keys() != now.keys():
+        came, went, kept = len(now) - len(both), len(before) - len(both), ", "
+        if both:
+            means = (sum(one[name] for name in both) / len(both) for one in (before, now))
+            kept = ", {:.2f} → {:.2f} over those known at both, ".format(*means)
+        message = (
+            f"alpha {_mean(before):.2f} → {_mean(now):.2f} is a mean over {len(before)}, then {len(now)} layers:"
+            f" {came} came, {went} went{kept}".rstrip(", ")
+        )
+        yield Finding("other_layers", "", "info", message, step=history.last.step)
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)
+
+
+TRAINING_RULES: tuple[Rule, ...] = (
+    broken_layer,
+    trap,
+    trap_approaching,
+    mean_shift,
+    over_trained,
+    other_layers,
+    under_trained,
+)
 """What a monitor applies: a layer counts as under-trained after three random-like snapshots."""
 
 SINGLE_RULES: tuple[Rule, ...] = (*TRAINING_RULES[:-1], partial(under_trained, snapshots=1))
@@ -158,8 +190,15 @@ def transitions(active: Sequence[Finding], holding: Sequence[Finding], *, step: 
     before = {(finding.rule, finding.layer): finding for finding in active}
     now = {(finding.rule, finding.layer): finding for finding in holding}
     begun = [finding for key, finding in now.items() if key not in before]
-    ended = [replace(finding, state="end", step=step) for key, finding in before.items() if key not in now]
-    return begun + ended
+    return begun + [_ended(finding, step) for key, finding in before.items() if key not in now]
+
+
+def _ended(finding: Finding, step: int | None) -> Finding:
+    """The end of a finding, with what had been true in the past tense."""
+    start = f"{finding.layer}: " if finding.layer else ""
+    when = "" if finding.step is None else f" at step {finding.step}"
+    what = finding.message.removeprefix(start)
+    return replace(finding, state="end", step=step, message=f"{start}no longer so; last seen{when}: {what}")
 
 
 class Holding:
@@ -180,6 +219,7 @@ class Holding:
     def clear(self) -> None:
         """A new run begins."""
         self.active: list[Finding] = []
+        self.absent: set[tuple[str, str]] = set()
         self.held: Counter[tuple[str, str]] = Counter()
         self.stop_reason = ""
 
@@ -197,10 +237,22 @@ class Holding:
             except Exception as error:  # noqa: BLE001 - a rule of the user's costs its own findings only
                 failed(_name(rule), error)
                 holding += [finding for finding in self.active if finding.rule == _name(rule)]
-        told = transitions(self.active, holding, step=history.last.step)
-        self.active = holding
+        now = [*holding, *self._absent_once(holding)]
+        told = transitions(self.active, now, step=history.last.step)
+        self.active = now
         self._count(holding)
         return told
+
+    def _absent_once(self, holding: Sequence[Finding]) -> list[Finding]:
+        """What has not held for one snapshot goes on, unless it is critical.
+
+        So a value about its threshold does not begin and end by turns.
+        """
+        now = {(finding.rule, finding.layer) for finding in holding}
+        missing = [one for one in self.active if one.severity != "critical" and (one.rule, one.layer) not in now]
+        kept = [one for one in missing if (one.rule, one.layer) not in self.absent]
+        self.absent = {(one.rule, one.layer) for one in kept}
+        return kept
 
     def _count(self, holding: Sequence[Finding]) -> None:
         keys = {(finding.rule, finding.layer) for finding in holding}
@@ -210,13 +262,15 @@ class Holding:
         for finding in holding:
             count = self.held[finding.rule, finding.layer]
             if finding.rule == STOP_ON[self.stop_on] and count >= self.patience:
-                self.stop_reason = f"{self.stop_on} in {count} snapshots in a row: {finding.message}"
+                times = "1 snapshot" if count == 1 else f"{count} snapshots in a row"
+                self.stop_reason = f"{self.stop_on} in {times}: {finding.message}"
                 return
 
     def state(self) -> dict[str, Any]:
         """Plain Python values that `load` continues from."""
         return {
             "active": [asdict(finding) for finding in self.active],
+            "absent": [list(key) for key in sorted(self.absent)],
             "held": [[rule, layer, count] for (rule, layer), count in sorted(self.held.items())],
         }
 
@@ -224,6 +278,7 @@ class Holding:
         """Continue where the state was taken; one that shall not stop forgets the reason."""
         active = [Finding(**finding) for finding in state["active"]]
         self.held = Counter({(rule, layer): count for rule, layer, count in state["held"]})
+        self.absent = {(rule, layer) for rule, layer in state.get("absent", ())}
         self.active, self.stop_reason = active, stop_reason if self.stop_on else ""
 
 
@@ -254,7 +309,8 @@ def _finding(history: History, rule: Callable[..., object], layer: Layer, severi
 
 
 def _trap_message(layer: Layer) -> str:
-    parts = [f"{layer.value('num_traps'):g} correlation traps a shuffle"]
+    count = layer.value("num_traps")
+    parts = [f"{count:g} correlation trap{'s' * (count != 1)} a shuffle"]
     if layer.value("trap_severity") == layer.value("trap_severity"):
         parts.append(f"λmax/edge {layer.value('trap_severity'):.2f} (p = {layer.value('trap_p_value'):.1g})")
     if layer.trap_entries:

@@ -195,8 +195,8 @@ class RunOptions(Settings):
         bool,
         "Follow how far each matrix has moved from its weights at the first snapshot: `delta_norm` = ‖W − W₀‖_F/‖W₀‖_F,"
         " and `left_rotation`, `right_rotation` = how far its 8 leading singular directions have turned, 0 to 1."
-        " Fine-tuning turns them while spectra stay put. Holds a copy of the weights on the host; after a resume the"
-        " first snapshot is that of the resumed run.",
+        " Fine-tuning turns them while spectra stay put. Holds a copy of the weights on the host; a resumed run begins"
+        " anew at its first snapshot, and says so.",
     ] = False
     rules: Annotated[
         Sequence[Rule] | None, "What to look for (`ww_monitor.rules`); `None` for the `TRAINING_RULES` there."

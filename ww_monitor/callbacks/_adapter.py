@@ -14,14 +14,14 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from ww_monitor.callbacks._apart import place_in, state_settings
 from ww_monitor.callbacks._watched import Watched
 from ww_monitor.engine import Options
 from ww_monitor.matrix import Matrix
 from ww_monitor.monitor import Monitor
 from ww_monitor.record import Sink, Skipped, Snapshot
-from ww_monitor.rules import named
-from ww_monitor.settings import AnalysisOptions, CallbackOptions, RunOptions, Select, WalkOptions
-from ww_monitor.signatures import Settings, method_taking, options_of
+from ww_monitor.settings import AnalysisOptions, CallbackOptions, RunOptions, Select
+from ww_monitor.signatures import method_taking
 from ww_monitor.sinks.console import Console, table
 from ww_monitor.sinks.jsonl import JsonLines
 from ww_monitor.sinks.trackers import Dashboards
@@ -77,7 +77,7 @@ class Adapter:
         walk(torch.nn.Module(), **self._how)  # a wrong choice is refused here
         self.prefix = self._name = given.prefix
         """What stands before the keys, as it was given and as it is in this run."""
-        self._state_settings = _state_settings(given)
+        self._state_settings = state_settings(given)
         self._place = 1
         self._seen_weights: list[float] = []
         self._watched = Watched()
@@ -85,6 +85,7 @@ class Adapter:
         self._history = given.history
         self._session: Session | None = None
         self._history_name = ""
+        self._history_in = ""
         self._resumed = False
         self._dashboards = self._make_dashboards()
         self._x: dict[int | None, int] = {}
@@ -96,7 +97,7 @@ class Adapter:
     def _keep_apart(self, callbacks: Sequence[Any]) -> None:
         """Take keys of one's own among the callbacks of a run: the second monitor that would share them gets `2/`."""
         metrics = {metric.name for metric in self.monitor.options.chosen}
-        before = [one for one in callbacks[: _place_in(callbacks, self)] if isinstance(one, Adapter)]
+        before = [one for one in callbacks[: place_in(callbacks, self)] if isinstance(one, Adapter)]
         alike = [one for one in before if one.prefix == self.prefix]
         shared = any(metrics & {metric.name for metric in one.monitor.options.chosen} for one in alike)
         self._name = f"{self.prefix}{len(alike) + 1}/" if shared else self.prefix
@@ -109,7 +110,7 @@ class Adapter:
 
     def _place_among(self, callbacks: Sequence[Any]) -> int:
         """Which one this is, from 1, of the monitors in a run whose state would have one key."""
-        before = [one for one in callbacks[: _place_in(callbacks, self)] if isinstance(one, Adapter)]
+        before = [one for one in callbacks[: place_in(callbacks, self)] if isinstance(one, Adapter)]
         return 1 + sum(one._state_settings == self._state_settings for one in before)
 
     def _values(self, snapshot: Snapshot, *, layers: bool = True) -> dict[str, float]:
@@ -144,6 +145,9 @@ class Adapter:
         place = None
         with monitor.guard("choosing the history file", always=True):
             place = folder()
+        if self._resumed:
+            self._say_what_goes_on(place, step)
+        self._history_in = "" if place is None else str(place.absolute())
         if rank == 0:
             self._session = Session(
                 monitor,
@@ -153,6 +157,20 @@ class Adapter:
             )
             self._history_name = self._session.history_name
             self._left_open = weakref.finalize(self, self._session.close)  # where no hook tells of an exception
+
+    def _say_what_goes_on(self, folder: Path | None, step: int) -> None:
+        """Note in the history where a resumed run's earlier part is, and what counts anew."""
+        with self.monitor.guard("saying what goes on", always=True):
+            before, name = self._history_in, self._history_name
+            elsewhere = folder is not None and before and folder.absolute() != Path(before)
+            if name and folder is not None and elsewhere and not (folder / name).exists():
+                message = f"continues {Path(before) / name}, which ends with step {self.monitor.last_step}"
+                self.monitor.note("continues", message, step)
+            analyzer = self.monitor.analyzer
+            if analyzer.track_delta and analyzer.baseline is None:
+                message = f"delta_norm and rotations begin anew at step {step}: the first weights are not at hand"
+                self.monitor.note("track_delta", message, step)
+                self.monitor.say_once("track_delta", message)
 
     def _snapshot(self, model: Source, *, step: int, epoch: int | None, whole: bool = False) -> list[Snapshot]:
         """Look at the model now; the snapshots that are complete, those of the background first.
@@ -174,7 +192,7 @@ class Adapter:
         with self.monitor.guard("sampling the weights", always=True), torch.no_grad():
             items = [item for item in self.monitor.select.apply(self._walk(model)) if isinstance(item, Matrix)]
             trained = [item for item in items if not item.frozen and item.shards is None]
-            sample = [float(item.load()[0, :8].sum(dtype=torch.float64)) for item in trained]
+            sample += [float(item.load()[0, :8].sum(dtype=torch.float64)) for item in trained]
         return sample
 
     def _are_exchanged(self, model: Source, step: int) -> bool:
@@ -220,13 +238,13 @@ class Adapter:
         """Plain Python values that `_load_state` continues from, in a run that a checkpoint resumes."""
         state: dict[str, Any] = {}
         with self.monitor.guard("state for the checkpoint", always=True):
-            state.update(self.monitor.state_dict(), history_file=self._history_name)
+            state.update(self.monitor.state_dict(), history_file=self._history_name, history_in=self._history_in)
         return state
 
     def _load_state(self, state: dict[str, Any]) -> None:
         with self.monitor.guard("resume", always=True):
             self.monitor.load_state_dict(state)
-            self._history_name = state["history_file"]
+            self._history_name, self._history_in = state["history_file"], state.get("history_in", "")
             self._resumed = True
 
     @property
@@ -279,7 +297,8 @@ class Session:
     def announce(self, snapshot: Snapshot) -> None:
         """One line: what is watched, what one analysis took, how often it runs, where the history goes."""
         monitor = self.monitor
-        parts = [f"watching {len(snapshot.layers)} matrices", f"{len(snapshot.skipped)} skipped"]
+        count = len(snapshot.layers)
+        parts = [f"watching {count} {'matrix' if count == 1 else 'matrices'}", f"{len(snapshot.skipped)} skipped"]
         parts.append(f"an analysis takes {snapshot.seconds:.2g} s, {monitor.cadence}")
         if self.history_path is not None:
             parts.append(f"history in {self.history_path}")
@@ -305,21 +324,6 @@ class Session:
             self.monitor.sinks = [sink for sink in self.monitor.sinks if sink not in self._own]
             if self.history_path is not None:
                 _chosen.discard(self.history_path)
-
-
-def _state_settings(given: CallbackOptions) -> list[str]:
-    """What is done, as texts: equal for monitors that do the same, however often and wherever it goes."""
-    parts: tuple[type[Settings], ...] = (AnalysisOptions, Select, WalkOptions)
-    names = [name for part in parts for name in part.of(given).keywords() if name != "strict"]
-    defaults = {option.name: option.default for option in options_of(type(given))}
-    values: dict[str, Any] = {**given.keywords(), "rules": given.rules and [named(rule) for rule in given.rules]}
-    names += ["stop_on", "rules", "track_delta", "prefix"]
-    return [f"{name}={values[name]!r}" for name in names if values[name] != defaults[name]]
-
-
-def _place_in(callbacks: Sequence[Any], one: object) -> int:
-    """Where a callback stands, by identity; 0 where it is not there."""
-    return next((place for place, callback in enumerate(callbacks) if callback is one), 0)
 
 
 def calling_object(kind: type[_Kind]) -> _Kind | None:

@@ -109,10 +109,9 @@ class Monitor(Guarded):
     def cadence(self) -> str:
         """How often it analyses, in words."""
         if self.within_budget:
-            return f"as often as {self.budget.share:.3g} of the run's time allows"
-        steps = "" if self.every_n_steps is None else f"every {self.every_n_steps} steps"
-        epochs = "" if self.every_n_epochs is None else f"every {self.every_n_epochs} epochs"
-        return " and ".join(part for part in (steps, epochs) if part)
+            return f"as often as {100 * self.budget.share:.3g} % of the run's time allows"
+        every = ((self.every_n_steps, "step"), (self.every_n_epochs, "epoch"))
+        return " and ".join(f"every {f'{n} {what}s' if n > 1 else what}" for n, what in every if n is not None)
 
     @property
     def across_ranks(self) -> bool:

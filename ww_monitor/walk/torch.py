@@ -28,6 +28,7 @@ _KINDS: Mapping[Kind, tuple[type[nn.Module], ...]] = {
     Kind.EMBEDDING: (nn.Embedding, nn.EmbeddingBag),
     Kind.CONV: _CONVOLUTIONS,
 }
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _GATES = (((nn.LSTM, nn.LSTMCell), "ifgo"), ((nn.GRU, nn.GRUCell), "rzn"))
 _QUANTIZED = (
     ("torch.ao.nn.quantized.modules.utils", "WeightedQuantizedModule"),
@@ -130,8 +131,11 @@ def _unwrap(model: nn.Module) -> nn.Module:
     """The user's own root module, without the wrappers around it."""
     while True:
         # `module` is a name that anybody may use: only these two classes mean it as a wrapper
-        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-        wrapper = "module" if parallel else next((w for w in WRAPPERS if w in dict(model.named_children())), "")
+        wrapper = (
+            "module"
+            if isinstance(model, _PARALLEL)
+            else next((w for w in WRAPPERS if w in dict(model.named_children())), "")
+        )
         if not wrapper:
             return model
         model = model.get_submodule(wrapper)
@@ -149,6 +153,7 @@ def _modules(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str
     for name, child in module.named_children():
         if id(child) not in seen and name not in inside:
             plain = name in WRAPPERS or (adapted and name == "base_layer")
+            plain = plain or (name == "module" and isinstance(module, _PARALLEL))
             yield from _modules(child, path if plain else parts.joined(path, name), seen)
 
 
