@@ -73,7 +73,7 @@ def test_a_step_is_never_due_twice():
 
 
 def test_without_arguments_it_looks_as_often_as_two_percent_of_the_time_allow():
-    assert Monitor().cadence == "as often as 0.02 of the run's time allows"
+    assert Monitor().cadence == "as often as 2 % of the run's time allows"
     assert Monitor().every_n_steps is None
 
 
