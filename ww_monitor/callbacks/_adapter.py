@@ -27,7 +27,6 @@ from ww_monitor.sinks.console import Console, table
 from ww_monitor.sinks.jsonl import JsonLines
 from ww_monitor.sinks.trackers import Dashboards
 from ww_monitor.walk.sources import Source, walk_source
-from ww_monitor.walk.torch import walk
 
 _Kind = TypeVar("_Kind")
 _Hook = TypeVar("_Hook", bound=Callable[..., Any])
@@ -75,7 +74,8 @@ class Adapter:
         options = Options(**AnalysisOptions.of(given).keywords())
         self.monitor = Monitor(**RunOptions.of(given).keywords(), select=Select.of(given), options=options)
         self._how = given.for_walker(given.preset)
-        walk(torch.nn.Module(), **self._how)  # a wrong choice is refused here
+        with suppress(AttributeError):  # of a module that stands in for a framework's
+            walk_source(torch.nn.Module(), **self._how)  # a wrong choice is refused here
         self.prefix = self._name = given.prefix
         """What stands before the keys, as it was given and as it is in this run."""
         self._state_settings = state_settings(given)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,6 +17,13 @@ from ww_monitor.callbacks._adapter import Adapter, hook
 from ww_monitor.callbacks._watched import Watched, fields_of
 from ww_monitor.errors import MissingDependency
 from ww_monitor.record import NAN, Snapshot, summary_key
+
+_READERS_OF_KEYS = (
+    "_validate_callbacks_list",
+    "_call_callbacks_on_load_checkpoint",
+    "_call_callbacks_load_state_dict",
+)
+"""Functions of Lightning's that read `state_key` and act on it."""
 
 _NAMESPACES = ("pytorch_lightning", "lightning.pytorch")
 
@@ -137,15 +145,20 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
 
     @property
     def state_key(self) -> str:
-        """One key for every monitor that does the same; of several in one Trainer the second one's has its number."""
-        caller = sys._getframe(1)
-        if caller.f_code.co_name == "_validate_callbacks_list":  # the only one who knows all before a hook is called
-            self._place = self._place_among(caller.f_locals.get("callbacks", ()))
-        return self._key_of_state
+        """One key for every monitor that does the same; of several in one Trainer the second one's has its number.
 
-    @property
-    def _legacy_state_key(self) -> str:
-        return self._key_before
+        Who reads it knows what a hook is told too late: all callbacks of a Trainer, or the keys in a checkpoint, among
+        which may be that of the last release.
+        """
+        caller: FrameType | None = sys._getframe(1)
+        while caller is not None and caller.f_code.co_name.startswith("<"):  # a comprehension
+            caller = caller.f_back
+        name = "" if caller is None else caller.f_code.co_name
+        known = caller.f_locals if caller is not None and name in _READERS_OF_KEYS else {}
+        if name == "_validate_callbacks_list":
+            self._place = self._place_among(known.get("callbacks", ()))
+        saved = known.get("callback_states") or {}
+        return self._key_before if self._key_before in saved and self._key_of_state not in saved else self._key_of_state
 
     def _observe(
         self, trainer: Any, pl_module: Any, *, whole: bool = False, after_batch: bool = False, again: bool = False
