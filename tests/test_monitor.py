@@ -73,7 +73,7 @@ def test_a_step_is_never_due_twice():
 
 
 def test_without_arguments_it_looks_as_often_as_two_percent_of_the_time_allow():
-    assert Monitor().cadence == "as often as 0.02 of the run's time allows"
+    assert Monitor().cadence == "as often as 2 % of the run's time allows"
     assert Monitor().every_n_steps is None
 
 
@@ -701,7 +701,10 @@ def test_a_number_that_makes_no_sense_is_refused_by_name(argument, value):
 
 
 BAD = [
-    (lambda: Monitor(stop_on="trap"), r"Monitor: stop_on must be one of None, 'traps', 'harmful_traps', 'broken_layers'; got 'trap'"),
+    (
+        lambda: Monitor(stop_on="trap"),
+        r"Monitor: stop_on must be one of None, 'traps', 'harmful_traps', 'broken_layers'; got 'trap'",
+    ),
     (lambda: Options(preset="ww"), r"preset must be one of 'default', 'weightwatcher'; got 'ww'"),
     (lambda: Options(metrics=["alfa"]), r"metrics must be among 'alpha', .*; got 'alfa'"),
     (lambda: Monitor(sinks=[print]), r"Monitor: sinks must have write and close; got <built-in function print>"),

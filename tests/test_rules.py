@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from ww_monitor.rules import (
     SINGLE_RULES,
     STOP_ON,
     TRAINING_RULES,
+    Holding,
     apply_rules,
     broken_layer,
     harmful_trap,
@@ -445,7 +447,7 @@ def test_a_trap_is_told_with_the_address_of_its_three_largest_entries(slices, sh
 
 @pytest.mark.parametrize("rule", TRAINING_RULES)
 def test_a_finding_carries_the_name_of_its_rule(rule):
-    rows = [layer(trap_headroom=0.5, verdict=R)] * 2
+    rows = [layer(trap_headroom=0.5, alpha=3.0, verdict=R)] * 2
     if rule is stable_rank_collapse:
         rows = [layer(stable_rank=64.0 / 2**at) for at in range(9)]
     if rule is norm_growth:
@@ -459,6 +461,7 @@ def test_a_finding_carries_the_name_of_its_rule(rule):
         "trap_approaching": layer(trap_headroom=0.9),
         "mean_shift": layer(mean_shift=2.0),
         "over_trained": layer(alpha=1.1, sigma=0.0),
+        "other_layers": layer("other", alpha=3.0),
         "under_trained": layer(verdict=R),
     }[rule.__name__]
     (finding,) = rule(run(*rows, last))
@@ -509,7 +512,9 @@ def test_every_public_rule_is_applied_in_training():
     public = {
         name
         for name, value in vars(rules).items()
-        if inspect.isgeneratorfunction(value) and value.__module__ == rules.__name__ and not name.startswith("_")
+        if inspect.isgeneratorfunction(value)
+        and value.__module__.startswith(rules.__name__)
+        and not name.startswith("_")
     }
     assert public == {rule.__name__ for rule in TRAINING_RULES}
     assert set(STOP_ON.values()) <= public
@@ -566,3 +571,57 @@ def found(rule: str, name: str = "fc", *, step: int, message: str = "m") -> Find
 )
 def test_transitions_are_what_begins_and_what_ends(before, now, told):
     assert [(f.rule, f.layer, f.state, f.step) for f in transitions(before, now, step=20)] == told
+
+
+def test_the_end_of_a_finding_says_what_is_over():
+    before = Finding("over_trained", "fc", "warning", "fc: alpha 1.72 ± 0.05 is below 2", step=30)
+    (over,) = transitions([before], [], step=40)
+    assert str(over) == (
+        "over_trained is over at step 40: fc: no longer so; last seen at step 30: alpha 1.72 ± 0.05 is below 2"
+    )
+
+
+def flapping(values: Sequence[float], severity) -> list[tuple[int | None, str]]:
+    """What is told of a rule that holds where a value is below 2."""
+
+    def low(history: History) -> Iterator[Finding]:
+        if history.last.layers[0].value("alpha") < 2:
+            yield Finding("low", "fc", severity, "fc: low", step=history.last.step)
+
+    holding, told, history = Holding([low], stop_on=None, patience=1), [], History()
+    for step, value in enumerate(values):
+        history.append(Snapshot((Layer("fc", "dense", (1, 8, 8), metrics={"alpha": value}),), step=step))
+        told += [(one.step, one.state) for one in holding.judge(history, failed=lambda *_: pytest.fail("it raised"))]
+        state, holding = holding.state(), Holding([low], stop_on=None, patience=1)
+        holding.load(state, stop_reason="")  # a resumed run knows what it has told
+    return told
+
+
+def test_a_value_about_its_threshold_begins_once_and_ends_once():
+    assert flapping([1.9, 2.1, 1.9, 2.1, 1.9, 2.1, 2.1, 2.1], "warning") == [(0, "begin"), (6, "end")]
+
+
+def test_what_is_critical_ends_at_once():
+    assert flapping([1.9, 2.1, 1.9], "critical") == [(0, "begin"), (1, "end"), (2, "begin")]
+
+
+def test_a_mean_over_other_layers_than_before_is_told_over_those_known_at_both():
+    def snapshot(step: int, **alphas: float) -> Snapshot:
+        rows = [Layer(name, "dense", (1, 8, 8), metrics={"alpha": value}) for name, value in alphas.items()]
+        return Snapshot(tuple(rows), step=step)
+
+    history = History([snapshot(0, a=4.0, b=4.66, c=NAN, d=NAN), snapshot(10, a=4.0, b=4.6, c=2.6, d=2.6)])
+    (finding,) = rules.other_layers(history)
+    assert finding.message == (
+        "alpha 4.33 → 3.45 is a mean over 2, then 4 layers: 2 came, 0 went, 4.33 → 4.30 over those known at both"
+    )
+    assert list(rules.other_layers(History([history[1], snapshot(20, a=3.0, b=3.0, c=3.0, d=3.0)]))) == []
+    (gone,) = rules.other_layers(History([snapshot(0, a=4.0), snapshot(10, b=3.0)]))
+    assert gone.message == "alpha 4.00 → 3.00 is a mean over 1, then 1 layers: 1 came, 1 went"
+
+
+@pytest.mark.parametrize(("count", "words"), [(1.0, "1 correlation trap a shuffle"), (2.0, "2 correlation traps a")])
+def test_one_trap_is_no_traps(count, words):
+    layer = Layer("fc", "dense", (1, 8, 8), metrics={"num_traps": count})
+    (finding,) = rules.trap(History([Snapshot((layer,), step=1)]))
+    assert words in finding.message

@@ -20,6 +20,9 @@ TOP = 8
 """Singular directions that are followed. Our choice: the learnt directions of a layer are few, and 8 is the least
 number of eigenvalues that is analysed."""
 
+DELTAS = ("delta_norm", "left_rotation", "right_rotation")
+"""Names of what `Baseline.drift` gives."""
+
 
 @dataclass(frozen=True)
 class Baseline:
@@ -91,7 +94,7 @@ class Baseline:
                 except Exception as error:
                     logger.debug("no drift of layer %s", item.name, exc_info=error)
                     values = (NAN, NAN, NAN)
-                result[item.name] = dict(zip(("delta_norm", "left_rotation", "right_rotation"), values, strict=True))
+                result[item.name] = dict(zip(DELTAS, values, strict=True))
         return result
 
     def _drift_of(self, matrix: Matrix, before: Matrix) -> tuple[float, float, float]:

@@ -240,18 +240,18 @@ class RunOptions(Settings):
         bool,
         "Follow how far each matrix has moved from its weights at the first snapshot: `delta_norm` = ‖W − W₀‖_F/‖W₀‖_F,"
         " and `left_rotation`, `right_rotation` = how far its 8 leading singular directions have turned, 0 to 1."
-        " Fine-tuning turns them while spectra stay put. Holds a copy of the weights on the host; after a resume the"
-        " first snapshot is that of the resumed run.",
+        " Fine-tuning turns them while spectra stay put. Holds a copy of the weights on the host; a resumed run begins"
+        " anew at its first snapshot, and says so.",
     ] = False
     track_updates: Annotated[
         bool,
-        "Measure what the one optimizer step before a snapshot changed, ΔW: `update_ratio` = RMS(ΔW)/RMS(W) with W before"
-        " it; `update_spectral_norm` = σmax(ΔW), in the scale of the layer's eigenvalues; `update_stable_rank` ="
+        "Measure what the one optimizer step before a snapshot changed, ΔW: `update_ratio` = RMS(ΔW)/RMS(W) with W"
+        " before it; `update_spectral_norm` = σmax(ΔW), in the scale of the layer's eigenvalues; `update_stable_rank` ="
         " ‖ΔW‖²_F/σmax²; `update_alignment` = ‖UᵀΔWV‖²_F/‖ΔW‖²_F, its share in the 8 leading left and right singular"
         " directions of W. Weights that train are copied to the host before a step after which a snapshot is due. One"
-        " step is all that is accumulated for an update and, with several optimizers, what they do in one batch. Weights"
-        " in half precision are read from float32 masters where the optimizer has them. NaN where rounding hides the"
-        " update, for frozen layers, and at a snapshot that could not be foreseen.",
+        " step is all that is accumulated for an update and, with several optimizers, what they do in one batch."
+        " Weights in half precision are read from float32 masters where the optimizer has them. NaN where rounding"
+        " hides the update, for frozen layers, and at a snapshot that could not be foreseen.",
     ] = False
     rules: Annotated[
         Sequence[Rule] | None, "What to look for (`ww_monitor.rules`); `None` for the `TRAINING_RULES` there."
@@ -292,6 +292,11 @@ class CallbackOptions(WalkOptions, Select, AnalysisOptions, RunOptions):
         "A batch, on which `ww_monitor.trap_harm` says what each trap does to the outputs, where there is one: a"
         ' tensor, a mapping passed by name, or a tuple of arguments. `None` draws one if `stop_on="harmful_traps"`.',
     ] = None
+    prefix: Annotated[
+        str,
+        'Put before every key that others see, such as `"teacher/"`, so that two monitors of one run keep apart. Where'
+        " two would share their keys the second one's get `2/`.",
+    ] = ""
 
 
 @dataclass(frozen=True)

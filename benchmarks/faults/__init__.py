@@ -1,1 +1,1 @@
-"""Campaigns of faults: what is broken on purpose, and how often the package survives it."""
+"""What goes wrong in runs, on purpose, in numbers: each script says in its last line how much it tried and survived."""

@@ -186,13 +186,14 @@ def test_history_and_csv_have_a_column_for_a_value_that_comes_late(tmp_path):
 
 
 def test_a_callback_never_finds_nan_under_the_key_it_monitors(tmp_path):
-    """EarlyStopping would take it for the best there is."""
-    stopper = keras.callbacks.EarlyStopping(monitor="ww_trap_severity", mode="min", patience=0)
+    """EarlyStopping would take it for the best there is, and a file name without the key ends the run."""
+    stopper = keras.callbacks.EarlyStopping(monitor="ww_trap_severity", mode="min", patience=9)
+    saved = keras.callbacks.ModelCheckpoint(tmp_path / "{ww_trap_severity:.2f}.keras")
     monitor, logs = spectral_monitor(tmp_path, publish=["trap_severity", "trap_p_value"]), Logs()
-    with pytest.warns(UserWarning, match="conditioned on metric `ww_trap_severity` which is not available"):
-        log = fit(make_model(), monitor, stopper, logs, epochs=3)
+    log = fit(make_model(), monitor, stopper, saved, logs, epochs=3)
     assert log.epoch == [0, 1, 2]
-    assert "ww_trap_severity" not in logs.epochs[0]
+    assert [row["ww_trap_severity"] for row in logs.epochs] == [1.0] * 3
+    assert [path.name for path in tmp_path.glob("*.keras")] == ["1.00.keras"]
     assert math.isnan(logs.epochs[0]["ww_trap_p_value"])
 
 

@@ -303,7 +303,7 @@ def test_console_lines_and_progress_bar_go_together(tmp_path, net_with_trap, cap
     assert "ww_alpha" in text
     assert "ww_monitor: watching 3 matrices, 0 skipped" in text
     assert "every 4 steps" in text
-    assert "ww_monitor ‼ trap at step 0: net.2: 1 correlation traps" in text
+    assert "ww_monitor ‼ trap at step 0: net.2: 1 correlation trap a shuffle" in text
     assert "ww_monitor: stopping at step 4: traps in 2 snapshots in a row" in text
     assert "2 snapshots, steps 0 to 4" in text
 
@@ -588,7 +588,7 @@ def test_early_stopping_survives_a_broken_layer_and_stop_on_does_not(tmp_path, n
     monitor = spectral_monitor(2, stop_on="broken_layers", patience=1)
     trainer = fit(tmp_path, make_trap_net(False), monitor, Breaks(at_2=math.inf), module=WithSide)
     assert trainer.global_step == 4
-    assert "broken_layers in 1 snapshots in a row: side: no spectrum: not_finite" in monitor.monitor.stop_reason
+    assert "broken_layers in 1 snapshot: side: no spectrum: not_finite" in monitor.monitor.stop_reason
 
 
 class FullDisk(CSVLogger):

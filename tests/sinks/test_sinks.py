@@ -331,7 +331,7 @@ def test_the_table_of_many_layers_keeps_the_worst_in_model_order():
     assert "more layers" not in table(History([Snapshot(rows, step=0)]), limit=10)
 
 
-@pytest.mark.parametrize(("steps", "title"), [([None], "1 snapshots"), ([5], "1 snapshots, steps 5 to 5")])
+@pytest.mark.parametrize(("steps", "title"), [([None], "1 snapshot"), ([5], "1 snapshot, steps 5 to 5")])
 def test_the_title_tells_the_span(steps, title):
     history = History([Snapshot((layer("a", alpha=3.0),), step=step) for step in steps])
     assert table(history).splitlines()[0].strip() == f"ww_monitor: {title}"
@@ -358,3 +358,15 @@ def test_a_sink_touches_no_random_state_and_no_filter(name, tmp_path, make_sink)
     sink.write(second)
     sink.close()
     assert surroundings() == before
+
+
+def test_a_finding_of_many_layers_is_one_line():
+    lines: list[str] = []
+    findings = [Finding("under_trained", f"h.{i}", "warning", f"h.{i}: random", step=6) for i in range(73)]
+    few = [Finding("over_trained", f"h.{i}", "warning", f"h.{i}: low", step=6) for i in range(2)]
+    Console(lines.append).write(Snapshot((), findings=(*findings, *few), step=6))
+    assert lines == [
+        "ww_monitor ! under_trained at step 6: 73 layers (h.0, h.1, h.2, …), the first: h.0: random",
+        "ww_monitor ! over_trained at step 6: h.0: low",
+        "ww_monitor ! over_trained at step 6: h.1: low",
+    ]

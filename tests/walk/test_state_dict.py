@@ -106,6 +106,10 @@ PREFIXES = [
     (["_orig_mod.fc.weight", "_orig_mod.out.weight"], ["fc", "out"]),
     (["module._orig_mod.fc.weight", "module._orig_mod.out.weight"], ["fc", "out"]),
     (["_orig_mod.module.fc.weight", "_orig_mod.module.out.weight"], ["fc", "out"]),
+    (["_forward_module.fc.weight", "_forward_module.out.weight"], ["fc", "out"]),
+    (["_forward_module.module.fc.weight", "_forward_module.module.out.weight"], ["fc", "out"]),
+    (["module._forward_module._orig_mod.module.fc.weight", "module._forward_module.module.out.weight"], ["fc", "out"]),
+    (["net._forward_module._orig_mod.fc.weight", "net._forward_module.out.weight"], ["net.fc", "net.out"]),
     (["fc.weight", "module.out.weight"], ["fc", "module.out"]),
     (["fc.base_layer.weight", "out.weight"], ["fc.base_layer", "out"]),
 ]

@@ -739,3 +739,29 @@ def test_examples():
         results = doctest.testmod(module)
         assert results.attempted
         assert not results.failed
+
+
+class Forwarded(nn.Module):
+    """As Lightning's Fabric wraps a module."""
+
+    def __init__(self, module: nn.Module, original: nn.Module | None = None) -> None:
+        super().__init__()
+        self._forward_module = module
+        self._original_module = original or module
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        Forwarded,
+        lambda net: Forwarded(nn.DataParallel(net), net),
+        lambda net: nn.DataParallel(Forwarded(net)),
+        lambda net: Forwarded(Forwarded(net)),
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_fabrics_wrapper_leaves_no_mark_on_the_names(wrap, inside):
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model = nn.ModuleDict({"net": wrap(net)}) if inside else wrap(net)
+    start = "net." if inside else ""
+    assert [item.name for item in walk(model)] == [f"{start}0", f"{start}1"]

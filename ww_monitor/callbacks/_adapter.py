@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields
+from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
+from ww_monitor.callbacks._apart import place_in, state_settings
+from ww_monitor.callbacks._watched import Watched
 from ww_monitor.engine import Options
 from ww_monitor.harm import trap_harm
 from ww_monitor.matrix import Matrix
@@ -26,11 +31,26 @@ from ww_monitor.sinks.trackers import Dashboards
 from ww_monitor.walk.sources import Source, walk_source
 
 _Kind = TypeVar("_Kind")
+_Hook = TypeVar("_Hook", bound=Callable[..., Any])
 
 HISTORY_FILE = "ww_history.jsonl"
 
 _chosen: set[Path] = set()
 """History files of the sessions that are open: a file is chosen before its first snapshot makes it."""
+
+
+def hook(function: _Hook) -> _Hook:
+    """A method that a framework calls: whatever fails in it becomes one warning, and it returns `None`.
+
+    What is no `Exception` passes, and with `strict` everything does.
+    """
+
+    @wraps(function)
+    def guarded(self: Adapter, *arguments: Any, **named: Any) -> Any:
+        with self.monitor.guard(function.__name__):
+            return function(self, *arguments, **named)
+
+    return cast("_Hook", guarded)
 
 
 class Adapter:
@@ -56,24 +76,62 @@ class Adapter:
         options = Options(**AnalysisOptions.of(given).keywords())
         self.monitor = Monitor(**RunOptions.of(given).keywords(), select=Select.of(given), options=options)
         self._how = given.for_walker(given.preset)
-        walk_source(torch.nn.Module(), **self._how)  # a wrong choice is refused here
+        with suppress(AttributeError):  # of a module that stands in for a framework's
+            walk_source(torch.nn.Module(), **self._how)  # a wrong choice is refused here
+        self.prefix = self._name = given.prefix
+        """What stands before the keys, as it was given and as it is in this run."""
+        self._state_settings = state_settings(given)
+        self._place = 1
+        self._seen_weights: list[float] = []
+        self._watched = Watched()
         self._console = given.console
         self._history = given.history
         self._harm_inputs = given.harm_inputs
         self._measures_harm = given.harm_inputs is not None or given.stop_on == "harmful_traps"
         self._session: Session | None = None
         self._history_name = ""
+        self._history_in = ""
         self._resumed = False
-        self._shown = Published(given.publish)
-        self._dashboards = Dashboards(prefix=self._prefix, step_key=self._step_key, publish=given.publish)
+        self._chosen_keys, self._shown = given.publish, Published(given.publish)
+        self._dashboards = self._make_dashboards()
         self._x: dict[int | None, int] = {}
         """Where on the framework's own axis a step lies whose snapshot is under way."""
+
+    def _make_dashboards(self) -> Dashboards:
+        return Dashboards(prefix=self._prefix + self._name, step_key=self._step_key, publish=self._chosen_keys)
+
+    def _keep_apart(self, callbacks: Sequence[Any]) -> None:
+        """Take keys of one's own among the callbacks of a run: the second monitor that would share them gets `2/`."""
+        metrics = {metric.name for metric in self.monitor.options.chosen}
+        before = [one for one in callbacks[: place_in(callbacks, self)] if isinstance(one, Adapter)]
+        alike = [one for one in before if one.prefix == self.prefix]
+        shared = any(metrics & {metric.name for metric in one.monitor.options.chosen} for one in alike)
+        self._name = f"{self.prefix}{len(alike) + 1}/" if shared else self.prefix
+        self._dashboards = self._make_dashboards()
+        if shared:
+            message = (
+                f"another SpectralMonitor has the same keys, so this one's begin with {self._name!r}; give prefix="
+            )
+            self.monitor.say_once("shared keys", message)
+
+    def _place_among(self, callbacks: Sequence[Any]) -> int:
+        """Which one this is, from 1, of the monitors in a run whose state would have one key."""
+        before = [one for one in callbacks[: place_in(callbacks, self)] if isinstance(one, Adapter)]
+        return 1 + sum(one._state_settings == self._state_settings for one in before)
+
+    def _values(self, snapshot: Snapshot, *, layers: bool = True) -> dict[str, float]:
+        """Every known value under the key that others see."""
+        return {self._name + key: value for key, value in snapshot.scalars(layers=layers).items()}
+
+    def _shown_values(self, snapshot: Snapshot, *, layers: bool = True) -> dict[str, float]:
+        """Those that trackers and logs get."""
+        return {self._name + key: value for key, value in self._shown.scalars(snapshot, layers=layers).items()}
 
     def _open(
         self,
         *,
         step: int,
-        folder: Path | None,
+        folder: Callable[[], Path | None],
         print_line: Callable[[str], object] | None,
         rank: int = 0,
         ranks: int = 1,
@@ -82,7 +140,7 @@ class Adapter:
 
         Args:
             step: Number of completed optimizer updates.
-            folder: Where the history file goes, if one is wanted.
+            folder: Says where the history file goes, if one is wanted; asked on every rank.
             print_line: Where console lines go, if they are wanted.
             rank: Of this process; only the first writes files and lines.
             ranks: Number of processes: each analyses its share, and all get the same snapshots.
@@ -94,15 +152,35 @@ class Adapter:
         monitor.begin(step)
         monitor.quiet = rank > 0
         monitor.across_ranks = ranks > 1
+        place = None
+        with monitor.guard("choosing the history file", always=True):
+            place = folder()
+        if self._resumed:
+            self._say_what_goes_on(place, step)
+        self._history_in = "" if place is None else str(place.absolute())
         if rank == 0:
             self._session = Session(
                 monitor,
-                folder=folder if self._history else None,
+                folder=place if self._history else None,
                 print_line=print_line if self._console else None,
                 continues=self._history_name,
             )
             self._history_name = self._session.history_name
             self._left_open = weakref.finalize(self, self._session.close)  # where no hook tells of an exception
+
+    def _say_what_goes_on(self, folder: Path | None, step: int) -> None:
+        """Note in the history where a resumed run's earlier part is, and what counts anew."""
+        with self.monitor.guard("saying what goes on", always=True):
+            before, name = self._history_in, self._history_name
+            elsewhere = folder is not None and before and folder.absolute() != Path(before)
+            if name and folder is not None and elsewhere and not (folder / name).exists():
+                message = f"continues {Path(before) / name}, which ends with step {self.monitor.last_step}"
+                self.monitor.note("continues", message, step)
+            analyzer = self.monitor.analyzer
+            if analyzer.track_delta and analyzer.baseline is None:
+                message = f"delta_norm and rotations begin anew at step {step}: the first weights are not at hand"
+                self.monitor.note("track_delta", message, step)
+                self.monitor.say_once("track_delta", message)
 
     def _snapshot(self, model: Source, *, step: int, epoch: int | None, whole: bool = False) -> list[Snapshot]:
         """Look at the model now; the snapshots that are complete, those of the background first.
@@ -116,7 +194,8 @@ class Adapter:
         if self._measures_harm:
             self.monitor.harm = lambda snapshot: trap_harm(model, snapshot, self._harm_inputs).layers
         done = self.monitor.finish() if whole else self.monitor.collect()
-        snapshot = self.monitor.observe(walk_source(model, **self._how), step=step, epoch=epoch, whole=whole)
+        self._seen_weights = self._sample(model)
+        snapshot = self.monitor.observe(self._walk(model), step=step, epoch=epoch, whole=whole)
         return done if snapshot is None else [*done, snapshot]
 
     def _before_step(self, model: Callable[[], Source], *, step: int, last: bool, **about: Any) -> None:
@@ -130,9 +209,31 @@ class Adapter:
         """
 
         def items() -> Iterator[Matrix | Skipped]:
-            yield from walk_source(model(), **self._how)
+            yield from self._walk(model())
 
         self.monitor.before_step(items(), step=step, due=last or None, **about)
+
+    def _sample(self, model: Source) -> list[float]:
+        """A few numbers of every matrix that trains, which tell whether somebody has exchanged the weights."""
+        sample: list[float] = []
+        with suppress(Exception), torch.no_grad():  # what cannot be read fails in the analysis, and is said there
+            items = [item for item in self.monitor.select.apply(self._walk(model)) if isinstance(item, Matrix)]
+            trained = [item for item in items if not item.frozen and item.shards is None]
+            sample += [float(item.load()[0, :8].sum(dtype=torch.float64)) for item in trained]
+        return sample
+
+    def _are_exchanged(self, model: Source, step: int) -> bool:
+        """Whether the model has other weights than those of the snapshot of this step, such as averages."""
+        sample = self._sample(model)
+        exchanged = sample != self._seen_weights and all(map(math.isfinite, (*sample, *self._seen_weights)))
+        if not (self.monitor.is_seen(step) and self.monitor.analyzer.agreed(exchanged)):
+            return False
+        message = "the model ends with other weights than those of its last step, and this snapshot is of them"
+        self.monitor.note("exchanged_weights", message, step)
+        return True
+
+    def _walk(self, model: Source) -> Iterator[Matrix | Skipped]:
+        yield from walk_source(model, **self._how)  # begins where `observe` asks for the first, and guards it
 
     def _announce(self) -> None:
         """The line at the start, once there is a snapshot."""
@@ -155,34 +256,39 @@ class Adapter:
         self.monitor.harm = None  # it holds the model
         with self.monitor.guard("last pictures", always=True):
             self._dashboards.finish()
-        if self._session is not None:
-            self._left_open.detach()
-            self._session.close()
-            self._session = None
+        session, self._session = self._session, None
+        if session is not None:
+            with self.monitor.guard("closing", always=True):
+                self._left_open.detach()
+                session.close()
 
     def _state(self) -> dict[str, Any]:
         """Plain Python values that `_load_state` continues from, in a run that a checkpoint resumes."""
         state: dict[str, Any] = {}
         with self.monitor.guard("state for the checkpoint", always=True):
-            state.update(self.monitor.state_dict(), history_file=self._history_name)
+            state.update(self.monitor.state_dict(), history_file=self._history_name, history_in=self._history_in)
         return state
 
     def _load_state(self, state: dict[str, Any]) -> None:
         with self.monitor.guard("resume", always=True):
             self.monitor.load_state_dict(state)
-            self._history_name = state["history_file"]
+            self._history_name, self._history_in = state["history_file"], state.get("history_in", "")
             self._resumed = True
 
     @property
-    def _settings(self) -> str:
-        """What is analysed and how often, as text: equal for monitors that do the same."""
-        settings = [f"every={self.monitor.cadence!r}"]
-        for part in (self.monitor.options, self.monitor.select):
-            for field in fields(part):
-                value = getattr(part, field.name)
-                if value != field.default and field.name != "strict":
-                    settings.append(f"{field.name}={value!r}")
-        return ", ".join(settings)
+    def _key_of_state(self) -> str:
+        """Of the state in a checkpoint: one for every monitor that does the same, however often, whatever its base."""
+        settings = self._state_settings + ([] if self._place == 1 else [f"number {self._place}"])
+        return f"ww_monitor.SpectralMonitor({', '.join(settings)})"
+
+    @property
+    def _key_before(self) -> str:
+        """What the key was in the last release, with the cadence and less of what is done."""
+        known = {field.name for part in (self.monitor.options, self.monitor.select) for field in fields(part)}
+        settings = [one for one in self._state_settings if one.partition("=")[0] in known]
+        share = f"as often as {self.monitor.budget.share:.3g} of the run's time allows"
+        every = share if self.monitor.within_budget else self.monitor.cadence
+        return f"ww_monitor.SpectralMonitor({', '.join([f'every={every!r}', *settings])})"
 
 
 class Session:
@@ -200,8 +306,10 @@ class Session:
     ) -> None:
         self.monitor = monitor
         self.print_line = print_line
-        self.history_path = None if folder is None else history_path(folder, continues=continues)
+        self.history_path: Path | None = None
         self._own: list[Sink] = []
+        with monitor.guard("choosing the history file", always=True):
+            self.history_path = None if folder is None else history_path(folder, continues=continues)
         if self.history_path is not None:
             _chosen.add(self.history_path)
             self._own.append(JsonLines(self.history_path))
@@ -217,7 +325,8 @@ class Session:
     def announce(self, snapshot: Snapshot) -> None:
         """One line: what is watched, what one analysis took, how often it runs, where the history goes."""
         monitor = self.monitor
-        parts = [f"watching {len(snapshot.layers)} matrices", f"{len(snapshot.skipped)} skipped"]
+        count = len(snapshot.layers)
+        parts = [f"watching {count} {'matrix' if count == 1 else 'matrices'}", f"{len(snapshot.skipped)} skipped"]
         parts.append(f"an analysis takes {snapshot.seconds:.2g} s, {monitor.cadence}")
         if self.history_path is not None:
             parts.append(f"history in {self.history_path}")
@@ -237,10 +346,12 @@ class Session:
 
     def close(self) -> None:
         """Close all sinks and take the session's own off the monitor."""
-        self.monitor.close()
-        self.monitor.sinks = [sink for sink in self.monitor.sinks if sink not in self._own]
-        if self.history_path is not None:
-            _chosen.discard(self.history_path)
+        try:
+            self.monitor.close()
+        finally:
+            self.monitor.sinks = [sink for sink in self.monitor.sinks if sink not in self._own]
+            if self.history_path is not None:
+                _chosen.discard(self.history_path)
 
 
 def calling_object(kind: type[_Kind]) -> _Kind | None:

@@ -9,9 +9,10 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-from ww_monitor.callbacks._adapter import Adapter, calling_object
+from ww_monitor.callbacks._adapter import Adapter, calling_object, hook
+from ww_monitor.callbacks._watched import TRAP_FREE, Watched
 from ww_monitor.errors import MissingDependency
-from ww_monitor.record import Snapshot, summary_key
+from ww_monitor.record import NAN, Snapshot, summary_key
 from ww_monitor.sinks.trackers import dashboard_of, uncounted_by_trackio
 
 try:
@@ -46,6 +47,10 @@ class SpectralMonitor(Adapter, TrainerCallback):
     after this callback. Say `greater_is_better` too: the Trainer takes `True` unless told. A metric that is watched so
     is measured at every evaluation, whatever the schedule, because a checkpoint is chosen by it.
 
+    `stop_on="traps"` ends a run whose trap persists. `EarlyStoppingCallback` waits for improvements, and the count of
+    traps of a healthy run has none: let it watch `ww_trap_free_until` (greater is better), the step of the latest
+    snapshot without a trap.
+
     A step is an optimizer step. `stop_on` ends the run after a step, the first one at the earliest. A resumed run
     continues its history, with `restore_callback_states_from_checkpoint` or without.
 
@@ -76,28 +81,34 @@ class SpectralMonitor(Adapter, TrainerCallback):
             trainer.add_callback(self)
         return self
 
+    @hook
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the files; what a run that died has left open is closed first."""
         self._close()
-        self._handler = calling_object(CallbackHandler) or self._handler
         self._known: dict[str, float] = {}
         self._training, self._begun = True, False
-        if self._key in state.stateful_callbacks:
-            self._load_state(state.stateful_callbacks[self._key].get("attributes", {}))
+        self._handler = calling_object(CallbackHandler) or self._handler
+        callbacks = self._handler.callbacks if self._handler else ()
+        self._keep_apart(callbacks)
+        self._place = self._place_among(callbacks)
+        for key in {self._key_of_state, self._key_before} & state.stateful_callbacks.keys():
+            self._load_state(state.stateful_callbacks[key].get("attributes", {}))
         self._open(
             step=state.global_step,
-            folder=Path(args.output_dir),
+            folder=lambda: Path(args.output_dir),
             print_line=_print_line,
             rank=args.process_index,
             ranks=args.world_size,
         )
         self._check_surroundings(args)
 
+    @hook
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """First snapshot; not when training begins, because trackers that stand later have not begun then."""
         if not self._begun:
             self._begin(args, state, control, **kwargs)
 
+    @hook
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The weights before a step after which a snapshot is due, where updates are measured."""
         step, done = state.global_step, (state.epoch or 0.0) + 1e-6
@@ -105,6 +116,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
         last = step + 1 >= state.max_steps or (ends and self.monitor.due_at_epoch_end(int(done), step + 1))
         self._before_step(lambda: kwargs["model"], step=step, last=last, optimizers=(kwargs.get("optimizer"),))
 
+    @hook
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """A snapshot where one is due, and after the last step, before its evaluation and its checkpoint."""
         last = control.should_training_stop and not self._is_seen(state)
@@ -114,12 +126,14 @@ class SpectralMonitor(Adapter, TrainerCallback):
             self._publish(args, state, control, self.monitor.collect(), **kwargs)
         return self._stop_if_asked(state, control)
 
+    @hook
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """A snapshot where the epoch schedule asks for one."""
         if self.monitor.due_at_epoch_end(_epoch(state), state.global_step):
             self._observe(args, state, control, **kwargs)
         return self._stop_if_asked(state, control)
 
+    @hook
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
@@ -128,16 +142,18 @@ class SpectralMonitor(Adapter, TrainerCallback):
             return
         if not self._begun:
             self._begin(args, state, control, **kwargs)
-        watched = self._watched(args)
+        watched = self._watched_key(args)
         if watched and not self._is_seen(state):
             self._observe(args, state, control, whole=True, **kwargs)
-        values = {_evaluation_key(key): value for key, value in self._known.items()}
+        known = {**self._known, **self._watched.values(self.monitor.history)}
+        values = {_evaluation_key(key): value for key, value in known.items() if value == value}
         if watched and watched not in values:
             values[watched] = self._worst(args, watched)
         if state.is_hyper_param_search:  # the default objective is the sum of all metrics
             values = {watched: values[watched]} if watched else {}
         metrics.update(values)
 
+    @hook
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Last snapshot, where `on_step_end` did not know that the step was the last.
 
@@ -146,22 +162,17 @@ class SpectralMonitor(Adapter, TrainerCallback):
         if self._training and "train_runtime" in (logs or {}) and not self._is_seen(state):
             self._observe(args, state, control, whole=True, **kwargs)
 
+    @hook
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The table; close the sinks."""
+        """A snapshot where the weights are not those of the last step, but no better checkpoint's; close the sinks."""
+        if not args.load_best_model_at_end and self._are_exchanged(kwargs["model"], state.global_step):
+            self._observe(args, state, control, whole=True, **kwargs)
         self._show_table()
         self._close()
 
     def _close(self) -> None:
         self._training = False
         super()._close()
-
-    @property
-    def _key(self) -> str:
-        """Of the state in a checkpoint: one for every monitor that analyses the same things as often.
-
-        No class name: the Trainer replaces the callbacks whose class it finds there by new ones, which nobody holds.
-        """
-        return f"ww_monitor.SpectralMonitor({self._settings})"
 
     def _is_seen(self, state: Any) -> bool:
         return self.monitor.is_seen(state.global_step)
@@ -170,7 +181,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
         """First snapshot, unless a resumed run has it."""
         self._begun = True
         if self._is_seen(state):
-            self._known = self.monitor.history.last.scalars(layers=False)
+            self._known = self._values(self.monitor.history.last, layers=False)
         else:
             self._observe(args, state, control, whole=True, **kwargs)
         self._announce()
@@ -186,13 +197,14 @@ class SpectralMonitor(Adapter, TrainerCallback):
         """Into the evaluation's values, the log and the trackers, each snapshot at its own step."""
         with self.monitor.timed():
             for snapshot in snapshots:
-                values = self._shown.scalars(snapshot, layers=False)
-                self._known.update(snapshot.scalars(layers=False))
+                values = self._shown_values(snapshot, layers=False)
+                self._known = self._values(snapshot, layers=False)
                 if values:
                     state.log_history.append({**values, "epoch": state.epoch or 0, "step": snapshot.step})
                 self._log(args, state, control, snapshot, **kwargs)
             if snapshots:
-                state.stateful_callbacks[self._key] = _WhenSaved(self._state)
+                # no class name in the key: the Trainer replaces callbacks whose class it finds there by new ones
+                state.stateful_callbacks[self._key_of_state] = _WhenSaved(self._state)
 
     def _log(self, args: Any, state: Any, control: Any, snapshot: Snapshot, **kwargs: Any) -> None:
         """Hand the values to every tracker, in every process, as the Trainer does with its loss.
@@ -200,7 +212,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
         Not by `trainer.log`: that would count as the loss log of the step, which then were lost, and TRL's trainers
         flush their running means with every log. Here a tracker that raises costs itself only.
         """
-        logs, then = self._shown.scalars(snapshot), copy(state)
+        logs, then = self._shown_values(snapshot), copy(state)
         then.global_step = snapshot.step
         for callback in self._handler.callbacks if self._handler and logs else ():
             if isinstance(callback, _PRINTING):
@@ -220,12 +232,15 @@ class SpectralMonitor(Adapter, TrainerCallback):
             self._say(f"stopping at step {state.global_step}: {reason}")
         return control
 
-    def _watched(self, args: Any) -> str:
+    def _watched_key(self, args: Any) -> str:
         """The evaluation key that `metric_for_best_model` names, if it is one of ours."""
         wanted = args.metric_for_best_model or ""
         key = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
-        ours = {summary_key(metric.name) for metric in self.monitor.options.chosen} | self._known.keys()
-        return key if key in map(_evaluation_key, ours) else ""
+        names = {TRAP_FREE, *(metric.name for metric in self.monitor.options.chosen)}
+        ours = {self._name + summary_key(name) for name in names} | self._known.keys()
+        found = next((one for one in ours if _evaluation_key(one) == key), "")
+        self._watched = Watched(self._name, {found: NAN} if found else {})
+        return key if found else ""
 
     def _worst(self, args: Any, key: str) -> float:
         """What stands for a watched value that is not known yet: no improvement, as in the Trainer's own start value.
@@ -244,7 +259,10 @@ class SpectralMonitor(Adapter, TrainerCallback):
             return
         callbacks = self._handler.callbacks
         before = callbacks[: next((at for at, callback in enumerate(callbacks) if callback is self), 0)]
-        watched = self._watched(args)
+        watched = self._watched_key(args)
+        stoppers = [(callback, watched) for callback in callbacks if isinstance(callback, EarlyStoppingCallback)]
+        for advice in self._watched.advice(stoppers, _evaluation_key):
+            self.monitor.say_once(advice, advice)
         if watched and any(isinstance(callback, EarlyStoppingCallback) for callback in before):
             message = f"EarlyStoppingCallback stands before SpectralMonitor and cannot see {watched}; put it after"
             self.monitor.say_once("order", message)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from ww_monitor.callbacks._adapter import Adapter, calling_object
+from ww_monitor.baseline import DELTAS
+from ww_monitor.callbacks._adapter import Adapter, calling_object, hook
+from ww_monitor.callbacks._watched import TRAP_FREE, Watched, fields_of
 from ww_monitor.errors import MissingDependency
 from ww_monitor.record import NAN, Snapshot, summary_key
 from ww_monitor.settings import CallbackOptions, KerasOptions
@@ -34,12 +37,17 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
     """Follows the spectra of a model's weight matrices while `fit` trains it.
 
     `model.fit(…, callbacks=[SpectralMonitor(), …])` is all; it must stand before the callbacks that are to see its
-    values. The `logs` of every epoch have the latest known model-level values as `ww_<metric>`, so that
+    values. The `logs` of an epoch have the model-level values of its latest snapshot as `ww_<metric>`, so that
     `EarlyStopping(monitor="ww_alpha", mode="min")`, `ModelCheckpoint`, `CSVLogger`, `History` and the progress bar see
-    them; the logs of a batch have `ww_alpha` and whatever a later callback monitors. A value that a later callback
-    monitors is measured at the end of every epoch, whatever the schedule. A metric that is not known yet is NaN, for
-    `CSVLogger` takes its columns from the first epoch, except that a callback that monitors it finds no key, for
-    `EarlyStopping` would take NaN for the best. `metrics=["alpha", "num_traps"]` keeps the progress bar short.
+    them; the logs of a batch have `ww_alpha` and whatever a later callback monitors, as last known. A value that a
+    later callback monitors, or has in the names of its files, is measured at the end of every epoch, whatever the
+    schedule, and always there. Every other one is NaN in an epoch that has no snapshot, and where it is not known.
+    `metrics=["alpha", "num_traps"]` keeps the progress bar short.
+
+    `stop_on="traps"` ends a run whose trap persists. Keras' `EarlyStopping` waits for improvements, and the count of
+    traps of a healthy run has none: let it watch `ww_trap_free_until` with `mode="max"`, the step of the latest
+    snapshot without a trap.
+
     `ww_history.jsonl` in `folder` holds everything and is read by `ww_monitor.History.read`. TensorBoard needs no
     TensorFlow: `sinks=[ww_monitor.sinks.tensorboard.TensorBoard("logs")]`. The metrics with unit, source and meaning
     are in the README's table.
@@ -69,9 +77,9 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         super().__init__(**CallbackOptions.of(given).keywords())
         self._folder = Path(given.folder)
         self._known: dict[str, float] = {}
-        self._unknown: dict[str, float] = {}
-        self._watched: set[str] = set()
+        self._this_epoch: dict[str, float] = {}
 
+    @hook
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         """Close what a run that died has left open, and look who else is there."""
         self._close()
@@ -80,18 +88,22 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
             calling = calling_object(keras.callbacks.CallbackList)
             self._look_around([] if calling is None else list(calling.callbacks))
 
+    @hook
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """First snapshot; not when training begins, because a later callback may restore weights then."""
         self._epoch, self._within_line = epoch, False
+        self._this_epoch = dict.fromkeys(self._this_epoch, NAN)
         if not self._begun:
             self._begin()
 
+    @hook
     def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
         """The weights before a step after which a snapshot is due, where updates are measured."""
         step, epoch, known = self._updates_done, self._epoch or 0, self.params or {}
         last = epoch + 1 == known.get("epochs") or self._watched or self.monitor.due_at_epoch_end(epoch, step + 1)
         self._before_step(lambda: self.model, step=step, last=bool(last) and batch + 1 == known.get("steps"))
 
+    @hook
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         """A snapshot where one is due."""
         self._within_line = True
@@ -100,9 +112,11 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         else:
             self._take(self.monitor.collect())
         if logs is not None:
-            wanted = self._watched | {"ww_alpha"}
-            logs.update({key: value for key, value in self._known.items() if key in wanted})
+            alpha = _log_key(self._name + summary_key("alpha"))
+            logs.update({key: value for key, value in self._known.items() if key == alpha})
+            logs.update(_as_logged(self._watched.values(self.monitor.history)))
 
+    @hook
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """A snapshot where the epoch schedule or a later callback asks for one, and after the last step."""
         step = self._step()
@@ -112,20 +126,25 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         elif self.monitor.due_at_epoch_end(epoch, step):
             self._observe(step)
         if logs is not None:
-            logs.update({**self._unknown, **self._known})
+            logs.update({**self._this_epoch, **_as_logged(self._watched.values(self.monitor.history))})
 
+    @hook
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         """Last snapshot, where no hook above knew that the step was the last; the table; close the sinks."""
         self._within_line = False
         if self._begun:
-            self._observe(self._step(), whole=True)
+            self._observe(step := self._step(), whole=True)
+            if self._are_exchanged(self.model, step):
+                self._observe(step, whole=True, again=True)
         self._show_table()
         self._close()
 
+    @hook
     def state_dict(self) -> dict[str, Any]:
         """Plain Python values, as JSON needs."""
         return self._state()
 
+    @hook
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a run: the next `fit` appends to its history file in `folder`."""
         self._load_state(state_dict)
@@ -134,20 +153,21 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         """Open the files; first snapshot, unless a continued run has it or the model has no weights yet."""
         self._begun, step = True, self._step()
         rank, ranks = _processes()
-        self._open(step=step, folder=self._folder, print_line=self._print_line, rank=rank, ranks=ranks)
-        self._known, self._unknown = {}, {}
+        self._open(step=step, folder=lambda: self._folder, print_line=self._print_line, rank=rank, ranks=ranks)
+        self._known = {}
         for snapshot in self.monitor.history:
             self._remember(snapshot)
         if self.model.built:
             self._observe(step, whole=True)
         self._announce()
 
-    def _observe(self, step: int, *, whole: bool = False) -> None:
+    def _observe(self, step: int, *, whole: bool = False, again: bool = False) -> None:
         """Look now; with `whole` wait for a snapshot of this step, unless there is one."""
         with self.monitor.timed():
             if whole:
                 self._take(self.monitor.finish())
-            if not (whole and self.monitor.is_seen(step)):  # `self.model` attaches the weights to the model on JAX
+            # `self.model` attaches the weights to the model on JAX
+            if again or not (whole and self.monitor.is_seen(step)):
                 self._take(self._snapshot(self.model, step=step, epoch=self._epoch, whole=whole))
 
     def _take(self, snapshots: Sequence[Snapshot]) -> None:
@@ -160,11 +180,14 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
             self._say(f"stopping at step {self._updates_done}: {reason}")
 
     def _remember(self, snapshot: Snapshot) -> None:
-        """The values that go into logs, under names as Keras' own have."""
-        shown = {_log_key(summary_key(metric)) for metric in snapshot.summary if self._shown.shows_of_model(metric)}
-        values = {_log_key(key): value for key, value in snapshot.scalars(layers=False).items()}
-        self._known.update({key: value for key, value in values.items() if key in shown | self._watched})
-        self._unknown.update(dict.fromkeys(sorted(shown - self._watched), NAN))
+        """The values that go into logs, under names as Keras' own have; one that is not known is NaN in an epoch's."""
+        metrics = [name for name in snapshot.summary if self._shown.shows_of_model(name) or name in self._watched.worst]
+        keys = sorted(_log_key(self._name + summary_key(metric)) for metric in metrics)
+        values = _as_logged(self._values(snapshot, layers=False))
+        self._known = {key: value for key, value in values.items() if key in keys}
+        self._this_epoch = dict.fromkeys([*self._this_epoch, *keys], NAN)
+        if snapshot.epoch == self._epoch:
+            self._this_epoch.update(self._known)
 
     def _step(self) -> int:
         """Completed updates; where they cannot be read, as many as before."""
@@ -173,13 +196,21 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         return self._updates_done
 
     def _look_around(self, callbacks: Sequence[Any]) -> None:
-        """Note what later callbacks monitor; say which ones stand before this one and cannot see its values."""
+        """Note what later callbacks watch; say which ones stand before this one and cannot see its values."""
+        self._keep_apart(callbacks)
         place = next((at for at, callback in enumerate(callbacks) if callback is self), 0)
-        self._watched = {key for callback in callbacks[place + 1 :] if (key := _monitored(callback))}
+        names = {TRAP_FREE, *(metric.name for metric in self.monitor.options.chosen), *DELTAS, "snapshots_dropped"}
+        ours = {_log_key(key): key for key in (self._name + summary_key(name) for name in names)}
+        found = [(one, key) for one in callbacks for key in _watched_by(one) if key in ours]
+        later = [(one, key) for one, key in found if one in callbacks[place + 1 :]]
+        self._watched = Watched(self._name, {ours[key]: _worst(one) for one, key in later})
+        stoppers = [(one, key) for one, key in later if isinstance(one, keras.callbacks.EarlyStopping)]
+        for advice in self._watched.advice(stoppers, _log_key):
+            self.monitor.say_once(advice, advice)
         for callback in callbacks[:place]:
-            name, key = type(callback).__name__, _monitored(callback)
-            if key or isinstance(callback, _RECORDING):
-                message = f"{name} stands before SpectralMonitor and cannot see {key or 'its values'}; put it after"
+            name, seen = type(callback).__name__, next((key for one, key in found if one is callback), "")
+            if seen or isinstance(callback, _RECORDING):
+                message = f"{name} stands before SpectralMonitor and cannot see {seen or 'its values'}; put it after"
                 self.monitor.say_once(f"order {name}", message)
 
     def _print_line(self, line: str) -> None:
@@ -218,10 +249,19 @@ def _log_key(key: str) -> str:
     return key.replace("/", "_")
 
 
-def _monitored(callback: Any) -> str:
-    """The value of ours that a callback monitors, or `""`."""
-    key = getattr(callback, "monitor", "")
-    return key if isinstance(key, str) and key.startswith(_log_key(summary_key(""))) else ""
+def _as_logged(values: Mapping[str, float]) -> dict[str, float]:
+    return {_log_key(key): value for key, value in values.items()}
+
+
+def _watched_by(callback: Any) -> list[str]:
+    """The keys that a callback acts on: what it monitors, and what the names of its files have in them."""
+    monitor = getattr(callback, "monitor", None)
+    return ([monitor] if isinstance(monitor, str) else []) + fields_of(getattr(callback, "filepath", None))
+
+
+def _worst(watcher: Any) -> float:
+    """The worst there is for a watcher: no improvement."""
+    return -math.inf if getattr(watcher, "mode", "min") == "max" else math.inf
 
 
 def _processes() -> tuple[int, int]:

@@ -7,13 +7,23 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
+from types import FrameType
 from typing import Any
 
 import torch
 
-from ww_monitor.callbacks._adapter import Adapter
+from ww_monitor.callbacks._adapter import Adapter, hook
+from ww_monitor.callbacks._watched import Watched, fields_of
 from ww_monitor.errors import MissingDependency
-from ww_monitor.record import NAN, Snapshot
+from ww_monitor.record import NAN, Snapshot, summary_key
+
+_READERS_OF_KEYS = (
+    "_validate_callbacks_list",
+    "_call_callbacks_on_load_checkpoint",
+    "_call_callbacks_load_state_dict",
+)
+"""Functions of Lightning's that read `state_key` and act on it."""
 
 _NAMESPACES = ("pytorch_lightning", "lightning.pytorch")
 
@@ -35,10 +45,16 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
 
     Model-level values go to every logger of the Trainer as `ww/<metric>`, layers as `ww_<metric>/<layer>`, and a
     TensorBoard or W&B logger gets more than numbers (see `ww_monitor.sinks.tensorboard.Dashboard` and
-    `ww_monitor.sinks.wandb.Dashboard`). `trainer.callback_metrics` has the
-    model-level values, so `EarlyStopping(monitor="ww/num_traps")` and `ModelCheckpoint(monitor="ww/alpha")` work from
-    the first step on; the progress bar shows `ww_alpha`. `ww_history.jsonl` in the log folder holds everything and is
-    read by `ww_monitor.History.read`. The metrics with unit, source and meaning are in the README's table.
+    `ww_monitor.sinks.wandb.Dashboard`). `trainer.callback_metrics` has the model-level values from the first step on,
+    so `ModelCheckpoint(monitor="ww/alpha")` works, and `{ww/alpha:.2f}` in its file names. What a checkpoint, a stopper
+    or a scheduler of the learning rate watches is measured when it is read, whatever the schedule and the order of the
+    callbacks, and always has a value. The progress bar shows `ww_alpha`. `ww_history.jsonl` in the log folder holds
+    everything and is read by `ww_monitor.History.read`. The metrics with unit, source and meaning are in the README's
+    table.
+
+    `stop_on="traps"` ends a run whose trap persists. `EarlyStopping` waits for improvements, and the count of traps of
+    a healthy run has none: let it watch `ww/trap_free_until` with `mode="max"`, the step of the latest snapshot without
+    a trap, or give `EarlyStopping("ww/num_traps", divergence_threshold=0.5, patience=10**9)`.
 
     Training is bit-identical with and without it. A failure inside becomes a status or one `SpectralWarning`.
 
@@ -46,21 +62,31 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
     """
 
     _step_key = "trainer/global_step"
+    _epoch = 0
+    """The last one of which a batch was trained: the Trainer counts on when an epoch has ended."""
 
+    @hook
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """First snapshot, so that every key exists before a callback looks for it."""
         monitor, step = self.monitor, trainer.global_step
         self._began_at, self._updates = step, max(1, len(trainer.optimizers))  # of several each counts in manual loops
-        folder = self._folder(trainer)
+        self._epoch = trainer.current_epoch
+        self._keep_apart(trainer.callbacks)
+        self._look_around(trainer)
         self._open(
-            step=step, folder=folder, print_line=_printer(trainer), rank=trainer.global_rank, ranks=trainer.world_size
+            step=step,
+            folder=lambda: _folder(trainer),
+            print_line=_printer(trainer),
+            rank=trainer.global_rank,
+            ranks=trainer.world_size,
         )
         if monitor.last_step == step and len(monitor.history):
             self._publish_metrics(trainer, monitor.history.last)
         else:
-            self._observe(trainer, pl_module, x=trainer.fit_loop.epoch_loop._batches_that_stepped, whole=True)
+            self._observe(trainer, pl_module, whole=True)
         self._announce()
 
+    @hook
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """The weights before a step after which a snapshot is due, where updates are measured."""
         before, step = self._began_at, trainer.global_step
@@ -72,57 +98,112 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
         about = {"updates": self._updates, "optimizers": trainer.optimizers}
         self._before_step(lambda: pl_module, step=step, last=last, **about)
 
+    @hook
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A snapshot where one is due; repeats and jumps of `global_step` are the schedule's business."""
-        if self.monitor.due(trainer.global_step):
-            snapshots = self._observe(trainer, pl_module, x=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        self._epoch = trainer.current_epoch
+        due, read = self.monitor.due(trainer.global_step), bool(self._watched) and self._is_read_now(trainer, batch_idx)
+        if due or read:
+            snapshots = self._observe(trainer, pl_module, whole=read)
         else:
             snapshots = self._published(trainer, self.monitor.collect())
         alpha = snapshots[-1].summary.get("alpha", NAN) if snapshots else NAN
         if alpha == alpha and not getattr(trainer, "barebones", False):
             with self.monitor.guard("progress bar", always=True):
-                pl_module.log("ww_alpha", alpha, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+                pl_module.log(f"{self._name}ww_alpha", alpha, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
+    @hook
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """A snapshot where somebody acts on our values after the validation."""
+        if self._watched and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._observe(trainer, pl_module, whole=True)
+
+    @hook
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """A snapshot where the epoch schedule asks for one."""
-        if self.monitor.due_at_epoch_end(trainer.current_epoch, trainer.global_step):
-            self._observe(trainer, pl_module, x=self._x_after_batch(trainer))
+        """A snapshot where the epoch schedule asks for one, or somebody acts on our values now."""
+        if self.monitor.due_at_epoch_end(trainer.current_epoch, trainer.global_step) or self._watched:
+            self._observe(trainer, pl_module, whole=bool(self._watched), after_batch=True)
 
+    @hook
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Last snapshot, and the table."""
-        self._published(trainer, self.monitor.finish())
-        if not self.monitor.is_seen(trainer.global_step):
-            self._observe(trainer, pl_module, x=self._x_after_batch(trainer), whole=True)
+        """Last snapshot."""
+        self._observe(trainer, pl_module, whole=True, after_batch=True)
+
+    @hook
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """A snapshot of the weights that somebody has put in place of those of the last step, and the table."""
+        if self._are_exchanged(pl_module, trainer.global_step):
+            self._observe(trainer, pl_module, whole=True, after_batch=True, again=True)
         self._show_table()
 
+    @hook
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Close the sinks, also after an exception or an interrupt."""
         self._close()
 
+    @hook
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """The run died: nothing of what was seen is lost."""
         self.teardown(trainer, pl_module, "fit")
 
+    @hook
     def state_dict(self) -> dict[str, Any]:
         """Plain Python values, as resuming with `weights_only` needs."""
         return self._state()
 
+    @hook
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a resumed run."""
         self._load_state(state_dict)
 
     @property
     def state_key(self) -> str:
-        """One key for every monitor that analyses the same things as often, whatever the base class."""
-        return f"ww_monitor.SpectralMonitor({self._settings})"
+        """One key for every monitor that does the same; of several in one Trainer the second one's has its number.
 
-    def _observe(self, trainer: Any, pl_module: Any, *, x: int, whole: bool = False) -> list[Snapshot]:
-        """Look now, on every rank alike; the snapshots that are complete, published."""
+        Who reads it knows what a hook is told too late: all callbacks of a Trainer, or the keys in a checkpoint, among
+        which may be that of the last release.
+        """
+        caller: FrameType | None = sys._getframe(1)
+        while caller is not None and caller.f_code.co_name.startswith("<"):  # a comprehension
+            caller = caller.f_back
+        name = "" if caller is None else caller.f_code.co_name
+        known = caller.f_locals if caller is not None and name in _READERS_OF_KEYS else {}
+        if name == "_validate_callbacks_list":
+            self._place = self._place_among(known.get("callbacks", ()))
+        saved = known.get("callback_states") or {}
+        return self._key_before if self._key_before in saved and self._key_of_state not in saved else self._key_of_state
+
+    def _observe(
+        self, trainer: Any, pl_module: Any, *, whole: bool = False, after_batch: bool = False, again: bool = False
+    ) -> list[Snapshot]:
+        """Look now, on every rank alike, unless there is a whole one of this step; what is complete, published."""
         step = trainer.global_step
-        self._x[step] = x
+        x = int(trainer.fit_loop.epoch_loop._batches_that_stepped)
         with self.monitor.timed():
-            snapshots = self._snapshot(pl_module, step=step, epoch=trainer.current_epoch, whole=whole)
-            return self._published(trainer, snapshots)
+            done = self._published(trainer, self.monitor.finish() if whole else [])
+            if whole and self.monitor.is_seen(step) and not again:
+                return done
+            self._x[step] = max(0, x - 1) if after_batch else x
+            snapshots = self._snapshot(pl_module, step=step, epoch=self._epoch, whole=whole)
+            return [*done, *self._published(trainer, snapshots)]
+
+    def _look_around(self, trainer: Any) -> None:
+        """Note what others watch, and say what would end a healthy run."""
+        with self.monitor.guard("looking at the other callbacks", always=True):
+            found = [(one, key) for one in trainer.callbacks for key in _watched_by(one)]
+            found += [(one.scheduler, one.monitor) for one in trainer.lr_scheduler_configs if one.monitor]
+            self._watched = Watched(self._name, {key: _worst(one) for one, key in found})
+            waiting = [(one, key) for one, key in found if _waits_for_improvement(one, trainer)]
+            for advice in self._watched.advice(waiting, str):
+                self.monitor.say_once(advice, advice)
+
+    def _is_read_now(self, trainer: Any, batch_idx: int) -> bool:
+        """Whether somebody acts on our values before the next batch: what is read at the end of an epoch is of now."""
+        step = trainer.global_step
+        by_step = [one for one in trainer.lr_scheduler_configs if one.reduce_on_plateau and one.interval == "step"]
+        plateau = any((batch_idx + 1) % one.frequency == 0 for one in by_step)
+        saved = any(_saves_at(one, step, self.monitor.analyzer.agreed) for one in trainer.checkpoint_callbacks)
+        return bool(trainer.is_last_batch) or plateau or saved
 
     def _published(self, trainer: Any, snapshots: list[Snapshot]) -> list[Snapshot]:
         with self.monitor.timed():
@@ -137,7 +218,7 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
 
     def _log(self, trainer: Any, snapshot: Snapshot, x: int) -> None:
         """Tell every logger, on the first rank."""
-        scalars = self._shown.scalars(snapshot)
+        scalars = self._shown_values(snapshot)
         for logger in trainer.loggers if trainer.is_global_zero else ():
             name = type(logger).__name__
             with self.monitor.guard(f"dashboard of {name}", key=f"dashboard {id(logger)}", always=True):
@@ -147,19 +228,46 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
                 logger.log_metrics(scalars, step=x)
 
     def _publish_metrics(self, trainer: Any, snapshot: Snapshot) -> None:
-        values = snapshot.scalars(layers=False)
+        values = {**self._values(snapshot, layers=False), **self._watched.values(self.monitor.history)}
+        for metric in snapshot.summary:  # what is not known now is not what it was
+            trainer.callback_metrics.pop(self._name + summary_key(metric), None)
         trainer.callback_metrics.update(
             {key: torch.tensor(value, dtype=torch.float32, device="cpu") for key, value in values.items()}
         )
 
-    def _x_after_batch(self, trainer: Any) -> int:
-        """Lightning's logging step of the batch that ended, outside its hook."""
-        return max(0, int(trainer.fit_loop.epoch_loop._batches_that_stepped) - 1)
 
-    def _folder(self, trainer: Any) -> Path | None:
-        """The log folder (a collective: every rank asks)."""
-        folder = trainer.log_dir or trainer.default_root_dir
-        return None if trainer.fast_dev_run else Path(folder)
+def _watched_by(callback: Any) -> list[str]:
+    """The keys that a callback acts on: what it monitors, and what the names of its files have in them."""
+    monitor = getattr(callback, "monitor", None)
+    return ([monitor] if isinstance(monitor, str) else []) + fields_of(getattr(callback, "filename", None))
+
+
+def _worst(watcher: Any) -> float:
+    """The worst there is for a watcher; finite, for `EarlyStopping` ends a run whose value is not."""
+    most = torch.finfo(torch.float32).max
+    return -most if getattr(watcher, "mode", "min") == "max" else most
+
+
+def _waits_for_improvement(callback: Any, trainer: Any) -> bool:
+    """Whether it is an `EarlyStopping`, of whichever namespace, whose patience a healthy run would use up."""
+    if "EarlyStopping" not in {kind.__name__ for kind in type(callback).__mro__}:
+        return False
+    has_threshold = callback.stopping_threshold is not None or callback.divergence_threshold is not None
+    return not (has_threshold and callback.patience >= max(100, trainer.max_epochs or 0))
+
+
+def _saves_at(callback: Any, step: int, agreed: Callable[[bool], bool]) -> bool:
+    """Whether a checkpoint is saved after a batch: every so many steps, or so often, which all ranks agree on."""
+    every, interval = getattr(callback, "_every_n_train_steps", 0), getattr(callback, "_train_time_interval", None)
+    before = getattr(callback, "_last_time_checked", None)
+    timed = interval is not None and agreed(before is not None and monotonic() - before >= interval.total_seconds())
+    return timed or (every >= 1 and step % every == 0)
+
+
+def _folder(trainer: Any) -> Path | None:
+    """The log folder (a collective: every rank asks)."""
+    folder = trainer.log_dir or trainer.default_root_dir
+    return None if trainer.fast_dev_run else Path(folder)
 
 
 def _printer(trainer: Any) -> Callable[[str], object]:

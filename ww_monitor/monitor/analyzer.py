@@ -41,7 +41,7 @@ class Analyzer:
 
     def _forget(self) -> None:
         self._frozen_rows, self._frozen_on_ranks = FrozenRowCache(), FrozenRows()
-        self._baseline: Baseline | None = None
+        self.baseline: Baseline | None = None
         self.before: Before | None = None
         self._background: Background[WeightCopy, Snapshot] = Background(self._analyse, prepare=hold_to_one_thread)
 
@@ -68,8 +68,8 @@ class Analyzer:
         Returns:
             The snapshot, or `None` where the background makes it.
         """
-        if self.track_delta and self._baseline is None:
-            self._baseline = Baseline.capture(items)
+        if self.track_delta and self.baseline is None:
+            self.baseline = Baseline.capture(items)
         checked = Checked({}, {}) if self.across_ranks else self._frozen_rows.check(items)
         now = self.reads_now(whole=whole)
         update = self._update_to(step, items, copied=not now)
@@ -99,7 +99,7 @@ class Analyzer:
         start = perf_counter()
         at: dict[str, Any] = {"step": taken.step, "epoch": taken.epoch}
         with taken.reading():
-            moved = None if self._baseline is None else self._baseline.drift(taken.items)  # while every copy is there
+            moved = None if self.baseline is None else self.baseline.drift(taken.items)  # while every copy is there
             changed = None if taken.update is None else taken.update.changes(taken.items)
             if self.across_ranks:
                 frozen = self._frozen_on_ranks

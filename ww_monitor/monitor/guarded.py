@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import logging
+import sys
+import sysconfig
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 
 from ww_monitor.errors import SpectralWarning
 
 logger = logging.getLogger(__name__)
+
+
+_OURS = str(Path(__file__).parents[1])
+_LIBRARIES = (sysconfig.get_paths()["stdlib"], "<frozen")
 
 
 class Guarded:
@@ -41,6 +49,20 @@ class Guarded:
             return
         self._said.add(key)
         try:
-            warnings.warn(f"ww_monitor: {message}", SpectralWarning, stacklevel=3)
-        except SpectralWarning:
+            warnings.warn(f"ww_monitor: {message}", SpectralWarning, stacklevel=_users_level())
+        except Exception:  # noqa: BLE001 - a filter or a `showwarning` of the user's
             logger.warning("%s", message)
+
+
+def _users_level() -> int:
+    """The `stacklevel`, for a warning of the caller's, of the user's line: the first that is in no library nor here."""
+    frame: FrameType | None = sys._getframe(1)
+    level, first = 1, 0
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if not (path.startswith(_OURS) or path.startswith(_LIBRARIES)):
+            first = first or level
+            if "site-packages" not in path and "dist-packages" not in path:
+                return level
+        frame, level = frame.f_back, level + 1
+    return first or 3

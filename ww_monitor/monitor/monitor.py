@@ -17,7 +17,7 @@ from ww_monitor.monitor.analyzer import Analyzer
 from ww_monitor.monitor.drift import LastSpectra
 from ww_monitor.monitor.queued import wait_for_queued
 from ww_monitor.monitor.stepping import Stepping
-from ww_monitor.record import UNREAD, History, Rule, Sink, Snapshot
+from ww_monitor.record import UNREAD, Finding, History, Rule, Sink, Snapshot
 from ww_monitor.rules import LOOKBACK, TRAINING_RULES, Holding, metrics_of_the_past
 from ww_monitor.schedule import Budget, Schedule, never
 from ww_monitor.schedule import every_n_steps as schedule_every_n_steps
@@ -100,6 +100,7 @@ class Monitor(Stepping):
         self._timing = False
         self._waited = 0.0
         self._published = 0
+        self._notes: list[Finding] = []
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -115,10 +116,9 @@ class Monitor(Stepping):
     def cadence(self) -> str:
         """How often it analyses, in words."""
         if self.within_budget:
-            return f"as often as {self.budget.share:.3g} of the run's time allows"
-        steps = "" if self.every_n_steps is None else f"every {self.every_n_steps} steps"
-        epochs = "" if self.every_n_epochs is None else f"every {self.every_n_epochs} epochs"
-        return " and ".join(part for part in (steps, epochs) if part)
+            return f"as often as {100 * self.budget.share:.3g} % of the run's time allows"
+        every = ((self.every_n_steps, "step"), (self.every_n_epochs, "epoch"))
+        return " and ".join(f"every {f'{n} {what}s' if n > 1 else what}" for n, what in every if n is not None)
 
     @property
     def across_ranks(self) -> bool:
@@ -300,7 +300,9 @@ class Monitor(Stepping):
         snapshot = self._with_harm(self._spectra.measure(snapshot))
         seen = History([*self.history, snapshot])  # of which rules see the last LOOKBACK, as in `replay`
         self._warn_of_failures(snapshot)
-        snapshot = snapshot.with_findings(self.findings.judge(seen, failed=self._say_failed_rule))
+        told = self.findings.judge(seen, failed=self._say_failed_rule)
+        snapshot = snapshot.with_findings([*self._notes, *told])
+        self._notes.clear()
         self.history.append(snapshot)
         self.history.forget(latest=max(LOOKBACK, min(self.keep, KEEP_ROWS // max(1, _rows(snapshot)))))
         self._published += 1
@@ -327,6 +329,10 @@ class Monitor(Stepping):
             self.say_once(
                 f"failed {cause}", f"{alike} {'layers' if alike > 1 else 'layer'} without numbers, as {name}: {reason}"
             )
+
+    def note(self, what: str, message: str, step: int | None) -> None:
+        """Let the next snapshot say something of the run, as an informational finding that no rule makes."""
+        self._notes.append(Finding(what, "", "info", message, step=step))
 
     def _say_failed_rule(self, rule: str, error: Exception) -> None:
         self.say_once(f"rule {rule}", f"rule {rule} failed: {type(error).__name__}: {error}")

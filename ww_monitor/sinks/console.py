@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
-from ww_monitor.record import History, Snapshot
+from ww_monitor.record import Finding, History, Snapshot
+
+FEW = 3
+"""Layers with the same finding that have a line each (our choice)."""
 
 MARK = {"info": "·", "warning": "!", "critical": "‼"}
 
 
 class Console:
-    """Prints a line for each finding that begins or ends, and `table` on request.
+    """Prints a line for each finding that begins or ends, one where it is the same in many layers.
 
     Args:
         print_line: Where lines go; a trainer passes its progress bar's `print`, so that the bar stays whole.
@@ -23,9 +27,16 @@ class Console:
         self.info = info
 
     def write(self, snapshot: Snapshot) -> None:
-        """One line a finding."""
+        """One line a finding, or one for all layers where more than `FEW` begin or end the same."""
+        alike: dict[tuple[str, str], list[Finding]] = {}
         for finding in snapshot.findings:
             if self.info or finding.severity != "info":
+                alike.setdefault((finding.rule, finding.state), []).append(finding)
+        for findings in alike.values():
+            one, several = findings[0], len(findings) > FEW
+            names = ", ".join(finding.layer for finding in findings[:FEW])
+            of_all = f"{len(findings)} layers ({names}, …), the first: {one.message}"
+            for finding in [replace(one, message=of_all)] if several else findings:
                 self.print_line(f"ww_monitor {MARK[finding.severity]} {finding}")
 
     def close(self) -> None:
@@ -65,7 +76,8 @@ def table(history: History, *, limit: int = 40) -> str:
             _number(layer.value("num_traps")),
         )
     if len(worst) < len(history.last.layers):
-        view.caption = f"{len(history.last.layers) - len(worst)} more layers in the history"
+        more = len(history.last.layers) - len(worst)
+        view.caption = f"{more} more layer{'s' * (more != 1)} in the history"
     out = StringIO()
     RichConsole(file=out, width=100).print(view)
     return out.getvalue().rstrip("\n")
@@ -73,7 +85,8 @@ def table(history: History, *, limit: int = 40) -> str:
 
 def _span(history: History) -> str:
     steps = [snapshot.step for snapshot in history if snapshot.step is not None]
-    return f"{len(history) + history.left_out} snapshots" + (f", steps {steps[0]} to {steps[-1]}" if steps else "")
+    count = len(history) + history.left_out
+    return f"{count} snapshot{'s' * (count != 1)}" + (f", steps {steps[0]} to {steps[-1]}" if steps else "")
 
 
 def _number(value: float) -> str:

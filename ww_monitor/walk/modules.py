@@ -11,12 +11,14 @@ from ww_monitor.walk import lora as adapters
 from ww_monitor.walk import parts
 from ww_monitor.walk.parts import WRAPPERS
 
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own root module, without the wrappers around it."""
     while True:
         # `module` is a name that anybody may use: only these two classes mean it as a wrapper
-        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        parallel = isinstance(model, _PARALLEL)
         wrapper = "module" if parallel else next((w for w in WRAPPERS if w in dict(model.named_children())), "")
         if not wrapper:
             return model
@@ -36,6 +38,7 @@ def modules(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str,
     for name, child in module.named_children():
         if id(child) not in seen and name not in inside:
             plain = name in WRAPPERS or (adapted and name == "base_layer")
+            plain = plain or (name == "module" and isinstance(module, _PARALLEL))
             yield from modules(child, path if plain else parts.joined(path, name), seen)
 
 

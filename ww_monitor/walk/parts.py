@@ -17,8 +17,8 @@ from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Shards, Skipped
 from ww_monitor.walk.sharded import whole
 
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Names that `torch.compile`, FSDP and activation checkpointing put into a path."""
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+"""Names that `torch.compile`, FSDP, activation checkpointing and Lightning's Fabric put into a path."""
 
 LEAST_EXPERT_SIDE = 8
 """Both sides of an expert's matrix have at least this many entries: below lie tables of scales and biases, and 8 is

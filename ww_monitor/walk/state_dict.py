@@ -98,8 +98,9 @@ def _cleaned(tensors: Mapping[str, Unread]) -> dict[str, Unread]:
     """The tensors by their names without wrappers; `module.` goes where every name starts with it."""
     dropped = (*WRAPPERS, "base_layer") if any(factors.factor_of(key) for key in tensors) else WRAPPERS
     found = {".".join(part for part in key.split(".") if part not in dropped): tensors[key] for key in tensors}
-    parallel = all(key.startswith("module.") for key in found)  # else it is an attribute of that name
-    return {key.removeprefix("module.") if parallel else key: value for key, value in found.items()}
+    while found and all(key.startswith("module.") for key in found):  # else it is an attribute of that name
+        found = {key.removeprefix("module."): value for key, value in found.items()}
+    return found
 
 
 def _name(key: str) -> str:

@@ -1,0 +1,68 @@
+"""What a rule says of itself, and the finding that it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from ww_monitor.record import Finding, History, Layer, Rule, Severity
+
+LOOKBACK = 16
+"""Snapshots before the last that rules see: it bounds their cost, and what a checkpoint must hold."""
+
+
+BROKEN = ("not_finite", "solver_failed")
+
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def looks_back(*metrics: str) -> Callable[[_Function], _Function]:
+    """Says of a rule which metrics of layers it reads in earlier snapshots; a rule without it may read all.
+
+    A run that a checkpoint resumes knows those, and of every earlier layer its name, kind, role, shape, status,
+    verdict and phase, and the model's values; no histogram, no trap entries.
+
+    >>> @looks_back("alpha")
+    ... def alpha_falls(history):
+    ...     for layer in history.last.layers:
+    ...         if layer.value("alpha") < history.of_layer(layer.name)[0].value("alpha") - 1:
+    ...             yield Finding("alpha_falls", layer.name, "info", f"{layer.name}: alpha fell by more than 1")
+    >>> sorted(metrics_of_the_past([alpha_falls, trap]))
+    ['alpha']
+    """
+
+    def declare(rule: _Function) -> _Function:
+        rule.__dict__["looks_back"] = metrics
+        return rule
+
+    return declare
+
+
+def metrics_of_the_past(rules: Iterable[Rule]) -> frozenset[str] | None:
+    """The metrics that rules read in earlier snapshots, `None` if one of them may read all."""
+    declared = [getattr(getattr(rule, "func", rule), "looks_back", None) for rule in rules]
+    return None if None in declared else frozenset(name for names in declared if names for name in names)
+
+
+def name_of(rule: Rule) -> str:
+    """The name of a rule, also of a variant by `functools.partial`."""
+    return str(getattr(getattr(rule, "func", rule), "__name__", ""))
+
+
+def finding_of(
+    history: History, rule: Callable[..., object], layer: Layer, severity: Severity, message: str
+) -> Finding:
+    """What a rule says of a layer at the last snapshot."""
+    name = getattr(rule, "__name__", "rule")
+    return Finding(name, layer.name, severity, f"{layer.name}: {message}", step=history.last.step)
+
+
+def named(rule: Rule) -> str:
+    """A rule in words, the same in every process.
+
+    >>> named(partial(trap, at_least=2.0))
+    'trap(at_least=2.0)'
+    """
+    given = ", ".join(f"{name}={value!r}" for name, value in getattr(rule, "keywords", {}).items())
+    return f"{name_of(rule)}({given})" if given else name_of(rule)

@@ -1,0 +1,167 @@
+"""The rules that are applied, which findings hold, and when one ends a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+from ww_monitor.record import Finding, History, Rule
+from ww_monitor.rules.declare import LOOKBACK, name_of
+from ww_monitor.rules.layers import (
+    broken_layer,
+    harmful_trap,
+    mean_shift,
+    other_layers,
+    over_trained,
+    trap,
+    trap_approaching,
+    under_trained,
+)
+from ww_monitor.rules.trends import norm_growth, stable_rank_collapse
+
+TRAINING_RULES: tuple[Rule, ...] = (
+    broken_layer,
+    trap,
+    harmful_trap,
+    trap_approaching,
+    mean_shift,
+    over_trained,
+    stable_rank_collapse,
+    norm_growth,
+    other_layers,
+    under_trained,
+)
+"""What a monitor applies: a layer counts as under-trained after three random-like snapshots."""
+
+
+SINGLE_RULES: tuple[Rule, ...] = (*TRAINING_RULES[:-1], partial(under_trained, snapshots=1))
+"""What `analyze` applies to its one snapshot."""
+
+
+STOP_ON: Mapping[str, str] = {"traps": "trap", "harmful_traps": "harmful_trap", "broken_layers": "broken_layer"}
+"""Choices of `stop_on`, and the rule whose persistence stops the run."""
+
+
+def with_stop_rule(rules: Sequence[Rule], stop_on: str | None) -> tuple[Rule, ...]:
+    """The rules, and the one whose persistence stops the run if it is not among them (as itself or as a variant)."""
+    names = {name_of(rule) for rule in rules}
+    missing = [rule for rule in (trap, harmful_trap, broken_layer) if stop_on and rule.__name__ == STOP_ON[stop_on]]
+    return (*rules, *(rule for rule in missing if rule.__name__ not in names))
+
+
+def apply_rules(rules: Sequence[Rule], history: History) -> list[Finding]:
+    """Every finding that holds at the last snapshot, seen with no more than `LOOKBACK` before it."""
+    seen = History(history.snapshots[-LOOKBACK - 1 :])
+    return [finding for rule in rules for finding in rule(seen)]
+
+
+def transitions(active: Sequence[Finding], holding: Sequence[Finding], *, step: int | None) -> list[Finding]:
+    """What begins and what ends between the findings that held before and those that hold now.
+
+    >>> old = Finding("trap", "fc1", "critical", "2 traps", step=10)
+    >>> [(f.rule, f.state) for f in transitions([old], [], step=20)]
+    [('trap', 'end')]
+    """
+    before = {(finding.rule, finding.layer): finding for finding in active}
+    now = {(finding.rule, finding.layer): finding for finding in holding}
+    begun = [finding for key, finding in now.items() if key not in before]
+    return begun + [_ended(finding, step) for key, finding in before.items() if key not in now]
+
+
+class Holding:
+    """The findings that hold while a run lasts: which begin and end, for how long, and whether that ends the run.
+
+    Args:
+        rules: What to look for.
+        stop_on: A key of `STOP_ON` or `None`; its rule is applied also where `rules` leaves it out.
+        patience: For how many consecutive snapshots it must hold in the same layer.
+    """
+
+    def __init__(self, rules: Sequence[Rule], *, stop_on: str | None, patience: int) -> None:
+        self.rules = with_stop_rule(rules, stop_on)
+        self.stop_on = stop_on
+        self.patience = patience
+        self.clear()
+
+    def clear(self) -> None:
+        """A new run begins."""
+        self.active: list[Finding] = []
+        self.absent: set[tuple[str, str]] = set()
+        self.held: Counter[tuple[str, str]] = Counter()
+        self.stop_reason = ""
+
+    def judge(self, history: History, *, failed: Callable[[str, Exception], None]) -> list[Finding]:
+        """What begins and what ends with the last snapshot.
+
+        Args:
+            history: What rules see.
+            failed: Told of a rule that raises or gives what is no finding; what it had found stays as it was.
+        """
+        holding: list[Finding] = []
+        for rule in self.rules:
+            try:
+                holding += [_checked(finding) for finding in apply_rules([rule], history)]
+            except Exception as error:  # noqa: BLE001 - a rule of the user's costs its own findings only
+                failed(name_of(rule), error)
+                holding += [finding for finding in self.active if finding.rule == name_of(rule)]
+        now = [*holding, *self._absent_once(holding)]
+        told = transitions(self.active, now, step=history.last.step)
+        self.active = now
+        self._count(holding)
+        return told
+
+    def _absent_once(self, holding: Sequence[Finding]) -> list[Finding]:
+        """What has not held for one snapshot goes on, unless it is critical.
+
+        So a value about its threshold does not begin and end by turns.
+        """
+        now = {(finding.rule, finding.layer) for finding in holding}
+        missing = [one for one in self.active if one.severity != "critical" and (one.rule, one.layer) not in now]
+        kept = [one for one in missing if (one.rule, one.layer) not in self.absent]
+        self.absent = {(one.rule, one.layer) for one in kept}
+        return kept
+
+    def _count(self, holding: Sequence[Finding]) -> None:
+        keys = {(finding.rule, finding.layer) for finding in holding}
+        self.held = Counter({key: self.held[key] + 1 for key in keys})
+        if self.stop_on is None:
+            return
+        for finding in holding:
+            count = self.held[finding.rule, finding.layer]
+            if finding.rule == STOP_ON[self.stop_on] and count >= self.patience:
+                times = "1 snapshot" if count == 1 else f"{count} snapshots in a row"
+                self.stop_reason = f"{self.stop_on} in {times}: {finding.message}"
+                return
+
+    def state(self) -> dict[str, Any]:
+        """Plain Python values that `load` continues from."""
+        return {
+            "active": [asdict(finding) for finding in self.active],
+            "absent": [list(key) for key in sorted(self.absent)],
+            "held": [[rule, layer, count] for (rule, layer), count in sorted(self.held.items())],
+        }
+
+    def load(self, state: Mapping[str, Any], *, stop_reason: str) -> None:
+        """Continue where the state was taken; one that shall not stop forgets the reason."""
+        active = [Finding(**finding) for finding in state["active"]]
+        self.held = Counter({(rule, layer): count for rule, layer, count in state["held"]})
+        self.absent = {(rule, layer) for rule, layer in state.get("absent", ())}
+        self.active, self.stop_reason = active, stop_reason if self.stop_on else ""
+
+
+def _checked(finding: object) -> Finding:
+    texts = (finding.rule, finding.layer, finding.message) if isinstance(finding, Finding) else (None,)
+    if not isinstance(finding, Finding) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"expected Findings whose rule, layer and message are texts, got {finding!r}")
+    return finding
+
+
+def _ended(finding: Finding, step: int | None) -> Finding:
+    """The end of a finding, with what had been true in the past tense."""
+    start = f"{finding.layer}: " if finding.layer else ""
+    when = "" if finding.step is None else f" at step {finding.step}"
+    what = finding.message.removeprefix(start)
+    return replace(finding, state="end", step=step, message=f"{start}no longer so; last seen{when}: {what}")
