@@ -228,9 +228,10 @@ class RunOptions(Settings):
         check_positive_int,
     ] = None
     stop_on: Annotated[
-        Literal[None, "traps", "broken_layers"],
-        '`"traps"` stops the run when a correlation trap persists, `"broken_layers"` when a layer is NaN. The rule is'
-        " applied also where `rules` leaves it out.",
+        Literal[None, "traps", "harmful_traps", "broken_layers"],
+        '`"traps"` stops the run when a correlation trap persists, `"harmful_traps"` when one does that the outputs'
+        ' depend on (`ww_monitor.trap_harm`), `"broken_layers"` when a layer is NaN. The rule is applied also where'
+        " `rules` leaves it out.",
     ] = None
     patience: Annotated[
         int, "For how many consecutive snapshots that must hold in the same layer.", check_positive_int
@@ -276,6 +277,11 @@ class CallbackOptions(WalkOptions, Select, AnalysisOptions, RunOptions):
     ] = "key"
     console: Annotated[bool, "Print findings, a line at the start, and a table at the end."] = True
     history: Annotated[bool, "Write the history file."] = True
+    harm_inputs: Annotated[
+        Any,
+        "A batch, on which `ww_monitor.trap_harm` says what each trap does to the outputs, where there is one: a"
+        ' tensor, a mapping passed by name, or a tuple of arguments. `None` draws one if `stop_on="harmful_traps"`.',
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,26 @@ def test_a_damaged_line_costs_itself_and_is_told(write, tmp_path):
     assert "Left out: 2 lines, the first 2, of the file, damaged or cut off." in notes(page)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"step": "ten"},
+        {"findings": [{"rule": "trap", "layer": "fc1", "severity": "info", "message": 3}]},
+        {"summary": {"alpha": "high"}},
+        {"layers": [{"name": "fc1"}]},
+        {"layers": [{**snapshot(0).to_dict()["layers"][0], "metrics": {"alpha": 10**400}}]},
+        {"layers": [{**snapshot(0).to_dict()["layers"][0], "metrics": {"alpha": "high"}}]},
+    ],
+)
+def test_a_line_that_is_no_snapshot_costs_itself(write, tmp_path, odd):
+    path = saved(tmp_path / "ww_history.jsonl", [snapshot(0)])
+    with path.open("a") as file:
+        file.write(json.dumps({**snapshot(1).to_dict(), **odd}) + "\n")
+    page = write(path)
+    assert facts(page)[0]["steps"] == [0]
+    assert "Left out: line 2 of the file, damaged or cut off." in notes(page)
+
+
 def test_where_a_run_was_resumed_the_later_account_holds(write, tmp_path):
     trap = Finding("trap", "fc1", "critical", "fc1: 2 traps", step=20)
     path = saved(
@@ -313,3 +333,14 @@ def test_a_report_of_an_analysis_needs_no_training(write):
     (run,) = facts(page)
     assert run["bins"] == 64
     assert run["steps"] == [0]
+
+
+def test_the_benchmarks_history_is_one_that_the_package_reads(write, tmp_path):
+    from benchmarks.report import generate
+
+    generate(tmp_path / "ww_history.jsonl", layers=3, snapshots=10)
+    history = History.read(tmp_path / "ww_history.jsonl")
+    assert [len(one.layers) for one in history] == [3] * 10
+    (run,) = facts(write(tmp_path))
+    assert set(run["metrics"]) == {entry.name for entry in ww_monitor.metrics() if entry.standard}
+    assert len(run["spans"]) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from time import perf_counter
@@ -74,9 +74,11 @@ class Monitor(Guarded):
         """
         self.options = given.options or Options()
         super().__init__(strict=self.options.strict)
-        if given.stop_on == "traps" and "num_traps" not in {metric.name for metric in self.options.chosen}:
+        if given.stop_on in ("traps", "harmful_traps") and "num_traps" not in {
+            metric.name for metric in self.options.chosen
+        }:
             raise InvalidArgument(
-                "Monitor: stop_on='traps' needs the metric 'num_traps', which these options leave out; got"
+                f"Monitor: stop_on={given.stop_on!r} needs the metric 'num_traps', which these options leave out; got"
                 f" metrics={self.options.metrics!r} with preset={self.options.preset!r}; name it, or use 'all'"
             )
         self.every_n_steps, self.every_n_epochs = given.every_n_steps, given.every_n_epochs
@@ -91,6 +93,8 @@ class Monitor(Guarded):
         self.analyzer = Analyzer(self.options, given, across_ranks=given.across_ranks)
         self.history = History()
         self._spectra = LastSpectra()
+        self.harm: Callable[[Snapshot], Mapping[str, float]] | None = None
+        """By layer, what the outputs owe to its trap, as `ww_monitor.trap_harm` measures it; a callback sets it."""
         self.last_step: int | None = None
         self._next_step: int | None = None
         self._timing = False
@@ -284,7 +288,7 @@ class Monitor(Guarded):
 
     def _record(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with its findings, which memory now holds."""
-        snapshot = self._spectra.measure(snapshot)
+        snapshot = self._with_harm(self._spectra.measure(snapshot))
         seen = History([*self.history, snapshot])  # of which rules see the last LOOKBACK, as in `replay`
         self._warn_of_failures(snapshot)
         snapshot = snapshot.with_findings(self.findings.judge(seen, failed=self._say_failed_rule))
@@ -292,6 +296,17 @@ class Monitor(Guarded):
         self.history.forget(latest=max(LOOKBACK, min(self.keep, KEEP_ROWS // max(1, _rows(snapshot)))))
         self._published += 1
         return snapshot
+
+    def _with_harm(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot with the harm of its traps, where there is one and somebody measures it."""
+        if self.harm is None or not any(layer.trap_entries for layer in snapshot.layers):
+            return snapshot
+        found: dict[str, float] = {}
+        with self.guard("trap_harm"):
+            found = dict(self.harm(snapshot))
+        with self.guard("trap_harm"):
+            found = self.analyzer.agreed(found)  # all ranks stop alike
+        return snapshot.with_metrics({name: {"trap_harm": value} for name, value in found.items()})
 
     def _warn_of_failures(self, snapshot: Snapshot) -> None:
         """Say once a cause which layers have no row, or an empty one, through no fault of theirs."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ww_monitor.record import History, Snapshot
-from ww_monitor.report.page import html
+from ww_monitor.report.page import html, plotly_script
 from ww_monitor.report.recording import recorded
 
 Run: TypeAlias = History | Iterable[Snapshot] | Snapshot | str | Path
@@ -41,6 +41,7 @@ def write_report(run: Run, other: Run | None = None, *, path: str | Path = "repo
     ...     page.name, page.stat().st_size < 3_000_000
     ('report.html', True)
     """
+    plotly_script()  # where it is missing, say so before a long file is read
     runs = [recorded(one) for one in (run, other) if one is not None]
     page = html(runs).encode("utf-8", "replace")  # a name may hold what no text can
     target = Path(path)

@@ -113,7 +113,7 @@ const shareColour = (word) => SHARE[word] ?? "#009e73";
 
 function shares(run, log) {
   const traces = run.shares.map((share, code) => {
-    const word = run.verdict.words[code], color = shareColour(word);
+    const word = run.verdicts[code], color = shareColour(word);
     const kind = share.length > 1 ? { stackgroup: "all", mode: "lines" } : { type: "bar", marker: { color } };
     return {
       ...kind, x: run.columns.all.map((number) => run.steps[number]), y: share.map((value) => 100 * value), text: plain(word),

@@ -51,8 +51,8 @@ const once = (key, work) => {
 
 // One metric of a run: {values, columns}, or null where the run has it not; `row(index)` is one layer's.
 function metricOf(run, name) {
-  const how = name === "verdict" ? run.verdict : Object.hasOwn(run.metrics, name) ? run.metrics[name] : null;
-  if (!how) return Promise.resolve(null);
+  if (!Object.hasOwn(run.metrics, name)) return Promise.resolve(null);
+  const how = run.metrics[name];
   return once(how.block, async () => {
     const values = restored(await inflated(how.block), how);
     const columns = run.columns[how.columns];

@@ -37,28 +37,35 @@ function table(element, columns, rows, { height = 34, open, empty }) {
     fill();
   }
 
-  function fill() {
+  const nodes = new Map(); // by place: while one scrolls, only what comes into sight is made
+  function fill({ anew = true } = {}) {
     const from = Math.max(0, Math.floor(element.scrollTop / height) - 8);
     const to = Math.min(state.shown.length, from + Math.ceil((element.clientHeight || 560) / height) + 16);
     body.style.height = `${state.shown.length * height}px`;
-    const nodes = state.shown.slice(from, to).map((row, i) => {
-      const node = make("div", { class: `row${row === state.opened ? " open" : ""}`, role: "row", "aria-rowindex": from + i + 2 });
-      node.style.cssText = `top: ${(from + i) * height}px; grid-template-columns: ${template}`;
-      node.append(...columns.map((column) => {
-        const cell = make("span", { role: "cell", class: column.number ? "number" : "" }), content = column.show(row);
-        cell.append(content);
-        if (typeof content === "string") cell.title = content;
-        return cell;
-      }));
-      if (open) node.addEventListener("click", () => open(row));
-      return node;
-    });
-    body.replaceChildren(...nodes);
+    for (const [place, node] of nodes) if (anew || place < from || place >= to) [node.remove(), nodes.delete(place)];
+    for (let place = from; place < to; place++) {
+      if (!nodes.has(place)) nodes.set(place, body.appendChild(made(state.shown[place], place)));
+    }
     if (!state.shown.length) body.replaceChildren(make("p", { class: "empty quiet" }, empty));
+    else $(".empty", body)?.remove();
   }
+
+  function made(row, place) {
+    const node = make("div", { class: `row${row === state.opened ? " open" : ""}`, role: "row", "aria-rowindex": place + 2 });
+    node.style.cssText = `top: ${place * height}px; grid-template-columns: ${template}`;
+    node.append(...columns.map((column) => {
+      const cell = make("span", { role: "cell", class: column.number ? "number" : "" }), content = column.show(row);
+      cell.append(content);
+      if (typeof content === "string") cell.title = content;
+      return cell;
+    }));
+    if (open) node.addEventListener("click", () => open(row));
+    return node;
+  }
+
   let waiting = false;
   element.addEventListener("scroll", () => {
-    if (!waiting) requestAnimationFrame(() => [(waiting = false), fill()]);
+    if (!waiting) requestAnimationFrame(() => [(waiting = false), fill({ anew: false })]);
     waiting = true;
   }, { passive: true });
   arrange();

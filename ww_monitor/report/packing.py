@@ -39,7 +39,7 @@ def packed(values: np.ndarray) -> tuple[dict[str, Any], str]:
     >>> how["bits"], how["low"], how["step"], how["scale"]
     (16, 1.0, 1.0, 0.0)
     """
-    known = np.isfinite(values)
+    known, values = np.isfinite(values), np.clip(values, -1e300, 1e300)
     found = values[known]
     bits = 12 if values.size > COARSE_FROM else 16
     most = 2**bits - 2

@@ -47,7 +47,7 @@ def html(runs: Sequence[Recording]) -> str:
         for letter, run, number in zip("ab", runs, compared_at(runs), strict=False)
     ]
     meta = {"runs": described, "metrics": _about_metrics(runs), "key": KEY, "verdicts": VERDICT_WORDS}
-    (library, packed_library), head = _plotly(), _piece("theme.js")
+    (library, packed_library), head = plotly_script(), _piece("theme.js")
     script = "\n".join(map(_piece, SCRIPTS))
     title = " and ".join(run.name for run in runs)
     return _filled(
@@ -79,8 +79,12 @@ def _filled(template: str, parts: Mapping[str, str]) -> str:
 
 
 @lru_cache(maxsize=1)
-def _plotly() -> tuple[str, str]:
-    """The library's script, and its block."""
+def plotly_script() -> tuple[str, str]:
+    """The library's script, and its block.
+
+    Raises:
+        MissingDependency: if plotly is not installed.
+    """
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
@@ -162,7 +166,8 @@ def _described(run: Recording, prefix: str, blocks: dict[str, str], *, until: in
     """What the script must know of a run before it shows any block; the blocks go into `blocks`."""
     columns = list(run.table.items)
     every = _every(run, MAX_ROWS_OF_OTHERS)
-    thin = [number for number in columns if number % every == 0 or number == columns[-1]]
+    spectra = set(run.spectra.items)  # what is drawn with them must be known there
+    thin = [number for number in columns if number % every == 0 or number == columns[-1] or number in spectra]
     how, bands = {}, {}
     for index, name in enumerate(run.metrics):
         shown = columns if name in KEY else thin
@@ -172,7 +177,6 @@ def _described(run: Recording, prefix: str, blocks: dict[str, str], *, until: in
         if name in KEY:
             bands[name] = _band(values)
     codes = _verdicts(run, columns)
-    about, blocks[f"{prefix}verdict"] = packed(codes)
     found = spans(run)[:MAX_FINDINGS]
     entries = {
         number: {row: [[short(value) for value in entry] for entry in rows[:8]] for row, rows in item.items()}
@@ -184,7 +188,7 @@ def _described(run: Recording, prefix: str, blocks: dict[str, str], *, until: in
         "columns": {"all": columns, "thin": thin, "spectra": list(run.spectra.items)},
         "layers": [[key, one.kind, one.role, one.shape] for key, one in run.layers.items()],
         "metrics": how,
-        "verdict": {**about, "block": f"{prefix}verdict", "columns": "all", "words": list(run.verdicts)},
+        "verdicts": list(run.verdicts),
         "until": until,
         "judged": _judged(run, codes[:, : bisect_right(columns, until)], until),
         "last": {

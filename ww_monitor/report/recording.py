@@ -122,7 +122,6 @@ class Recording:
     entries: Thinned[dict[int, list[list[float]]]] = field(default_factory=lambda: Thinned(MAX_ENTRIES))
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    preset: str = "default"
     _index: dict[str, int] = field(default_factory=dict)
 
     def add(self, data: Mapping[str, Any]) -> None:
@@ -130,9 +129,9 @@ class Recording:
 
         Raises:
             WWMonitorError: if a later version wrote it.
-            KeyError, TypeError, ValueError, AttributeError: if it is no snapshot; then nothing is taken.
+            KeyError, TypeError, ValueError, AttributeError, OverflowError: if it is no snapshot; then it is not taken.
         """
-        head, layers = Snapshot.from_dict({**data, "layers": ()}), data["layers"]
+        head, layers = _checked(Snapshot.from_dict({**data, "layers": ()})), data["layers"]
         rows = self._rows_of(layers)
         table, spectra, entries = self._table(rows, layers), _spectra(rows, layers), _entries(rows, layers)
         self._rewind(head.step)
@@ -141,7 +140,6 @@ class Recording:
         self.summaries.append(head.summary)
         self.findings.append(head.findings)
         self.skipped = {item.name: item.reason for item in head.skipped}
-        self.preset = head.preset
         self.table.add(number, table, rows=len(rows))
         self.spectra.add(number, spectra, rows=len(spectra.rows))
         self.entries.add(number, entries, rows=sum(map(len, entries.values())))
@@ -153,7 +151,7 @@ class Recording:
             kept.rewind(len(self.steps))
 
     def _rows_of(self, layers: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        names = [layer["name"] for layer in layers]
+        names = [str(layer["name"]) for layer in layers]
         if len(set(names)) < len(names):
             seen: Counter[str] = Counter()
             for place, name in enumerate(names):
@@ -162,7 +160,7 @@ class Recording:
         for name, layer in zip(names, layers, strict=True):
             if name not in self._index:
                 shape = tuple(map(int, layer["shape"]))
-                self.layers[name] = About(str(name), str(layer["kind"]), str(layer.get("role", "")), shape)
+                self.layers[name] = About(name, str(layer["kind"]), str(layer.get("role", "")), shape)
                 self._index[name] = len(self._index)
         return np.array([self._index[name] for name in names], np.int64)
 
@@ -182,6 +180,15 @@ class Recording:
             for name in row:
                 self.metrics.setdefault(name, len(self.metrics))
         return [[row.get(name) for name in self.metrics] for row in metrics]
+
+
+def _checked(head: Snapshot) -> Snapshot:
+    texts = [text for one in head.findings for text in (one.rule, one.layer, one.severity, one.message)]
+    if not isinstance(head.step, (int, type(None))) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"expected a step and findings in words, got step {head.step!r}")
+    for value in head.summary.values():
+        float(value)
+    return head
 
 
 def _spectra(rows: np.ndarray, layers: Sequence[Mapping[str, Any]]) -> Spectra:
@@ -232,7 +239,7 @@ def _read(path: Path, recording: Recording) -> None:
                 recording.add(json.loads(line))
             except WWMonitorError as error:
                 raise WWMonitorError(f"report: line {number} of {path}: {error}") from error
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 damaged.append(number)
     if damaged:
         lines = f"line {damaged[0]:,}" if len(damaged) == 1 else f"{len(damaged):,} lines, the first {damaged[0]:,},"

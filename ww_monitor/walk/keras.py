@@ -278,10 +278,10 @@ def _summed_axes(equation: str) -> int:
 def _read(layer: Any, attribute: str) -> Tensor:
     """The weight a layer computes with now: a variable's value, or the tensor that LoRA makes of it."""
     weight = getattr(layer, attribute)  # with LoRA a property that adds the factors, and so no variable
-    return _to_torch(getattr(weight, "value", weight))
+    return to_torch(getattr(weight, "value", weight))
 
 
-def _to_torch(value: Any) -> Tensor:
+def to_torch(value: Any) -> Tensor:
     """A tensor of any backend as a torch tensor on the same memory; one that JAX has on several devices is gathered."""
     if isinstance(value, Tensor):
         return value.detach()
