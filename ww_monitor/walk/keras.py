@@ -228,7 +228,7 @@ def _by_name(variable: Any, name: str, *, learns: bool) -> Matrix | Skipped:
 
 
 def _value(variable: Any) -> Tensor:
-    return _to_torch(variable.value)
+    return to_torch(variable.value)
 
 
 def _defect(variable: Any, mode: str | None, kind: Kind, parts: Sequence[Part]) -> str:
