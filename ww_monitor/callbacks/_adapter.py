@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -14,8 +14,9 @@ import torch
 
 from ww_monitor.engine import Options
 from ww_monitor.harm import trap_harm
+from ww_monitor.matrix import Matrix
 from ww_monitor.monitor import Monitor
-from ww_monitor.record import Sink, Snapshot
+from ww_monitor.record import Sink, Skipped, Snapshot
 from ww_monitor.settings import AnalysisOptions, CallbackOptions, RunOptions, Select
 from ww_monitor.signatures import method_taking
 from ww_monitor.sinks.console import Console, table
@@ -117,6 +118,21 @@ class Adapter:
         done = self.monitor.finish() if whole else self.monitor.collect()
         snapshot = self.monitor.observe(walk_source(model, **self._how), step=step, epoch=epoch, whole=whole)
         return done if snapshot is None else [*done, snapshot]
+
+    def _before_step(self, model: Callable[[], Source], *, step: int, last: bool, **about: Any) -> None:
+        """A batch begins: with `track_updates` the weights are copied if a snapshot follows it.
+
+        Args:
+            model: Returns the model that is trained.
+            step: Number of completed optimizer updates.
+            last: Whether there will be a snapshot after it, whatever the schedule says.
+            **about: Further arguments of `Monitor.before_step`.
+        """
+
+        def items() -> Iterator[Matrix | Skipped]:
+            yield from walk_source(model(), **self._how)
+
+        self.monitor.before_step(items(), step=step, due=last or None, **about)
 
     def _announce(self) -> None:
         """The line at the start, once there is a snapshot."""

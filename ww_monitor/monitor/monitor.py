@@ -15,8 +15,8 @@ from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.monitor import checkpoint
 from ww_monitor.monitor.analyzer import Analyzer
 from ww_monitor.monitor.drift import LastSpectra
-from ww_monitor.monitor.guarded import Guarded
 from ww_monitor.monitor.queued import wait_for_queued
+from ww_monitor.monitor.stepping import Stepping
 from ww_monitor.record import UNREAD, History, Rule, Sink, Snapshot
 from ww_monitor.rules import LOOKBACK, TRAINING_RULES, Holding, metrics_of_the_past
 from ww_monitor.schedule import Budget, Schedule, never
@@ -50,7 +50,7 @@ class MonitorOptions(RunOptions):
     options: Annotated[Options | None, "How to analyse; `None` for `Options()`."] = None
 
 
-class Monitor(Guarded):
+class Monitor(Stepping):
     """Looks at the matrices it is given, when it is time, and tells its sinks.
 
     In a loop of your own:
@@ -150,12 +150,21 @@ class Monitor(Guarded):
         self.budget.tick(step, busy=self.analyzer.busy)
         return self._due_within_budget(step) if self.within_budget else self.schedule(step, self.last_step)
 
+    def awaits(self, step: int) -> bool:
+        """Whether an analysis will be due at a coming step, as far as is known; changes nothing, unlike `due`."""
+        if self.within_budget:
+            return self.last_step is None or (self._next_step is not None and step >= self._next_step)
+        return self.schedule(step, self.last_step)
+
     def _due_within_budget(self, step: int) -> bool:
         if self.last_step is None:
             return True
         if self._next_step is None and self.budget.can_plan(step):
             with self.guard("planning"):
-                self._next_step = self.analyzer.agreed(self.budget.plan(step))
+                planned = self.analyzer.agreed(self.budget.plan(step))
+                if planned is not None and self.analyzer.track_updates:  # the weights before it are to be copied
+                    planned = max(planned, step + 1)
+                self._next_step = planned
         return self._next_step is not None and step >= self._next_step
 
     def due_at_epoch_end(self, epoch: int, step: int) -> bool:
