@@ -648,7 +648,7 @@ def test_an_analysis_that_fails_in_every_layer_stops_no_healthy_run(monkeypatch)
     def no_memory(*_, **__):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(run, "on_host", no_memory)
+    monkeypatch.setattr(run.host, "solve", no_memory)
     watcher = Monitor(stop_on="broken_layers", patience=1)
     with pytest.warns(errors.SpectralWarning, match="1 layer without numbers, as fc: error: MemoryError") as caught:
         observe_series(watcher, [healthy, healthy])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.matrices import broken, matrix, normal
-from ww_monitor import History, Monitor, Options
+from ww_monitor import History, Monitor, Options, SpectralWarning
 from ww_monitor.metric.drift import SKETCH_SIZE, distance, sketch
 from ww_monitor.monitor import checkpoint
 from ww_monitor.sinks.jsonl import JsonLines
@@ -81,11 +81,14 @@ def test_a_layer_that_was_broken_or_away_is_compared_with_when_it_was_last_known
     monitor = Monitor(every_n_steps=1)
     monitor.observe([matrix("fc", FIRST)], step=0)
     monitor.observe([matrix("fc", FIRST * math.nan), matrix("new", SECOND)], step=1)
-    snapshot = monitor.observe([matrix("fc", SECOND), matrix("new", SECOND), broken("bad", OSError("gone"))], step=2)
+    left = [matrix("bad", FIRST * math.nan), broken("away", OSError("gone"))]
+    with pytest.warns(SpectralWarning, match="1 layer without numbers, as away: could not be read: OSError: gone"):
+        snapshot = monitor.observe([matrix("fc", SECOND), matrix("new", SECOND), *left], step=2)
     found = {row.name: row.value("spectral_drift") for row in snapshot.layers}
     assert found["fc"] == pytest.approx(BY_HAND, rel=1e-6)
     assert found["new"] == 0
     assert math.isnan(found["bad"])
+    assert "away" not in found
 
 
 def test_a_new_run_and_metrics_without_it_know_none():

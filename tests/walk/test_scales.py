@@ -252,3 +252,31 @@ def test_a_tensor_that_is_sparse_costs_its_own_entry_only():
     snapshot = analyze(tensors)
     assert [layer.name for layer in snapshot.layers] == ["b"]
     assert {item.name: item.reason for item in snapshot.skipped} == {"a": "sparse weights (layout torch.sparse_coo)"}
+
+
+class Scaled(nn.Module):
+    """A weight of a class of its own with a matrix called its scale."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
+        self.scales = nn.Parameter(torch.randn(16, 24))
+
+
+@pytest.mark.parametrize("kind", ["module", "mapping"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.int32], ids=str)
+def test_a_matrix_called_scale_is_a_weight_unless_codes_are_beside_it(dtype, kind):
+    module = nn.Sequential(Scaled(torch.ones(32, 24).to(dtype)))
+    found = {item.name: item for item in items_of(module if kind == "module" else module.state_dict())}
+    if dtype.is_floating_point:
+        assert torch.equal(found["0.scales"].load()[0], module[0].scales)
+    else:
+        assert found["0.scales"].reason.startswith("scales of ")
+        assert found["0"].reason == f"codes of {dtype} with scales, a layout that is not known"
+
+
+def test_a_delta_of_codes_without_a_known_scale_is_left_out_with_the_reason():
+    codes, scale = torch.ones(4, 32, dtype=torch.int8), torch.ones(3, 5)
+    factors = {"a.lora_A.weight": codes, "a.lora_A.weight_scale": scale, "a.lora_B.weight": torch.randn(16, 4)}
+    found = {item.name: item for item in items_of({**factors, "b.weight": torch.randn(16, 16)})}
+    assert found["a.lora[default]"].reason == "codes with weight_scale of shape (3, 5), a layout that is not known"
