@@ -26,9 +26,6 @@ _Kind = TypeVar("_Kind")
 
 HISTORY_FILE = "ww_history.jsonl"
 
-_chosen: set[Path] = set()
-"""History files of the sessions that are open: a file is chosen before its first snapshot makes it."""
-
 
 class Adapter:
     """The arguments of every callback, and what its hooks share. A callback derives from it and its framework's base.
@@ -95,7 +92,6 @@ class Adapter:
                 print_line=print_line if self._console else None,
                 continues=self._history_name,
             )
-            self._history_name = self._session.history_name
             self._left_open = weakref.finalize(self, self._session.close)  # where no hook tells of an exception
 
     def _snapshot(self, model: Source, *, step: int, epoch: int | None, whole: bool = False) -> list[Snapshot]:
@@ -134,13 +130,14 @@ class Adapter:
         if self._session is not None:
             self._left_open.detach()
             self._session.close()
-            self._session = None
+            self._history_name, self._session = self._session.history_name, None
 
     def _state(self) -> dict[str, Any]:
         """Plain Python values that `_load_state` continues from, in a run that a checkpoint resumes."""
         state: dict[str, Any] = {}
         with self.monitor.guard("state for the checkpoint", always=True):
-            state.update(self.monitor.state_dict(), history_file=self._history_name)
+            name = self._history_name if self._session is None else self._session.history_name
+            state.update(self.monitor.state_dict(), history_file=name)
         return state
 
     def _load_state(self, state: dict[str, Any]) -> None:
@@ -176,27 +173,24 @@ class Session:
     ) -> None:
         self.monitor = monitor
         self.print_line = print_line
-        self.history_path = None if folder is None else history_path(folder, continues=continues)
-        self._own: list[Sink] = []
-        if self.history_path is not None:
-            _chosen.add(self.history_path)
-            self._own.append(JsonLines(self.history_path))
+        self._file = None if folder is None else JsonLines(folder / (continues or HISTORY_FILE), own=not continues)
+        self._own: list[Sink] = [] if self._file is None else [self._file]
         if print_line is not None:
             self._own.append(Console(print_line))
         monitor.sinks.extend(self._own)
 
     @property
     def history_name(self) -> str:
-        """The name of the history file, for the run that continues this one; `""` without a file."""
-        return "" if self.history_path is None else self.history_path.name
+        """The name of the history file, for the run that continues this one; `""` where none was made."""
+        return "" if self._file is None or self._file.own else self._file.path.name
 
     def announce(self, snapshot: Snapshot) -> None:
         """One line: what is watched, what one analysis took, how often it runs, where the history goes."""
         monitor = self.monitor
         parts = [f"watching {len(snapshot.layers)} matrices", f"{len(snapshot.skipped)} skipped"]
         parts.append(f"an analysis takes {snapshot.seconds:.2g} s, {monitor.cadence}")
-        if self.history_path is not None:
-            parts.append(f"history in {self.history_path}")
+        if self._file is not None:
+            parts.append(f"history in {self._file.path}")
         self.say(", ".join(parts))
 
     def say(self, line: str) -> None:
@@ -215,8 +209,6 @@ class Session:
         """Close all sinks and take the session's own off the monitor."""
         self.monitor.close()
         self.monitor.sinks = [sink for sink in self.monitor.sinks if sink not in self._own]
-        if self.history_path is not None:
-            _chosen.discard(self.history_path)
 
 
 def calling_object(kind: type[_Kind]) -> _Kind | None:
@@ -228,15 +220,3 @@ def calling_object(kind: type[_Kind]) -> _Kind | None:
             return caller
         frame = frame.f_back
     return None
-
-
-def history_path(folder: Path, *, continues: str = "") -> Path:
-    """The history file of a run in `folder`: the one it continues, else one that is not there yet.
-
-    So two runs that log to one folder never mix, nor do two monitors of one run.
-    """
-    if continues:
-        return folder / continues
-    stem, suffix = HISTORY_FILE.split(".")
-    names = [folder / HISTORY_FILE] + [folder / f"{stem}-{number}.{suffix}" for number in range(1, 10_000)]
-    return next(path for path in names if path not in _chosen and not path.exists())
