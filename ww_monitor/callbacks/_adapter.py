@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
+from copy import copy
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -39,6 +40,9 @@ class Adapter:
     _step_key: str | None = None
     """The x axis that the framework declares in W&B."""
 
+    _left_out = frozenset(("_handler", "_model"))
+    """Of the frameworks' attributes what a copy does not take along; `None` there until a run begins."""
+
     @method_taking(CallbackOptions)
     def __init__(self, given: CallbackOptions) -> None:
         """Check every argument now, not at the first step.
@@ -59,6 +63,18 @@ class Adapter:
         self._dashboards = Dashboards(prefix=self._prefix, step_key=self._step_key)
         self._x: dict[int | None, int] = {}
         """Where on the framework's own axis a step lies whose snapshot is under way."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy begins with, also in another process: no open file, no console, no trainer, no tracker."""
+        state = {**vars(self), **dict.fromkeys(self._left_out & vars(self).keys())}
+        for one in ("_left_open", "_dashboards"):
+            state.pop(one, None)
+        if self._session is not None:
+            state.update(_session=None, _history_name=self._session.history_name, monitor=self._session.without_own())
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _dashboards=Dashboards(prefix=self._prefix, step_key=self._step_key))
 
     def _open(
         self,
@@ -184,6 +200,12 @@ class Session:
         """The name of the history file, for the run that continues this one; `""` where none was made."""
         return "" if self._file is None or self._file.own else self._file.path.name
 
+    def without_own(self) -> Monitor:
+        """The monitor without the sinks of this session, for a copy that another run may begin with."""
+        monitor = copy(self.monitor)
+        monitor.sinks = [sink for sink in monitor.sinks if sink not in self._own]
+        return monitor
+
     def announce(self, snapshot: Snapshot) -> None:
         """One line: what is watched, what one analysis took, how often it runs, where the history goes."""
         monitor = self.monitor
@@ -208,7 +230,7 @@ class Session:
     def close(self) -> None:
         """Close all sinks and take the session's own off the monitor."""
         self.monitor.close()
-        self.monitor.sinks = [sink for sink in self.monitor.sinks if sink not in self._own]
+        self.monitor.sinks = self.without_own().sinks
 
 
 def calling_object(kind: type[_Kind]) -> _Kind | None:

@@ -11,6 +11,7 @@ import torch
 
 from ww_monitor.spectra import lapack
 from ww_monitor.spectra.elements import Moments
+from ww_monitor.spectra.stop import stop_if_told
 
 _TOGETHER = 1 << 18
 """Elements of W up to which matrices are solved in one call: small ones share its overhead."""
@@ -103,6 +104,7 @@ def _row_chunks(w: torch.Tensor) -> Iterator[np.ndarray]:
     rows = max(_ROW_CHUNK // m, m // 8, 1)
     in_numpy = w.dtype in (torch.float64, torch.float32, torch.float16)
     for start in range(0, n, rows):
+        stop_if_told()
         part = w[start : start + rows]
         array = part.numpy() if in_numpy else part.double().numpy()
         chunk = array.astype(np.float64, order="K" if 1 in w.stride() else "C", copy=False)
