@@ -14,7 +14,7 @@ from ww_monitor.engine.load import chunks_of
 from ww_monitor.engine.options import Options
 from ww_monitor.engine.rows import failed_layer, layers_of, snapshot_of
 from ww_monitor.engine.solve import DeviceQueue, on_host
-from ww_monitor.engine.threads import alone, workers
+from ww_monitor.engine.threads import alone, room_for_blas, thread_budget, workers
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.metric import Batch, Loaded
@@ -86,6 +86,7 @@ def _rows(matrices: list[Matrix], options: Options, step: int | None, background
 
 def _solved(matrices: list[Matrix], options: Options, step: int | None, background: bool) -> Found:
     """Chunks on the host go to the workers as they are loaded; what a device solves never does."""
+    background = background or not room_for_blas(thread_budget())
     library: Library = "torch" if background else "numpy"
     side = max((matrix.short_side for matrix in matrices), default=0)
     queues: dict[torch.device, DeviceQueue] = {}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from mmap import mmap
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -146,6 +147,20 @@ def workers(tasks: int, *, memory: int, largest_side: int) -> Iterator[Workers]:
         pool.close(wanted=False, timeout=None if isinstance(error, Exception) else INTERRUPTED_SECONDS)
         raise
     pool.close()
+
+
+_BLAS_BUFFERS = 128 << 20
+"""Address space that a thread's first products may take in numpy's and SciPy's OpenBLAS together: some 32 MiB each
+(measured), and the rest for what is solved."""
+
+
+def room_for_blas(threads: int) -> bool:
+    """Whether the address space has room for the buffers of so many threads: without it OpenBLAS tries for ever."""
+    try:
+        mmap(-1, threads * _BLAS_BUFFERS).close()
+    except (OSError, ValueError, MemoryError):
+        return False
+    return True
 
 
 class _Blas:
