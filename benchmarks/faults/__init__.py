@@ -1,0 +1,9 @@
+"""Faults on purpose: processes that are killed, full disks, folders that cannot be used, rules and sinks that misbehave.
+
+`python -m benchmarks.faults [--quick]` tells of each kind how many were tried and how many survived.
+"""
+
+from __future__ import annotations
+
+Counts = dict[str, tuple[int, int]]
+"""What was done → how often, and how often nothing was lost, ended or changed by it."""
