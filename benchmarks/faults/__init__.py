@@ -1,4 +1,4 @@
-"""Faults on purpose: processes that are killed, full disks, folders that cannot be used, rules and sinks that misbehave.
+"""Faults on purpose: killed processes, full disks, folders that cannot be used, rules and sinks that misbehave.
 
 `python -m benchmarks.faults [--quick]` tells of each kind how many were tried and how many survived.
 """

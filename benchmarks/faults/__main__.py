@@ -20,20 +20,20 @@ OTHERS = ("files", "hooks")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few of each, within 20 seconds")
-    quick = parser.parse_args().quick
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, *OTHERS, []], help="which; all without")
+    given = parser.parse_args()
     found: Counts = {}
-    for part in PARTS[: 3 if quick else None]:
-        found |= show(import_module(f"benchmarks.faults.{part}").run(quick=quick))
-    for part in () if quick else OTHERS:
-        if find_spec(f"benchmarks.faults.{part}") is not None:
-            found |= show({part: outcome(part)})
+    for part in given.parts or (*PARTS, *OTHERS):
+        if part in PARTS:
+            found |= show(import_module(f"benchmarks.faults.{part}").run(quick=given.quick))
+        elif find_spec(f"benchmarks.faults.{part}") is not None:
+            found |= show({part: outcome(part, quick=given.quick)})
     return int(any(tried != survived for tried, survived in found.values()))
 
 
-def outcome(part: str) -> tuple[int, int]:
-    ran = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.faults.{part}"], stdout=subprocess.PIPE, text=True, check=False
-    )
+def outcome(part: str, *, quick: bool) -> tuple[int, int]:
+    command = [sys.executable, "-m", f"benchmarks.faults.{part}", *["--quick"] * quick]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     told = json.loads(ran.stdout.strip().splitlines()[-1])
     return int(told["tried"]), int(told["survived"])
 

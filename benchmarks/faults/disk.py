@@ -9,7 +9,8 @@ import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.faults import Counts
@@ -56,6 +57,12 @@ def run_until_killed(path: Path, first: int, *, sliced: bool) -> int:
         return len(acknowledged.read())
 
 
+def write_all(sink: JsonLines, which: Iterable[int]) -> None:
+    for step in which:
+        with suppress(OSError):
+            sink.write(snapshot(step))
+
+
 def kills(count: int) -> tuple[int, int]:
     survived = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -84,8 +91,7 @@ def flickering(count: int) -> tuple[int, int]:
             sink = JsonLines(Path(folder) / "run.jsonl")
             jsonl.os.write = write  # type: ignore[attr-defined]
             try:
-                for step in range(20):
-                    _try(lambda step=step: sink.write(snapshot(step)))  # type: ignore[misc]
+                write_all(sink, range(20))
             finally:
                 jsonl.os.write = _write  # type: ignore[attr-defined]
             sink.close()
@@ -109,8 +115,7 @@ def full(count: int) -> tuple[int, int]:
             if not child:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size + 97 * number, size + 97 * number))
-                for step in range(10, 15):
-                    _try(lambda step=step: sink.write(snapshot(step)))  # type: ignore[misc]
+                write_all(sink, range(10, 15))
                 os._exit(0)
             code = os.waitpid(child, 0)[1]
             sink.write(snapshot(20))
@@ -138,13 +143,6 @@ def same_moment(count: int, runs: int = 8) -> tuple[int, int]:
             found = sorted(tuple(steps(path)) for path in Path(folder).iterdir())
             survived += found == [tuple(range(100 * number, 100 * number + 5)) for number in range(runs)]
     return count, survived
-
-
-def _try(act: Callable[[], object]) -> None:
-    try:
-        act()
-    except OSError:
-        return
 
 
 def run(*, quick: bool) -> Counts:

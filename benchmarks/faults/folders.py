@@ -1,4 +1,4 @@
-"""Folders that cannot be used, or not all the time, in three trainers: the run ends with the weights that it would have."""
+"""Folders that cannot be used, or not always, in three trainers: a run ends with the weights that it would have."""
 
 from __future__ import annotations
 
@@ -41,6 +41,11 @@ def torn(folder: Path) -> None:
     (folder / FILE).write_text(snapshot(3).to_json() + '\n{"sch')
 
 
+def full(folder: Path) -> None:
+    folder.mkdir()
+    (folder / FILE).symlink_to("/dev/full")
+
+
 def blocked(folder: Path) -> None:
     gone(folder)
     folder.write_text("")
@@ -71,7 +76,7 @@ STATES: dict[str, tuple[Act, Act, str]] = {
     "with a torn history": (torn, nothing, ""),
     "with a folder as history": (lambda folder: (folder / FILE).mkdir(parents=True), nothing, ""),
     "with a pipe as history": (lambda folder: (folder.mkdir(), os.mkfifo(folder / FILE)), nothing, ""),
-    "with a link to a full disk": (lambda folder: (folder.mkdir(), (folder / FILE).symlink_to("/dev/full")), nothing, ""),
+    "with a link to a full disk": (full, nothing, ""),
     "emptied in mid-run": (nothing, empty, ""),
     "deleted in mid-run": (nothing, gone, ""),
     "a file from mid-run on": (nothing, blocked, ""),
@@ -204,7 +209,7 @@ def survives(train: Callable[..., list[torch.Tensor]], name: str, expected: list
         before(folder)
         try:
             weights = train(Path(place), lambda: during(folder), folder / below if below else folder)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - what is counted
             print(f"not survived: {train.__name__}, {name}: {type(error).__name__}: {error}")
             return False
         same = all(torch.equal(one, other) for one, other in zip(weights, expected, strict=True))
@@ -226,9 +231,9 @@ def run(*, quick: bool) -> Counts:
         for train in (lightning, huggingface, keras):
             with tempfile.TemporaryDirectory() as place:
                 expected = train(Path(place), None, Path(place))
-            for name in STATES:
+            for name in list(STATES)[:: 7 if quick else 1]:
                 tried += 1
                 survived += survives(train, name, expected)
     lines = [line for line in said.getvalue().splitlines() if line.startswith("not survived")]
     print("\n".join(lines), end="\n" * bool(lines))
-    return {"20 states of a folder in three trainers": (tried, survived)}
+    return {"states of a folder in three trainers": (tried, survived)}

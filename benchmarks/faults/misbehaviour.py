@@ -49,7 +49,15 @@ def odd(**fields: Any) -> Callable[..., Any]:
     return lambda _: [Finding(**{"rule": "odd", "layer": "0", "severity": "info", "message": "", **fields})]
 
 
-ERRORS = (OSError(28, "full"), MemoryError(), RecursionError(), Wordless(), UnicodeError("x"), StopIteration(), KeyError())
+ERRORS = (
+    OSError(28, "full"),
+    MemoryError(),
+    RecursionError(),
+    Wordless(),
+    UnicodeError("x"),
+    StopIteration(),
+    KeyError(),
+)
 RULES = (
     *map(raising, ERRORS), endless, late, emptying, lambda _: None, lambda _: 3, lambda _: "trap", lambda _: [None],
     odd(message=torch.ones(2)), odd(layer=object()), odd(severity="odd"), odd(severity=[]), odd(step="x"),

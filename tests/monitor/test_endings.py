@@ -1,4 +1,4 @@
-"""However a process goes on or ends while an analysis is under way, it ends as it would, and what is done is written."""
+"""A process that ends while an analysis is under way ends as it would without it, and what is done is written."""
 
 import copy
 import os
@@ -98,12 +98,18 @@ def test_the_end_of_a_with_block_waits_for_what_is_under_way(gate):
     assert (steps_of(sink.history)[-1], sink.closed) == (1, True)
 
 
+def _interrupted_in_a_block(monitor):
+    with monitor:
+        monitor.observe(LAYERS, step=0)
+        raise KeyboardInterrupt
+
+
 def test_an_interrupted_block_waits_for_nothing_but_a_moment(gate, monkeypatch):
     monkeypatch.setattr("ww_monitor.monitor.monitor.INTERRUPTED_SECONDS", 0.05)
     start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), Monitor(mode="async", sinks=[sink := Memory()]) as monitor:
-        monitor.observe(LAYERS, step=0)
-        raise KeyboardInterrupt
+    monitor = Monitor(mode="async", sinks=[sink := Memory()])
+    with pytest.raises(KeyboardInterrupt):
+        _interrupted_in_a_block(monitor)
     assert time.monotonic() - start < 10
     assert sink.closed
     gate.set()
@@ -140,7 +146,7 @@ def test_a_monitor_is_copied_before_and_while_it_works(tmp_path, gate, make, opt
     copies.append(make(monitor))
     gate.set()
     monitor.close()
-    for one, before in zip(copies, (0, len(options) and 1 or 2), strict=True):
+    for one, before in zip(copies, (0, 1 if options else 2), strict=True):
         assert len(one.history) == before
         one.observe(LAYERS, step=2)
         one.close()
@@ -267,9 +273,10 @@ def test_a_snapshot_that_cannot_be_turned_into_text_costs_itself_only(tmp_path, 
 
     monkeypatch.setattr(Snapshot, "to_json", fails)
     monitor = Monitor(sinks=[JsonLines(tmp_path / "run.jsonl")])
+    monitor.observe(LAYERS, step=0)
     with pytest.warns(SpectralWarning, match="sink JsonLines failed: TypeError: no text"):
-        for step in range(3):
-            monitor.observe(LAYERS, step=step)
+        monitor.observe(LAYERS, step=1)
+    monitor.observe(LAYERS, step=2)
     assert steps_of(monitor.history) == [0, 1, 2]
     assert steps_of(History.read(tmp_path / "run.jsonl")) == [0, 2]
 
