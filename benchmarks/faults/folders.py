@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import tempfile
 import warnings
@@ -226,6 +227,7 @@ def _found(folder: Path) -> set[int | None]:
 
 def run(*, quick: bool) -> Counts:
     tried = survived = 0
+    logging.disable(logging.INFO)
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()) as said:
         warnings.simplefilter("ignore")
         for train in (lightning, huggingface, keras):

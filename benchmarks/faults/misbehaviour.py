@@ -76,7 +76,7 @@ def changing(snapshot: Any) -> None:
     snapshot.step = 7
 
 
-SINKS = (*(Bad(raising(error), raising(error)) for error in ERRORS), Bad(print, raising(OSError())), Bad(changing),
+SINKS = (*(Bad(raising(error), raising(error)) for error in ERRORS), Bad(str, raising(OSError())), Bad(changing),
          Bad(lambda: None), Bad(lambda snapshot: snapshot.layers[99]), Bad(lambda snapshot: 1 / 0))  # fmt: skip
 
 

@@ -71,8 +71,9 @@ def test_python_ends_with_its_own_exit_code_and_the_last_snapshot_where_nobody_h
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
-@pytest.mark.parametrize(("how", "expected"), [("SIGINT", -2), ("SIGTERM", 143)])
-@pytest.mark.parametrize(("mode", "size"), [("sync", 3072), ("async", 256)])
+@pytest.mark.parametrize(
+    ("mode", "size", "how", "expected"), [("sync", 3072, "SIGINT", -2), ("async", 256, "SIGTERM", 143)]
+)
 def test_an_interrupted_analysis_returns_before_the_solve_under_way_does(tmp_path, how, expected, mode, size):
     code, seconds, _ = run_to_its_end(mode, size, how, tmp_path / "run.jsonl")
     assert code == expected

@@ -6,6 +6,7 @@ import atexit
 import os
 import sys
 import threading
+from contextlib import suppress
 from functools import lru_cache
 from typing import Protocol
 
@@ -48,4 +49,5 @@ def _register() -> None:
 def _close_all() -> None:
     for monitor, process in list(_open.items()):
         if process == os.getpid():
-            monitor.close()
+            with suppress(Exception):  # of an analysis, with `strict`: the others are closed too
+                monitor.close()
