@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
 from ww_monitor.errors import SpectralWarning, WWMonitorError
-from ww_monitor.record.snapshot import NAN, Finding, Layer, Snapshot
+from ww_monitor.record.saved import NAN
+from ww_monitor.record.snapshot import Finding, Layer, Snapshot
 
 _HEAD = b'{"schema":'
 """How a line of ours begins."""

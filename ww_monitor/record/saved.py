@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 import operator
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 Record = TypeVar("Record")
 
@@ -72,7 +72,7 @@ def restored(kind: type[Record], data: object) -> Record:
         TypeError: if a value is of another type than its field, naming both.
         ValueError: if a value is none of the choices of its field, or a field without default is missing.
     """
-    return _reader(kind)(data)  # type: ignore[no-any-return]
+    return cast("Record", _reader(cast("Hashable", kind))(data))
 
 
 @lru_cache(maxsize=256)
