@@ -298,7 +298,7 @@ def test_a_resume_on_a_full_disk_leaves_the_file_as_it_is(tmp_path, small_disk):
 def test_what_could_not_be_written_is_written_as_soon_as_it_can_be(tmp_path, block, monkeypatch):
     path = tmp_path / "folder" / "run.jsonl"
     if block == "a name too long":
-        monkeypatch.setattr("ww_monitor.sinks.jsonl.Path.mkdir", lambda *a, **k: os.mkdir("x" * 5000))
+        monkeypatch.setattr("ww_monitor.sinks.jsonl.os.makedirs", lambda *a, **k: os.mkdir("x" * 5000))
     (path.parent.write_text("") if block == "a file" else path.mkdir(parents=True)) if block[2] == "f" else None
     sink = JsonLines(path)
     for step in (1, 2):
@@ -309,6 +309,12 @@ def test_what_could_not_be_written_is_written_as_soon_as_it_can_be(tmp_path, blo
         path.parent.unlink() if block == "a file" else path.rmdir()
     sink.close()
     assert [one.step for one in History.read(path)] == [1, 2]
+
+
+def test_a_folder_that_a_link_leads_to_is_made(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "not" / "there")
+    JsonLines(tmp_path / "link" / "run.jsonl").write(snapshot(1))
+    assert len(History.read(tmp_path / "not" / "there" / "run.jsonl")) == 1
 
 
 @pytest.mark.parametrize("gone", ["file", "folder"])

@@ -59,7 +59,7 @@ class JsonLines:
             os.close(file)
 
     def _opened(self) -> int:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(os.path.realpath(self.path.parent), exist_ok=True)  # also where a link leads to nothing
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
         if not self.own:
             return os.open(self.path, flags, 0o666)
