@@ -308,7 +308,14 @@ def test_a_damaged_line_is_said_and_the_others_are_read(tmp_path, line):
     assert len(caught) == 1
 
 
-@pytest.mark.parametrize("line", DAMAGED, ids=lambda line: str(line[:30]))
+def test_a_file_of_runs_that_were_killed_before_their_first_line_was_whole_is_an_empty_history(tmp_path):
+    line = full_snapshot().to_json().encode()
+    (tmp_path / "run.jsonl").write_bytes(line[:1] + b"\n" + line[:200] + b"\n" + line[:30])
+    with pytest.warns(SpectralWarning, match="line 1, 2 of"):
+        assert len(History.read(tmp_path / "run.jsonl")) == 0
+
+
+@pytest.mark.parametrize("line", DAMAGED[1:], ids=lambda line: str(line[:30]))
 def test_a_file_of_nothing_else_is_refused_by_name_and_line(tmp_path, line):
     (tmp_path / "run.jsonl").write_bytes(line + b"\n")
     with pytest.raises(WWMonitorError, match=r"line 1 of .*run\.jsonl is no snapshot"):

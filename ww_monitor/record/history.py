@@ -110,7 +110,7 @@ class History:
             WWMonitorError: if it cannot be read, none of its lines is a snapshot, or one is of a later version; it
                 names the file and, where there is one, the line.
         """
-        history, damaged = cls(), []
+        history, damaged, foreign = cls(), [], False
         with _opened(path) as file:
             for number, line in enumerate(_lines(file), start=1):
                 if not line.strip():
@@ -120,7 +120,9 @@ class History:
                 except WWMonitorError as error:
                     raise WWMonitorError(f"History.read: line {number} of {path}: {error}") from error
                 except (ValueError, TypeError, RecursionError, MemoryError) as error:
-                    if not _is_torn(line):
+                    torn = isinstance(error, json.JSONDecodeError) and _begins_as_ours(line)
+                    foreign = foreign or not torn
+                    if not torn or line.endswith(b"\n"):
                         damaged.append((number, error))
                 else:
                     history._rewind(snapshot.step)
@@ -128,7 +130,7 @@ class History:
         if damaged:
             said = f"line {_numbers([number for number, _ in damaged])} of {path} is no snapshot"
             said += f" ({type(damaged[0][1]).__name__}: {str(damaged[0][1])[:200]})"
-            if not len(history):
+            if foreign and not len(history):
                 raise WWMonitorError(f"History.read: {said}, nor is any other") from damaged[0][1]
             warnings.warn(f"History.read: {said}; the others are read", SpectralWarning, stacklevel=2)
         return history
@@ -157,9 +159,9 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
         yield line
 
 
-def _is_torn(line: bytes) -> bool:
-    """Whether it is the beginning of a line of ours, as a killed run leaves it at the end of a file."""
-    return not line.endswith(b"\n") and (line.startswith(_HEAD) or _HEAD.startswith(line))
+def _begins_as_ours(line: bytes) -> bool:
+    """Whether it may be a part of a line of ours, as a killed run leaves it."""
+    return line.startswith(_HEAD) or _HEAD.startswith(line.strip())
 
 
 def _numbers(lines: Sequence[int]) -> str:
