@@ -40,8 +40,8 @@ class Adapter:
     _step_key: str | None = None
     """The x axis that the framework declares in W&B."""
 
-    _left_out = frozenset(("_handler", "_model"))
-    """Of the frameworks' attributes what a copy does not take along; `None` there until a run begins."""
+    _left_out = frozenset(("_left_open", "_dashboards", "_handler", "log", "log_dict"))
+    """What a copy has not; the last two are methods of the module, which Lightning puts there."""
 
     @method_taking(CallbackOptions)
     def __init__(self, given: CallbackOptions) -> None:
@@ -66,9 +66,8 @@ class Adapter:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy begins with, also in another process: no open file, no console, no trainer, no tracker."""
-        state = {**vars(self), **dict.fromkeys(self._left_out & vars(self).keys())}
-        for one in ("_left_open", "_dashboards"):
-            state.pop(one, None)
+        state = {name: value for name, value in vars(self).items() if name not in self._left_out}
+        state.update(dict.fromkeys({"_model"} & state.keys()))  # Keras', until the next run begins
         if self._session is not None:
             state.update(_session=None, _history_name=self._session.history_name, monitor=self._session.without_own())
         return state
