@@ -28,9 +28,10 @@ from ww_monitor.walk.torch import walk
 mode, phase, path = sys.argv[1:]
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 net = torch.nn.Linear(1500, 1500) if phase == "analysis" else torch.nn.Linear(64, 64)
+asked = []
 def stop(*_):
-    print("now", flush=True)
-    time.sleep(20)
+    asked.append(print("now", flush=True))
+    time.sleep(20 if len(asked) == 1 else 0)
 class Sink:
     write = stop if phase == "sink" else lambda self, snapshot: None
     close = stop if phase == "close" else lambda self: None
@@ -74,7 +75,7 @@ def ended(mode: str, phase: str, what: str, delay: float) -> bool:
 
 def interrupts(*, quick: bool) -> tuple[int, int]:
     phases = ("analysis", "loop", "rule", "sink", "close")
-    cases = list(product(("sync", "async"), phases, ("SIGINT", "SIGTERM"), (0.0, 0.05, 0.3)))
+    cases = list(product(("sync", "async"), phases, ("SIGINT", "SIGTERM"), (0.0, 0.2)))
     cases = cases[:1] if quick else cases
     return len(cases), sum(ended(*case) for case in cases)
 
