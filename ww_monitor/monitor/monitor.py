@@ -93,7 +93,7 @@ class Monitor(Guarded):
         self.analyzer = Analyzer(self.options, given, across_ranks=given.across_ranks)
         self.history = History()
         self.last_step: int | None = None
-        self._asked: int | None = None
+        self._passed: int | None = None
         self._next_step: int | None = None
         self._timing = False
         self._waited = 0.0
@@ -138,16 +138,17 @@ class Monitor(Guarded):
         with self.guard("warming up", always=True):
             warm_up()
         self.budget.start(step)
-        self._next_step = self._asked = None
+        self._next_step = self._passed = None
 
     def due(self, step: int) -> bool:
         """Whether an analysis is due at optimizer step `step`; ask once a step."""
-        self._begin_anew_before(step, after=self._asked)
-        self._asked = step
+        self._begin_anew_before(step, after=self._passed)
         if step == self.last_step:
             return False
         self.budget.tick(step, busy=self.analyzer.busy)
-        return self._due_within_budget(step) if self.within_budget else self.schedule(step, self.last_step)
+        due = self._due_within_budget(step) if self.within_budget else self.schedule(step, self.last_step)
+        self._passed = self._passed if due else step
+        return due
 
     def _due_within_budget(self, step: int) -> bool:
         if self.last_step is None:
@@ -286,7 +287,7 @@ class Monitor(Guarded):
 
     def restart(self) -> None:
         """Forget what was seen: a new run begins with this monitor."""
-        self.history, self.last_step, self._asked, self._next_step = History(), None, None, None
+        self.history, self.last_step, self._passed, self._next_step = History(), None, None, None
         self.findings.clear()
         self.analyzer.restart()
 
@@ -318,7 +319,7 @@ class Monitor(Guarded):
         past = state if "recent" in state else checkpoint.expand(state["packed"])
         history = checkpoint.unpack(past)
         self.findings.load(past, stop_reason=stop_reason)
-        self.last_step, self._asked, self.history = last_step, None, history
+        self.last_step, self._passed, self.history = last_step, None, history
 
 
 def _rows(snapshot: Snapshot) -> int:
