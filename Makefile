@@ -7,7 +7,7 @@ STAMP   = $(VENV)/.installed
 # One thread beats two on the small matrices of the tests and the demo.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint types lowest bench bench-gpu bench-overhead clean
+.PHONY: demo test lint types lowest bench bench-gpu bench-overhead faults clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -41,6 +41,9 @@ bench-gpu: $(STAMP)     ## the engine and a training on a CUDA device, six minut
 
 bench-overhead: $(STAMP) ## training with the monitor and without, 25 minutes (9 on a CUDA device), into RESULTS.md
 	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.overhead
+
+faults: $(STAMP)        ## kills, full disks, odd folders, rules and sinks that misbehave, interrupts, forks: 20 minutes
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.faults
 
 clean:
 	rm -rf $(VENV) dist demo_logs .pytest_cache .mypy_cache .ruff_cache

@@ -5,10 +5,12 @@ A new callback needs a class here with `train`, which trains a small net from gi
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import logging
 import os
+import pickle
 import random
 import shutil
 import threading
@@ -20,6 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -670,6 +673,27 @@ def test_a_process_that_is_not_the_first_says_and_writes_nothing(framework, tmp_
     assert len(sink.history) == 0
     assert "ww_monitor" not in capsys.readouterr().out
     assert (run.steps, seen_by(monitor)) == (4, [0, 2, 4])  # it stops with the first
+
+
+COPIES = [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one)), lambda one: pickle.loads(cloudpickle.dumps(one))]
+"""As processes that are spawned, tuners and clusters copy a callback."""
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_callback_is_copied_before_and_during_a_run_and_a_copy_runs_by_itself(framework, tmp_path, mode):
+    monitor = make(framework, tmp_path, mode=mode, console=True)
+    copies = [make_copy(monitor) for make_copy in COPIES]
+
+    def each_step(step: int, matrices: Sequence[torch.Tensor]) -> None:
+        if step == 3:
+            copies.extend(make_copy(monitor) for make_copy in COPIES)
+
+    framework.train(tmp_path, monitor, each_step=each_step)
+    assert len(copies) == 6
+    for number, one in enumerate(copies[::3]):
+        framework.train(tmp_path / str(number), one, steps=4)
+        assert seen_by(one)[-1] == 4
+        assert files_in(tmp_path)["ww_history.jsonl"][-1] == 8
 
 
 # --- what the last release has written

@@ -1,10 +1,11 @@
-"""A tenth of the campaign of hostile files, each in a process of its own; all of it is `benchmarks.faults.files`."""
+"""The campaign of faults, a few of each kind, some in processes of their own; `make faults` has all of them."""
 
 import json
 import sys
 
 import pytest
 
+from benchmarks.faults import disk, misbehaviour
 from tests.processes import run_python
 
 
@@ -17,3 +18,14 @@ def test_hostile_files_give_one_error_of_ours_run_no_code_and_take_little_memory
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["failed"] == {}
     assert result["tried"] == result["survived"] >= 30
+
+
+@pytest.mark.skipif(not hasattr(disk.os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("part", [disk, misbehaviour], ids=lambda part: part.__name__)
+def test_of_a_few_faults_of_each_kind_all_are_survived(part):
+    counts = part.run(quick=True)
+    assert {what: survived for what, (_, survived) in counts.items()} == {
+        what: tried for what, (tried, _) in counts.items()
+    }
+    assert all(tried for tried, _ in counts.values())

@@ -4,14 +4,16 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import ww_monitor
-from ww_monitor.errors import WWMonitorError
+from ww_monitor.errors import SpectralWarning, WWMonitorError
 from ww_monitor.metric import TABLE
 from ww_monitor.record import (
     SCHEMA,
@@ -285,13 +287,75 @@ def test_a_whole_last_line_counts_without_its_newline(tmp_path):
     assert [snapshot.step for snapshot in History.read(path)] == [10, 20, 40, 50]
 
 
-@pytest.mark.parametrize("line", ["", "{", "[]", "3", "null", '"text"', '{"schema": 1}', '{"schema": 1, "layers": 3}'])
-def test_a_bad_line_before_the_last_is_named(tmp_path, line):
+DAMAGED = [
+    b"{", b"[]", b"3", b"null", b'"text"', b'{"schema":1}', b'{"schema":1,"layers":3}', b'{"schema":"1","layers":[]}',
+    b"\xff\xfe\x00", b"\0" * 64, b"[" * 200_000, b"1" * 5000, b'{"schema":1,"layers":[{"name":"a"}]}',
+    b'{"schema":1,"layers":[],"step":"3"}', b'{"schema":1,"layers":[],"summary":{"alpha":"high"}}',
+    b'{"schema":1,"layers":[],"findings":[{"rule":"r","layer":"a","severity":"odd","message":"m"}]}',
+    b'{"schema":1,"layers":[{"name":"a","kind":"dense","shape":[1,2]}]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", DAMAGED, ids=lambda line: str(line[:30]))
+def test_a_damaged_line_is_said_and_the_others_are_read(tmp_path, line):
     path = tmp_path / "run.jsonl"
-    first, *others = (snapshot.to_json() for snapshot in history())
-    path.write_text("\n".join([first, line, *others]) + "\n", encoding="utf-8")
-    with pytest.raises(WWMonitorError, match=r"History.read: line 2 of .*run\.jsonl is no snapshot"):
+    lines = [snapshot.to_json().encode() for snapshot in history()]
+    path.write_bytes(b"\n".join([lines[0], line, *lines[1:]]) + b"\n")
+    with pytest.warns(
+        SpectralWarning, match=r"History.read: line 2 of .*run\.jsonl is no snapshot \(\w+Error"
+    ) as caught:
+        assert [snapshot.step for snapshot in History.read(path)] == [10, 20, 40]
+    assert len(caught) == 1
+
+
+def test_a_file_of_runs_that_were_killed_before_their_first_line_was_whole_is_an_empty_history(tmp_path):
+    line = full_snapshot().to_json().encode()
+    (tmp_path / "run.jsonl").write_bytes(line[:1] + b"\n" + line[:200] + b"\n" + line[:30])
+    with pytest.warns(SpectralWarning, match="line 1, 2 of"):
+        assert len(History.read(tmp_path / "run.jsonl")) == 0
+
+
+@pytest.mark.parametrize("line", DAMAGED[1:], ids=lambda line: str(line[:30]))
+def test_a_file_of_nothing_else_is_refused_by_name_and_line(tmp_path, line):
+    (tmp_path / "run.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(WWMonitorError, match=r"line 1 of .*run\.jsonl is no snapshot"):
+        History.read(tmp_path / "run.jsonl")
+
+
+def test_a_line_longer_than_any_snapshot_is_not_kept_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("ww_monitor.record.history._LONGEST_LINE", 4000)
+    path, (first, *others) = tmp_path / "run.jsonl", (snapshot.to_json() for snapshot in history())
+    path.write_text("\n".join([first, "x" * 3_000_000, *others]) + "\n")
+    with pytest.warns(SpectralWarning, match="line 2 of"):
+        assert len(History.read(path)) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("make", [os.mkdir, getattr(os, "mkfifo", None), lambda path: os.symlink(path, path)])
+def test_what_is_no_file_is_refused_and_not_opened(tmp_path, make):
+    make(tmp_path / "run.jsonl")
+    with pytest.raises(WWMonitorError, match=r"History.read: .*run\.jsonl' cannot be read: "):
+        History.read(tmp_path / "run.jsonl")
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "run\0.jsonl", "/dev/full", f"{__file__}/run.jsonl"])
+def test_a_path_that_cannot_be_opened_is_refused(path):
+    with pytest.raises(WWMonitorError, match=r"History.read: .* cannot be read: "):
         History.read(path)
+
+
+@pytest.mark.parametrize("where", ["snapshot", "layer", "histogram", "entry", "skipped", "finding"])
+def test_a_key_of_a_later_version_is_left_out(tmp_path, where):
+    data = full_snapshot().to_dict()
+    places = {
+        "snapshot": data, "layer": data["layers"][0], "histogram": data["layers"][0]["esd"],
+        "entry": data["layers"][0]["trap_entries"][0], "skipped": data["skipped"][0], "finding": data["findings"][0],
+    }  # fmt: skip
+    places[where]["colour"] = {"red": [1, 2]}
+    path = tmp_path / "run.jsonl"
+    path.write_text(json.dumps(data) + "\n")
+    (read,) = History.read(path)
+    assert read.to_json() == full_snapshot().to_json()
 
 
 @pytest.mark.parametrize("line", [1, 3])
@@ -300,8 +364,33 @@ def test_a_line_of_a_later_schema_is_refused_wherever_it_stands(tmp_path, line):
     rows[line - 1]["schema"] = SCHEMA + 1
     path = tmp_path / "run.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    with pytest.raises(WWMonitorError, match="newer than this version"):
+    with pytest.raises(WWMonitorError, match=rf"line {line} of .*run\.jsonl: .*newer than this version"):
         History.read(path)
+
+
+class Odd:
+    """A value that no library's and no JSON's: it has not even a text."""
+
+    def __str__(self):
+        raise RuntimeError("no text")
+
+    def __float__(self):
+        raise RuntimeError("no number")
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        (torch.tensor(2.5), 2.5), (np.float32(2.5), 2.5), (np.int64(3), 3), (torch.ones(2), NAN), ("high", NAN),
+        (Odd(), NAN), (1j, NAN), (None, NAN), (True, 1), (10**400, 10**400),
+    ],
+)  # fmt: skip
+def test_a_metric_that_is_no_number_costs_its_value_only(value, read):
+    one = Snapshot((layer(odd=value, alpha=3.0),), summary={"odd": value}, step=np.int64(4), seconds=np.float64(0.5))
+    again = Snapshot.from_dict(json.loads(one.to_json()))
+    assert again.layers[0].metrics == pytest.approx({"odd": read, "alpha": 3.0}, nan_ok=True)
+    assert again.summary == pytest.approx({"odd": read}, nan_ok=True)
+    assert (again.step, again.seconds) == (4, 0.5)
 
 
 @pytest.mark.parametrize(

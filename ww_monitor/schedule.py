@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 from ww_monitor.errors import check_positive_int, check_share
@@ -26,7 +27,11 @@ def every_n_steps(n: int) -> Schedule:
     (True, False, True, True)
     """
     check_positive_int("every_n_steps", "n", n)
-    return lambda step, last: last is None or step // n > last // n
+    return partial(_passed_a_multiple, n)
+
+
+def _passed_a_multiple(n: int, step: int, last: int | None) -> bool:
+    return last is None or step // n > last // n
 
 
 def never(step: int, last: int | None) -> bool:

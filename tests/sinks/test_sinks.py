@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
 import pkgutil
 import random
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 
 import ww_monitor
 from ww_monitor import sinks
-from ww_monitor.callbacks._adapter import history_path
+from ww_monitor.errors import SpectralWarning
 from ww_monitor.record import Finding, Histogram, History, Layer, Snapshot
 from ww_monitor.sinks import Sink
 from ww_monitor.sinks.console import Console, table
@@ -231,33 +233,152 @@ def test_a_second_sink_appends(tmp_path):
 
 @pytest.mark.parametrize("torn", ["{", '{"schema":1,"layers":[', "x" * 5000])
 @pytest.mark.parametrize("whole", [0, 1, 2])
-def test_a_torn_last_line_is_cut_off_before_the_first_append(tmp_path, torn, whole):
+def test_a_torn_last_line_stays_and_the_next_one_begins_behind_it(tmp_path, torn, whole):
+    """A file that is only appended to loses nothing when the disk is full or the process is killed."""
     path = tmp_path / "run.jsonl"
-    path.write_text("".join(snapshot(step).to_json() + "\n" for step in range(whole)) + torn)
+    before = "".join(snapshot(step).to_json() + "\n" for step in range(whole)) + torn
+    path.write_text(before)
     sink = JsonLines(path)
-    assert path.read_text().endswith(torn)
     sink.write(snapshot(50))
     sink.close()
-    assert [one.step for one in History.read(path)] == [*range(whole), 50]
+    assert path.read_text() == before + "\n" + snapshot(50).to_json() + "\n"
+    with pytest.warns(SpectralWarning, match=f"line {whole + 1} of .* is no snapshot"):
+        assert [one.step for one in History.read(path)] == [*range(whole), 50]
+
+
+def test_a_whole_last_line_without_its_newline_stays(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text(snapshot(1).to_json())
+    JsonLines(path).write(snapshot(2))
+    assert [one.step for one in History.read(path)] == [1, 2]
+
+
+@pytest.fixture
+def small_disk(monkeypatch):
+    """A function: from now on the disk has room for so many bytes."""
+    room, write = [1 << 40], os.write
+
+    def written(file, data):
+        if room[0] <= 0:
+            raise OSError(28, "No space left on device")
+        count = write(file, data[: room[0]])
+        room[0] -= count
+        return count
+
+    monkeypatch.setattr("ww_monitor.sinks.jsonl.os.write", written)
+    return lambda left: room.__setitem__(0, left)
+
+
+@pytest.mark.parametrize("left", [0, 1, 500, -2, -1])
+def test_a_disk_that_is_full_for_a_moment_costs_no_snapshot(tmp_path, small_disk, left):
+    path, sink, length = tmp_path / "run.jsonl", JsonLines(tmp_path / "run.jsonl"), len(snapshot(1).to_json()) + 1
+    sink.write(snapshot(1))
+    for step in (2, 3):
+        small_disk(left % length)
+        with pytest.raises(OSError, match="No space"):
+            sink.write(snapshot(step))
+    small_disk(1 << 40)
+    sink.write(snapshot(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SpectralWarning)
+        assert [one.step for one in History.read(path)] == [1, 2, 3, 4]
+
+
+def test_a_resume_on_a_full_disk_leaves_the_file_as_it_is(tmp_path, small_disk):
+    path = tmp_path / "run.jsonl"
+    before = "".join(snapshot(step).to_json() + "\n" for step in range(50)) + '{"schema":1,'
+    path.write_text(before)
+    small_disk(0)
+    with pytest.raises(OSError, match="No space"):
+        JsonLines(path).write(snapshot(60))
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize("block", ["a file", "a folder in its place", "a name too long"])
+def test_what_could_not_be_written_is_written_as_soon_as_it_can_be(tmp_path, block, monkeypatch):
+    path = tmp_path / "folder" / "run.jsonl"
+    if block == "a name too long":
+        monkeypatch.setattr("ww_monitor.sinks.jsonl.os.makedirs", lambda *a, **k: os.mkdir("x" * 5000))
+    (path.parent.write_text("") if block == "a file" else path.mkdir(parents=True)) if block[2] == "f" else None
+    sink = JsonLines(path)
+    for step in (1, 2):
+        with pytest.raises(OSError):  # noqa: PT011 - which one the system says
+            sink.write(snapshot(step))
+    monkeypatch.undo()
+    if block[2] == "f":
+        path.parent.unlink() if block == "a file" else path.rmdir()
+    sink.close()
+    assert [one.step for one in History.read(path)] == [1, 2]
+
+
+def test_a_folder_that_a_link_leads_to_is_made(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "not" / "there")
+    JsonLines(tmp_path / "link" / "run.jsonl").write(snapshot(1))
+    assert len(History.read(tmp_path / "not" / "there" / "run.jsonl")) == 1
+
+
+@pytest.mark.parametrize("gone", ["file", "folder"])
+def test_what_somebody_has_removed_is_made_again(tmp_path, gone):
+    path = tmp_path / "folder" / "run.jsonl"
+    sink = JsonLines(path)
+    sink.write(snapshot(1))
+    path.unlink()
+    if gone == "folder":
+        path.parent.rmdir()
+    sink.write(snapshot(2))
+    assert [one.step for one in History.read(path)] == [2]
+
+
+def test_lines_that_wait_are_bounded_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("ww_monitor.sinks.jsonl.MOST_WAITING", 3 * len(snapshot(10).to_json()) + 10)
+    path = tmp_path / "run.jsonl"
+    path.mkdir()
+    sink = JsonLines(path)
+    for step in range(10, 20):
+        with pytest.raises(IsADirectoryError):
+            sink.write(snapshot(step))
+    path.rmdir()
+    sink.close()
+    assert [one.step for one in History.read(path)] == [17, 18, 19]
 
 
 @pytest.mark.parametrize(
-    ("there", "continues", "expected"),
+    ("there", "own", "expected"),
     [
-        ([], "", "ww_history.jsonl"),
-        (["ww_history.jsonl"], "", "ww_history-1.jsonl"),
-        (["ww_history.jsonl", "ww_history-1.jsonl"], "", "ww_history-2.jsonl"),
-        (["ww_history-1.jsonl"], "", "ww_history.jsonl"),
-        (["other.jsonl"], "", "ww_history.jsonl"),
-        (["ww_history.jsonl"], "ww_history.jsonl", "ww_history.jsonl"),
-        (["ww_history.jsonl", "ww_history-1.jsonl"], "ww_history.jsonl", "ww_history.jsonl"),
-        ([], "ww_history-1.jsonl", "ww_history-1.jsonl"),
+        ([], True, "run.jsonl"),
+        (["run.jsonl"], True, "run-1.jsonl"),
+        (["run.jsonl", "run-1.jsonl"], True, "run-2.jsonl"),
+        (["run-1.jsonl"], True, "run.jsonl"),
+        (["run.jsonl"], False, "run.jsonl"),
     ],
 )
-def test_a_run_gets_a_file_of_its_own_or_the_one_it_continues(tmp_path, there, continues, expected):
+def test_a_run_gets_a_file_of_its_own_or_the_one_it_continues(tmp_path, there, own, expected):
     for name in there:
         (tmp_path / name).write_text("")
-    assert history_path(tmp_path, continues=continues) == tmp_path / expected
+    sink = JsonLines(tmp_path / "run.jsonl", own=own)
+    for step in (1, 2):
+        sink.write(snapshot(step))
+    assert sink.path == tmp_path / expected
+    assert [one.step for one in History.read(sink.path)] == [1, 2]
+
+
+def test_runs_that_begin_at_the_same_moment_never_share_a_file(tmp_path):
+    sinks = [JsonLines(tmp_path / "run.jsonl", own=True) for _ in range(8)]
+    barrier = threading.Barrier(8)
+
+    def run(number):
+        barrier.wait()
+        for step in range(20):
+            sinks[number].write(snapshot(step, epoch=number))
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({sink.path for sink in sinks}) == 8
+    for number, sink in enumerate(sinks):
+        assert [(one.step, one.epoch) for one in History.read(sink.path)] == [(step, number) for step in range(20)]
 
 
 # --- console

@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
@@ -35,9 +36,6 @@ _Hook = TypeVar("_Hook", bound=Callable[..., Any])
 
 HISTORY_FILE = "ww_history.jsonl"
 
-_chosen: set[Path] = set()
-"""History files of the sessions that are open: a file is chosen before its first snapshot makes it."""
-
 
 def hook(function: _Hook) -> _Hook:
     """A method that a framework calls: whatever fails in it becomes one warning, and it returns `None`.
@@ -64,6 +62,9 @@ class Adapter:
 
     _step_key: str | None = None
     """The x axis that the framework declares in W&B."""
+
+    _left_out = frozenset(("_left_open", "_dashboards", "_handler", "log", "log_dict"))
+    """What a copy has not; the last two are methods of the module, which Lightning puts there."""
 
     @method_taking(CallbackOptions)
     def __init__(self, given: CallbackOptions) -> None:
@@ -127,6 +128,18 @@ class Adapter:
         """Those that trackers and logs get."""
         return {self._name + key: value for key, value in self._shown.scalars(snapshot, layers=layers).items()}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy begins with, also in another process: no open file, no console, no trainer, no tracker."""
+        state = {name: value for name, value in vars(self).items() if name not in self._left_out}
+        state.update(dict.fromkeys({"_model"} & state.keys()))  # Keras', until the next run begins
+        if self._session is not None:
+            state.update(_session=None, _history_name=self._session.history_name, monitor=self._session.without_own())
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._dashboards = self._make_dashboards()
+
     def _open(
         self,
         *,
@@ -165,7 +178,6 @@ class Adapter:
                 print_line=print_line if self._console else None,
                 continues=self._history_name,
             )
-            self._history_name = self._session.history_name
             self._left_open = weakref.finalize(self, self._session.close)  # where no hook tells of an exception
 
     def _say_what_goes_on(self, folder: Path | None, step: int) -> None:
@@ -261,12 +273,14 @@ class Adapter:
             with self.monitor.guard("closing", always=True):
                 self._left_open.detach()
                 session.close()
+            self._history_name = session.history_name
 
     def _state(self) -> dict[str, Any]:
         """Plain Python values that `_load_state` continues from, in a run that a checkpoint resumes."""
         state: dict[str, Any] = {}
         with self.monitor.guard("state for the checkpoint", always=True):
-            state.update(self.monitor.state_dict(), history_file=self._history_name, history_in=self._history_in)
+            name = self._history_name if self._session is None else self._session.history_name
+            state.update(self.monitor.state_dict(), history_file=name, history_in=self._history_in)
         return state
 
     def _load_state(self, state: dict[str, Any]) -> None:
@@ -306,21 +320,22 @@ class Session:
     ) -> None:
         self.monitor = monitor
         self.print_line = print_line
-        self.history_path: Path | None = None
-        self._own: list[Sink] = []
-        with monitor.guard("choosing the history file", always=True):
-            self.history_path = None if folder is None else history_path(folder, continues=continues)
-        if self.history_path is not None:
-            _chosen.add(self.history_path)
-            self._own.append(JsonLines(self.history_path))
+        self._file = None if folder is None else JsonLines(folder / (continues or HISTORY_FILE), own=not continues)
+        self._own: list[Sink] = [] if self._file is None else [self._file]
         if print_line is not None:
             self._own.append(Console(print_line))
         monitor.sinks.extend(self._own)
 
     @property
     def history_name(self) -> str:
-        """The name of the history file, for the run that continues this one; `""` without a file."""
-        return "" if self.history_path is None else self.history_path.name
+        """The name of the history file, for the run that continues this one; `""` where none was made."""
+        return "" if self._file is None or self._file.own else self._file.path.name
+
+    def without_own(self) -> Monitor:
+        """The monitor without the sinks of this session, for a copy that another run may begin with."""
+        monitor = copy(self.monitor)
+        monitor.sinks = [sink for sink in monitor.sinks if sink not in self._own]
+        return monitor
 
     def announce(self, snapshot: Snapshot) -> None:
         """One line: what is watched, what one analysis took, how often it runs, where the history goes."""
@@ -328,8 +343,8 @@ class Session:
         count = len(snapshot.layers)
         parts = [f"watching {count} {'matrix' if count == 1 else 'matrices'}", f"{len(snapshot.skipped)} skipped"]
         parts.append(f"an analysis takes {snapshot.seconds:.2g} s, {monitor.cadence}")
-        if self.history_path is not None:
-            parts.append(f"history in {self.history_path}")
+        if self._file is not None:
+            parts.append(f"history in {self._file.path}")
         self.say(", ".join(parts))
 
     def say(self, line: str) -> None:
@@ -349,9 +364,7 @@ class Session:
         try:
             self.monitor.close()
         finally:
-            self.monitor.sinks = [sink for sink in self.monitor.sinks if sink not in self._own]
-            if self.history_path is not None:
-                _chosen.discard(self.history_path)
+            self.monitor.sinks = self.without_own().sinks
 
 
 def calling_object(kind: type[_Kind]) -> _Kind | None:
@@ -363,15 +376,3 @@ def calling_object(kind: type[_Kind]) -> _Kind | None:
             return caller
         frame = frame.f_back
     return None
-
-
-def history_path(folder: Path, *, continues: str = "") -> Path:
-    """The history file of a run in `folder`: the one it continues, else one that is not there yet.
-
-    So two runs that log to one folder never mix, nor do two monitors of one run.
-    """
-    if continues:
-        return folder / continues
-    stem, suffix = HISTORY_FILE.split(".")
-    names = [folder / HISTORY_FILE] + [folder / f"{stem}-{number}.{suffix}" for number in range(1, 10_000)]
-    return next(path for path in names if path not in _chosen and not path.exists())

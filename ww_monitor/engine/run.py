@@ -16,7 +16,7 @@ from ww_monitor.engine.measure import as_solved, batch_of, measured
 from ww_monitor.engine.options import Options
 from ww_monitor.engine.rows import failed_layer, layers_of, snapshot_of, unread
 from ww_monitor.engine.solve import DeviceQueue
-from ww_monitor.engine.threads import Workers, workers
+from ww_monitor.engine.threads import Workers, room_for_blas, thread_budget, workers
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.metric import Batch, Loaded
@@ -133,6 +133,7 @@ def _taken(chunk: list[tuple[Matrix, torch.Tensor]]) -> Loaded:
 
 def _solved(matrices: list[Matrix], options: Options, step: int | None, background: bool) -> Found:
     """Chunks on the host go to the workers as they are loaded; what a device solves never does."""
+    background = background or not room_for_blas(thread_budget())
     library: host.Library = "torch" if background else "numpy"
     side = max((matrix.short_side for matrix in matrices), default=0)
     queues: dict[torch.device, DeviceQueue] = {}

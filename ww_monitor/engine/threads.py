@@ -5,16 +5,20 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from functools import lru_cache
+from mmap import mmap
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
 from threadpoolctl import ThreadpoolController
 
 from ww_monitor.spectra.lapack import of_torch
+from ww_monitor.spectra.stop import Stopped, Worker, stop_if_told
 
 Result = TypeVar("Result")
 
@@ -26,24 +30,41 @@ def thread_budget() -> int:
 
 
 class Workers:
-    """Runs tasks on `count` threads, or in the caller's where there is one worker.
+    """Runs tasks on threads, or in the caller's; holds at most so many bytes at a time.
 
-    Tasks under way may need `memory` bytes of workspace together; a task that needs more runs alone.
+    Args:
+        count: How many tasks run at a time; fewer where the system gives no more threads.
+        memory: Bytes of workspace that the tasks under way may need together; a task that needs more runs alone.
+        apart: Give a single worker a thread too: a caller that waits for a thread can be interrupted, one that is in
+            a library's code cannot.
     """
 
-    def __init__(self, count: int, *, memory: int) -> None:
-        self.count, self.memory = count, memory
-        self._executor = ThreadPoolExecutor(count, "ww_monitor", initializer=hold_to_one_thread) if count > 1 else None
-        self._in_use = self._running = 0
+    def __init__(self, count: int, *, memory: int, apart: bool = False) -> None:
+        self.memory = memory
+        self._tasks: SimpleQueue[tuple[Future[Any], list[Callable[[], Any]]] | None] = SimpleQueue()
+        self._threads: list[Worker] = []
+        self._prepare = hold_to_one_thread if count > 1 else torch.get_num_threads  # which takes over torch's count
+        with suppress(RuntimeError):  # no thread is to be had
+            for _ in range(count if count > 1 or apart else 0):
+                thread = Worker(target=self._work, name="ww_monitor")
+                thread.start()
+                self._threads.append(thread)
+        self.count = max(1, len(self._threads))
+        self._in_use = 0
+        self._running = 0
         self._freed = threading.Condition()
 
     def submit(self, task: Callable[[], Result], *, needs: int) -> Future[Result]:
-        """Start a task that needs so many bytes; waits while a thread or the memory is not free."""
-        if self._executor is None:
-            future: Future[Result] = Future()
+        """Start a task that needs so many bytes; waits while a thread or the memory is not free.
+
+        With one worker it waits for the task too, so that no second one is in memory beside it.
+        """
+        future: Future[Result] = Future()
+        if not self._threads:
+            stop_if_told()
             try:
                 future.set_result(task())
-            except Exception as error:  # noqa: BLE001 - it is kept for whoever asks for the result
+            except Exception as error:  # noqa: BLE001 - whoever asks for the result gets it
                 future.set_exception(error)
             return future
         with self._freed:
@@ -52,8 +73,10 @@ class Workers:
             )
             self._running += 1
             self._in_use += needs
-        future = self._executor.submit(lambda box: box.pop()(), [task])  # what it holds is free when it says so
         future.add_done_callback(lambda _: self._release(needs))
+        self._tasks.put((future, [task]))
+        if self.count == 1:
+            wait([future])
         return future
 
     def _release(self, needs: int) -> None:
@@ -62,14 +85,44 @@ class Workers:
             self._in_use -= needs
             self._freed.notify_all()
 
-    def close(self) -> None:
-        """Wait for the threads; what has not begun is given up."""
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
+    def _work(self) -> None:
+        with suppress(Exception):
+            self._prepare()
+        while (given := self._tasks.get()) is not None:
+            future, box = given
+            try:
+                stop_if_told()
+                result = box.pop()()  # what the task holds is free before its memory is said to be
+            except Stopped:
+                return
+            except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+                del result
+            del future, given
+
+    def close(self, *, wanted: bool = True, timeout: float | None = None) -> None:
+        """End the threads and wait for them, at most so many seconds; what is not `wanted` any more is given up."""
+        for thread in self._threads:
+            thread.stopped = not wanted
+            self._tasks.put(None)
+        end = None if timeout is None else time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(None if end is None else max(0.0, end - time.monotonic()))
+
+
+@contextmanager
+def alone() -> Iterator[Workers]:
+    """The calling thread and no other, with the thread counts that it has."""
+    yield Workers(1, memory=0)
 
 
 LEAST_PARALLEL_SIDE = 512
 """Short side below which a second BLAS thread costs more than it gains (256: 3–13 ms with two threads, 2 with one)."""
+
+INTERRUPTED_SECONDS = 0.5
+"""How long an analysis that was interrupted waits for its threads; one in a library's code ends when that returns."""
 
 
 @contextmanager
@@ -80,13 +133,29 @@ def workers(tasks: int, *, memory: int, largest_side: int) -> Iterator[Workers]:
     all of them; `largest_side` is the longest short side of a matrix.
     """
     budget = thread_budget()
-    pool = Workers(max(1, min(budget, tasks)), memory=memory)
-    share = max(1, budget // pool.count) if largest_side >= LEAST_PARALLEL_SIDE else 1
+    large = largest_side >= LEAST_PARALLEL_SIDE
+    pool = Workers(max(1, min(budget, tasks)), memory=memory, apart=large)
     try:
-        with _BLAS.held_to(share):
+        with _BLAS.held_to(max(1, budget // pool.count) if large else 1):
             yield pool
-    finally:
-        pool.close()
+    except BaseException as error:
+        pool.close(wanted=False, timeout=None if isinstance(error, Exception) else INTERRUPTED_SECONDS)
+        raise
+    pool.close()
+
+
+_BLAS_BUFFERS = 128 << 20
+"""Address space that a thread's first products may take in numpy's and SciPy's OpenBLAS together: some 32 MiB each
+(measured), and the rest for what is solved."""
+
+
+def room_for_blas(threads: int) -> bool:
+    """Whether the address space has room for the buffers of so many threads: without it OpenBLAS tries for ever."""
+    try:
+        mmap(-1, threads * _BLAS_BUFFERS).close()
+    except (OSError, ValueError, MemoryError):
+        return False
+    return True
 
 
 class _Blas:
@@ -111,8 +180,17 @@ class _Blas:
                 if not self._holding:
                     self._original.restore_original_limits()
 
+    def after_fork(self) -> None:
+        """In a child: the analyses of other threads of its parent do not go on here, nor does whoever has the lock."""
+        self._lock = threading.Lock()
+        if self._holding:
+            self._holding = 0
+            self._original.restore_original_limits()
+
 
 _BLAS = _Blas()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_BLAS.after_fork)
 
 
 @lru_cache(maxsize=1)

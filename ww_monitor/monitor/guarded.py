@@ -7,7 +7,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -40,18 +40,32 @@ class Guarded:
         except Exception as error:
             if self._strict and not always:
                 raise
-            self.say_once(key or f"{what} {type(error).__name__}", f"{what} failed: {type(error).__name__}: {error}")
-            logger.debug("%s failed", what, exc_info=True)
+            self.say_once(key or f"{what} {type(error).__name__}", f"{what} failed: {told(error)}")
+            with suppress(Exception):  # of a filter or a handler of the user's logging
+                logger.debug("%s failed", what, exc_info=True)
 
     def say_once(self, key: str, message: str) -> None:
         """Issue a `SpectralWarning`, once a key; a filter that turns warnings into errors cannot end the run."""
         if key in self._said or self.quiet:
             return
         self._said.add(key)
-        try:
-            warnings.warn(f"ww_monitor: {message}", SpectralWarning, stacklevel=_users_level())
-        except Exception:  # noqa: BLE001 - a filter or a `showwarning` of the user's
-            logger.warning("%s", message)
+        with suppress(Exception):  # as above
+            try:
+                warnings.warn(f"ww_monitor: {message}", SpectralWarning, stacklevel=_users_level())
+            except Exception:  # noqa: BLE001 - a filter that makes errors of warnings, or the user's `showwarning`
+                logger.warning("%s", message)
+
+
+def told(error: BaseException) -> str:
+    """An exception in words, also one that fails at that itself.
+
+    >>> told(OSError(28, "No space left on device"))
+    'OSError: [Errno 28] No space left on device'
+    """
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - its own `__str__`
+        return type(error).__name__
 
 
 def _users_level() -> int:

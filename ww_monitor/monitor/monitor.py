@@ -12,9 +12,10 @@ from typing import Annotated, Any, ClassVar
 from ww_monitor.engine import Options, warm_up
 from ww_monitor.errors import InvalidArgument
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.monitor import checkpoint
+from ww_monitor.monitor import at_exit, checkpoint
 from ww_monitor.monitor.analyzer import Analyzer
 from ww_monitor.monitor.drift import LastSpectra
+from ww_monitor.monitor.guarded import told
 from ww_monitor.monitor.queued import wait_for_queued
 from ww_monitor.monitor.stepping import Stepping
 from ww_monitor.record import UNREAD, Finding, History, Rule, Sink, Snapshot
@@ -23,9 +24,10 @@ from ww_monitor.schedule import Budget, Schedule, never
 from ww_monitor.schedule import every_n_steps as schedule_every_n_steps
 from ww_monitor.settings import RunOptions, Select
 from ww_monitor.signatures import method_taking
+from ww_monitor.sinks.jsonl import JsonLines
 
-JOIN_SECONDS = 60.0
-"""How long the end of a run waits for an analysis in the background; an interrupted run waits a tenth of it."""
+JOIN_SECONDS, INTERRUPTED_SECONDS = 60.0, 1.5
+"""How long the end of a run waits for an analysis in the background, and that of an interrupted run."""
 
 WARN_AFTER_SECONDS = 60.0
 """Time of a run before it is told that an explicit cadence costs more than its budget."""
@@ -63,6 +65,9 @@ class Monitor(Stepping):
     ...     snapshot = monitor.observe(walk(model), step=step) if monitor.due(step) else None
     >>> [snapshot.step for snapshot in monitor.history]
     [0, 2, 4]
+
+    With `mode="async"` let the end of the loop wait for what is under way, `with Monitor(…) as monitor:` or by `close`;
+    Python's end does it where nobody has.
     """
 
     @method_taking(MonitorOptions)
@@ -96,6 +101,7 @@ class Monitor(Stepping):
         self.harm: Callable[[Snapshot], Mapping[str, float]] | None = None
         """By layer, what the outputs owe to its trap, as `ww_monitor.trap_harm` measures it; a callback sets it."""
         self.last_step: int | None = None
+        self._passed: int | None = None
         self._next_step: int | None = None
         self._timing = False
         self._waited = 0.0
@@ -140,15 +146,17 @@ class Monitor(Stepping):
         with self.guard("warming up", always=True):
             warm_up()
         self.budget.start(step)
-        self._next_step = None
+        self._next_step = self._passed = None
 
     def due(self, step: int) -> bool:
         """Whether an analysis is due at optimizer step `step`; ask once a step."""
+        self._begin_anew_before(step, after=self._passed)
         if step == self.last_step:
             return False
-        self._begin_anew_before(step)
         self.budget.tick(step, busy=self.analyzer.busy)
-        return self._due_within_budget(step) if self.within_budget else self.schedule(step, self.last_step)
+        due = self._due_within_budget(step) if self.within_budget else self.schedule(step, self.last_step)
+        self._passed = self._passed if due else step
+        return due
 
     def awaits(self, step: int) -> bool:
         """Whether an analysis will be due at a coming step, as far as is known; changes nothing, unlike `due`."""
@@ -216,7 +224,7 @@ class Monitor(Stepping):
         Raises:
             LayerError: with `Options(strict=True)`, if a layer fails.
         """
-        self._begin_anew_before(step)
+        self._begin_anew_before(step, after=self.last_step)
         if self.last_step is None and not self.budget.analyses and not self.budget.elapsed:
             self.begin(step)
         self.last_step, self._next_step = step, None
@@ -228,7 +236,9 @@ class Monitor(Stepping):
             if self.analyzer.reads_now(whole=whole):
                 self._waited += wait_for_queued()
             snapshot = self.analyzer.analyze(items, step=step, epoch=epoch, whole=whole)
-            if snapshot is not None:
+            if snapshot is None:
+                at_exit.close(self)
+            else:
                 published.append(self._publish(snapshot))
         return published[0] if published else None
 
@@ -250,6 +260,8 @@ class Monitor(Stepping):
         An analysis that failed there costs its own snapshot only, and is said once as a `SpectralWarning`.
         """
         published: list[Snapshot] = []
+        if not self.analyzer.busy:
+            at_exit.forget(self)  # what is done is taken now
         while (done := self.analyzer.next_done()) is not None:
             with self.guard("analysis"), self.timed():
                 published.append(self._publish(self.analyzer.completed(done)))
@@ -262,35 +274,51 @@ class Monitor(Stepping):
         return self.collect()
 
     def _publish(self, snapshot: Snapshot) -> Snapshot:
-        """Apply the rules, remember, write to the sinks."""
+        """Apply the rules, remember, write to the sinks, to the files first."""
         snapshot = self._record(snapshot)
-        for sink in () if self.quiet else self.sinks:
+        for sink in () if self.quiet else sorted(self.sinks, key=lambda sink: not isinstance(sink, JsonLines)):
             with self.guard(f"sink {type(sink).__name__}", key=f"sink {id(sink)}", always=True):
                 sink.write(snapshot)
         return snapshot
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_timing": False, "harm": None}
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """The run is over: give up what the background has not completed, and close every sink."""
+        """The run is over: wait for the background as `finish` does, and close every sink.
+
+        Where an interrupt (`KeyboardInterrupt`, `SystemExit` with a code) ends the run, it waits for 1.5 s only and
+        gives up what the background has not completed by then.
+        """
         self.budget.stop()
-        self.analyzer.close(JOIN_SECONDS / 10)
+        if not at_exit.interrupted():
+            self.finish()
+        self.analyzer.close(INTERRUPTED_SECONDS)
         self.collect()
+        at_exit.forget(self)
         for sink in self.sinks:
             with self.guard(f"closing sink {type(sink).__name__}", key=f"sink {id(sink)}", always=True):
                 sink.close()
 
-    def _begin_anew_before(self, step: int) -> None:
+    def _begin_anew_before(self, step: int, *, after: int | None) -> None:
         """Steps that begin again are a new run: a cell of a notebook that is run twice."""
-        if self.last_step is not None and step < self.last_step:
-            message = (
-                f"the steps begin again at {step}, after {self.last_step}: a new run, of which history knows alone"
-            )
+        after = max((one for one in (after, self.last_step) if one is not None), default=step)
+        if step < after:
+            message = f"the steps begin again at {step}, after {after}: a new run, of which history knows alone"
             self.say_once("begins anew", message)
+            self.finish()
             self.restart()
             self.begin(step)
 
     def restart(self) -> None:
         """Forget what was seen: a new run begins with this monitor."""
-        self.history, self.last_step, self._next_step = History(), None, None
+        self.history, self.last_step, self._passed, self._next_step = History(), None, None, None
         self._spectra = LastSpectra()
         self.findings.clear()
         self.analyzer.restart()
@@ -298,11 +326,12 @@ class Monitor(Stepping):
     def _record(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with its findings, which memory now holds."""
         snapshot = self._with_harm(self._spectra.measure(snapshot))
-        seen = History([*self.history, snapshot])  # of which rules see the last LOOKBACK, as in `replay`
         self._warn_of_failures(snapshot)
-        told = self.findings.judge(seen, failed=self._say_failed_rule)
-        snapshot = snapshot.with_findings([*self._notes, *told])
-        self._notes.clear()
+        with self.guard("rules", always=True):
+            seen = History([*self.history, snapshot])  # of which rules see the last LOOKBACK, as in `replay`
+            holding = self.findings.judge(seen, failed=self._say_failed_rule)
+            snapshot = snapshot.with_findings([*self._notes, *holding])
+            self._notes.clear()
         self.history.append(snapshot)
         self.history.forget(latest=max(LOOKBACK, min(self.keep, KEEP_ROWS // max(1, _rows(snapshot)))))
         self._published += 1
@@ -335,7 +364,7 @@ class Monitor(Stepping):
         self._notes.append(Finding(what, "", "info", message, step=step))
 
     def _say_failed_rule(self, rule: str, error: Exception) -> None:
-        self.say_once(f"rule {rule}", f"rule {rule} failed: {type(error).__name__}: {error}")
+        self.say_once(f"rule {rule}", f"rule {rule} failed: {told(error)}")
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` continues from, plain Python values: findings, and what rules read of the past."""
@@ -353,7 +382,7 @@ class Monitor(Stepping):
         history = checkpoint.unpack(past)
         self.findings.load(past, stop_reason=stop_reason)
         self._spectra.load(past.get("spectra", {}))
-        self.last_step, self.history = last_step, history
+        self.last_step, self._passed, self.history = last_step, None, history
 
 
 def _rows(snapshot: Snapshot) -> int:

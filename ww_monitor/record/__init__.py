@@ -1,8 +1,8 @@
 """What was seen: snapshots, findings and their history, as plain frozen data that outlives the run."""
 
 from ww_monitor.record.history import History, Rule, Sink
+from ww_monitor.record.saved import NAN
 from ww_monitor.record.snapshot import (
-    NAN,
     SCHEMA,
     UNREAD,
     Finding,

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import os
+import stat
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import BinaryIO, Protocol, runtime_checkable
 
-from ww_monitor.errors import WWMonitorError
-from ww_monitor.record.snapshot import NAN, Finding, Layer, Snapshot
+from ww_monitor.errors import SpectralWarning, WWMonitorError
+from ww_monitor.record.saved import NAN
+from ww_monitor.record.snapshot import Finding, Layer, Snapshot
+
+_HEAD = b'{"schema":'
+"""How a line of ours begins."""
+
+_LONGEST_LINE = 1 << 29
+"""Bytes that a line may have: some 200,000 layers, at 2 KB each (our choice)."""
 
 
 class History:
@@ -91,24 +102,71 @@ class History:
     def read(cls, path: str | Path) -> History:
         """The history in a JSON Lines file; a torn last line (a run that was killed) is left out.
 
-        Where a run was resumed from before its last snapshot, what it saw again replaces what was seen first.
+        Where a run was resumed from before its last snapshot, what it saw again replaces what was seen first. Lines
+        that are damaged (by a disk that was full for a moment) are left out, and said in one `SpectralWarning`.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            WWMonitorError: if a line before the last is no snapshot, naming the line.
+            WWMonitorError: if it cannot be read, none of its lines is a snapshot, or one is of a later version; it
+                names the file and, where there is one, the line.
         """
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        history = cls()
-        for number, line in enumerate(lines, start=1):
-            try:
-                snapshot = Snapshot.from_dict(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                if number < len(lines):
-                    raise WWMonitorError(f"History.read: line {number} of {path} is no snapshot") from error
-            else:
-                history._rewind(snapshot.step)
-                history.append(snapshot)
+        history, damaged, foreign = cls(), [], False
+        with _opened(path) as file:
+            for number, line in enumerate(_lines(file), start=1):
+                if not line.strip():
+                    continue
+                try:
+                    snapshot = Snapshot.from_dict(json.loads(line))
+                except WWMonitorError as error:
+                    raise WWMonitorError(f"History.read: line {number} of {path}: {error}") from error
+                except (ValueError, TypeError, RecursionError, MemoryError) as error:
+                    torn = isinstance(error, json.JSONDecodeError) and _begins_as_ours(line)
+                    foreign = foreign or not torn
+                    if not torn or line.endswith(b"\n"):
+                        damaged.append((number, error))
+                else:
+                    history._rewind(snapshot.step)
+                    history.append(snapshot)
+        if damaged:
+            said = f"line {_numbers([number for number, _ in damaged])} of {path} is no snapshot"
+            said += f" ({type(damaged[0][1]).__name__}: {str(damaged[0][1])[:200]})"
+            if foreign and not len(history):
+                raise WWMonitorError(f"History.read: {said}, nor is any other") from damaged[0][1]
+            warnings.warn(f"History.read: {said}; the others are read", SpectralWarning, stacklevel=2)
         return history
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[BinaryIO]:
+    """A regular file: reading a pipe would wait for whoever writes there."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("it is no regular file")
+        with open(path, "rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
+        raise WWMonitorError(f"History.read: {str(path)!r} cannot be read: {error}") from error
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """One at a time; of one that no snapshot can be as long as, the beginning."""
+    while line := file.readline(_LONGEST_LINE):
+        rest = line
+        while len(rest) > 1 and not rest.endswith(b"\n") and len(line) == _LONGEST_LINE:
+            rest = file.readline(1 << 20)
+        yield line
+
+
+def _begins_as_ours(line: bytes) -> bool:
+    """Whether it may be a part of a line of ours, as a killed run leaves it."""
+    return line.startswith(_HEAD) or _HEAD.startswith(line.strip())
+
+
+def _numbers(lines: Sequence[int]) -> str:
+    shown = ", ".join(map(str, lines[:10]))
+    return shown if len(lines) <= 10 else f"{shown} and {len(lines) - 10} more"
 
 
 Rule = Callable[[History], Iterable[Finding]]

@@ -10,20 +10,19 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from ww_monitor.errors import MissingDependency, WWMonitorError
 from ww_monitor.kind import About, Kind
+from ww_monitor.record.saved import NAN, number, plain, restored
 
 if TYPE_CHECKING:
     import pandas
 
 SCHEMA = 1
-"""Version of the saved form; raised when a field changes its meaning."""
-
-NAN = float("nan")
+"""Version of the saved form, which every line carries; raised when a field changes its meaning, not when one joins."""
 
 LONGEST_NAME = 200
 """Letters of a layer's name in a key; MLflow takes 250 in all."""
@@ -252,34 +251,26 @@ class Snapshot:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python data for JSON: NaN and infinity become `None`, eigenvalues are left out."""
-        layers = [
-            {**asdict(replace(layer, metrics={}, eigenvalues=None, sketch=None)), "metrics": dict(layer.metrics)}
-            for layer in self.layers
-        ]
-        for layer in layers:
-            del layer["eigenvalues"], layer["sketch"]
-        data = {**asdict(replace(self, layers=(), summary={})), "layers": layers, "summary": dict(self.summary)}
-        return {"schema": SCHEMA, **_finite_or_none(data)}
+        layers = []
+        for layer in self.layers:
+            row: dict[str, Any] = plain(replace(layer, metrics={}, eigenvalues=None, sketch=None))
+            del row["eigenvalues"], row["sketch"]
+            layers.append({**row, "metrics": _numbers(layer.metrics)})
+        data = plain(replace(self, layers=(), summary={}))
+        return {"schema": SCHEMA, **data, "layers": layers, "summary": _numbers(self.summary)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Snapshot:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`; keys that this version does not know are left out.
 
         Raises:
             WWMonitorError: if the data was written by a later schema.
+            TypeError: if a value is of another type than its field.
+            ValueError: if a value is none of the choices of its field, or what must be there is missing.
         """
-        if data.get("schema", 0) > SCHEMA:
+        if isinstance(data, Mapping) and data.get("schema", 0) > SCHEMA:
             raise WWMonitorError(f"Snapshot.from_dict: schema {data['schema']} is newer than this version's {SCHEMA}")
-        return cls(
-            layers=tuple(_layer_from_dict(layer) for layer in data["layers"]),
-            skipped=tuple(Skipped(**{**s, "shape": tuple(s["shape"])}) for s in data["skipped"]),
-            summary=_nan_for_none(data["summary"]),
-            findings=tuple(Finding(**finding) for finding in data["findings"]),
-            step=data["step"],
-            epoch=data["epoch"],
-            preset=data["preset"],
-            seconds=NAN if data["seconds"] is None else data["seconds"],
-        )
+        return restored(cls, data)
 
     def to_json(self) -> str:
         """One line of strict JSON."""
@@ -299,29 +290,8 @@ class Snapshot:
         return pandas.DataFrame([row(index, layer) for index, layer in enumerate(self.layers)])
 
 
-def _layer_from_dict(data: Mapping[str, Any]) -> Layer:
-    esd = data["esd"]
-    return Layer(
-        **{
-            **data,
-            "shape": tuple(data["shape"]),
-            "metrics": _nan_for_none(data["metrics"]),
-            "esd": Histogram(**{**esd, "counts": tuple(esd["counts"])}) if esd else None,
-            "trap_entries": tuple(TrapEntry(**entry) for entry in data["trap_entries"]),
-        }
-    )
-
-
-def _nan_for_none(values: Mapping[str, float | None]) -> dict[str, float]:
-    return {key: NAN if value is None else value for key, value in values.items()}
-
-
-def _finite_or_none(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite_or_none(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite_or_none(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+def _numbers(values: Mapping[str, Any]) -> dict[str, int | float | None]:
+    return {str(key): number(value) for key, value in values.items()}
 
 
 def _row(index: int, layer: Layer) -> dict[str, Any]:

@@ -11,6 +11,9 @@ LOOKBACK = 16
 """Snapshots before the last that rules see: it bounds their cost, and what a checkpoint must hold."""
 
 
+MOST_FINDINGS = 200_000
+"""Findings of one rule at one snapshot (our choice: as many as the matrices of the largest model that `plan` takes)."""
+
 BROKEN = ("not_finite", "solver_failed")
 
 

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from itertools import islice
+from typing import Any, get_args
 
-from ww_monitor.record import Finding, History, Rule
-from ww_monitor.rules.declare import LOOKBACK, name_of
+from ww_monitor.record import Finding, History, Rule, Severity
+from ww_monitor.rules.declare import LOOKBACK, MOST_FINDINGS, name_of
 from ww_monitor.rules.layers import (
     broken_layer,
     harmful_trap,
@@ -53,9 +54,16 @@ def with_stop_rule(rules: Sequence[Rule], stop_on: str | None) -> tuple[Rule, ..
 
 
 def apply_rules(rules: Sequence[Rule], history: History) -> list[Finding]:
-    """Every finding that holds at the last snapshot, seen with no more than `LOOKBACK` before it."""
+    """Every finding that holds at the last snapshot, seen with no more than `LOOKBACK` before it.
+
+    Raises:
+        ValueError: if a rule gives more than `MOST_FINDINGS`, as one that never ends does.
+    """
     seen = History(history.snapshots[-LOOKBACK - 1 :])
-    return [finding for rule in rules for finding in rule(seen)]
+    found = [list(islice(rule(seen), MOST_FINDINGS + 1)) for rule in rules]
+    if max(map(len, found), default=0) > MOST_FINDINGS:
+        raise ValueError(f"apply_rules: expected at most {MOST_FINDINGS:,} findings of a rule, got more")
+    return [finding for of_rule in found for finding in of_rule]
 
 
 def transitions(active: Sequence[Finding], holding: Sequence[Finding], *, step: int | None) -> list[Finding]:
@@ -152,11 +160,16 @@ class Holding:
         self.active, self.stop_reason = active, stop_reason if self.stop_on else ""
 
 
+_WORDS = frozenset((*get_args(Severity), "begin", "end"))
+
+
 def _checked(finding: object) -> Finding:
-    texts = (finding.rule, finding.layer, finding.message) if isinstance(finding, Finding) else (None,)
-    if not isinstance(finding, Finding) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"expected Findings whose rule, layer and message are texts, got {finding!r}")
-    return finding
+    if isinstance(finding, Finding):
+        texts = finding.rule, finding.layer, finding.message, finding.severity, finding.state
+        known = all(isinstance(text, str) for text in texts) and {*texts[3:]} <= _WORDS
+        if known and isinstance(finding.step, int | None):
+            return finding
+    raise TypeError(f"expected Findings whose rule, layer and message are texts, got {finding!r}")
 
 
 def _ended(finding: Finding, step: int | None) -> Finding:

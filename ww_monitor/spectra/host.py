@@ -12,6 +12,7 @@ import torch
 from ww_monitor.spectra import lapack
 from ww_monitor.spectra.elements import Moments
 from ww_monitor.spectra.status import Rows, Status
+from ww_monitor.spectra.stop import stop_if_told
 
 _TOGETHER = _ROW_CHUNK = 1 << 18
 """Elements of W up to which matrices are solved in one call, whose overhead small ones share; and of a large W that are
@@ -104,6 +105,7 @@ def _row_chunks(w: torch.Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """
     in_numpy = w.dtype in (torch.float64, torch.float32, torch.float16)
     for part in torch.split(w, max(_ROW_CHUNK // w.shape[1], w.shape[1] // 8, 1)):
+        stop_if_told()
         array = part.numpy() if in_numpy else part.double().numpy()
         chunk = array.astype(np.float64, order="K" if 1 in w.stride() else "C", copy=False)
         whole = chunk.flags.c_contiguous or chunk.flags.f_contiguous

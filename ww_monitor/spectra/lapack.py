@@ -19,6 +19,8 @@ import torch
 from scipy import LowLevelCallable
 from scipy.linalg import cython_blas, cython_lapack
 
+from ww_monitor.spectra.stop import stop_if_told
+
 _LOWER = b"L"
 """What is an upper triangle by rows is a lower one to LAPACK, for which columns come first; with it the solve is the
 quicker (on one core 0.77 s at 2048, with the other 0.84, with numpy 0.94)."""
@@ -71,6 +73,7 @@ def eigvalsh(gram: np.ndarray, *, with_torch: bool = False) -> np.ndarray:
     array([1., 3.])
     """
     _check("eigvalsh", gram, len(gram))
+    stop_if_told()
     if not with_torch and _UNSCALED[0] < gram.diagonal().max() < _UNSCALED[1]:
         return _eigvalsh_unscaled(gram)
     solve = _torch_dsyevd() if with_torch else _routine(cython_lapack, "dsyevd")

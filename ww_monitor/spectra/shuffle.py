@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from ww_monitor.errors import InvalidArgument
 from ww_monitor.spectra.device import accelerator_of
 from ww_monitor.spectra.eigenvalues import tall_of
 from ww_monitor.spectra.elements import Elements
+from ww_monitor.spectra.stop import stop_if_told
 
 CACHED_BYTES = 256 << 20
 """Memory of this process for permutations that are kept, unless `keep_permutations` says otherwise: three of
@@ -102,11 +104,19 @@ class _Cache:
     def limit(self, nbytes: int) -> None:
         with self._lock:
             self._limit = nbytes
-            while sum(order.nbytes for order in self._kept.values()) > nbytes:
-                self._kept.popitem(last=False)
+            self._shrink()
+
+    def unlock(self) -> None:
+        self._lock = threading.Lock()
+
+    def _shrink(self) -> None:
+        while sum(order.nbytes for order in self._kept.values()) > self._limit:
+            self._kept.popitem(last=False)
 
 
 _CACHE = _Cache()
+if hasattr(os, "register_at_fork"):  # another thread may have had the lock, and does not go on in a child
+    os.register_at_fork(after_in_child=_CACHE.unlock)
 
 
 def mixed(matrices: Sequence[torch.Tensor], order: torch.Tensor) -> torch.Tensor:
@@ -126,6 +136,7 @@ def gram_of_shuffled(matrices: Sequence[torch.Tensor], stats: Elements, order: t
     mean = stats.mean.to(device)[:, None]
     gram = torch.zeros(len(flat), short_side, short_side, dtype=torch.float64, device=device)
     for start in range(0, len(by_rows), short_side):  # as large as the Gram matrices
+        stop_if_told()
         part = by_rows[start : start + short_side].reshape(-1).to(device)
         rows = torch.stack([one.index_select(0, part) for one in flat]).double().sub_(mean)
         rows = rows.view(len(flat), -1, short_side)
@@ -147,6 +158,7 @@ class Shuffled:
         rows = rows.sub(self._mean).mul_(1.0 / self._std).float()
         gram = torch.empty(2 * rows.shape[1:], dtype=torch.float32, device="cpu")
         for start in range(0, len(gram), _BLOCK):  # each product once: a little over half of them
+            stop_if_told()
             here, after = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
             torch.mm(rows[:, here].mT, rows[:, start:], out=gram[here, start:])
             gram[after, here] = gram[here, after].mT
@@ -154,6 +166,7 @@ class Shuffled:
 
     def image(self, vectors: torch.Tensor) -> torch.Tensor:
         """V AᵀA `[b, M]` of `[b, M]`, in float64."""
+        stop_if_told()
         image = torch.zeros_like(vectors)
         for part in torch.split(self._rows, max(1, _CHUNK // self._rows.shape[1])):
             rows = part.double().sub_(self._mean)

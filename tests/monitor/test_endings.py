@@ -1,0 +1,299 @@
+"""A process that ends while an analysis is under way ends as it would without it, and what is done is written."""
+
+import copy
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+import cloudpickle
+import pytest
+
+from tests.histories import steps_of
+from tests.matrices import draw, matrix
+from tests.processes import environment
+from tests.registries import before_measurement
+from ww_monitor import History
+from ww_monitor.engine import Options, analyze_matrices
+from ww_monitor.engine.threads import controller
+from ww_monitor.errors import SpectralWarning
+from ww_monitor.monitor import Monitor
+from ww_monitor.monitor.background import Background
+from ww_monitor.record import Finding, Snapshot
+from ww_monitor.sinks.jsonl import JsonLines
+from ww_monitor.sinks.memory import Memory
+
+LAYERS = [matrix("fc", draw(40, 30))]
+
+SCRIPT = """
+import signal, sys, time, torch
+from ww_monitor.monitor import Monitor
+from ww_monitor.sinks.jsonl import JsonLines
+from ww_monitor.walk.torch import walk
+mode, size, how, path = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+net = torch.nn.Linear(size, size)
+def run():
+    monitor = Monitor(mode=mode, sinks=[JsonLines(path)])
+    monitor.begin(0)
+    print("begun", flush=True)
+    for step in range(2 if how == "end" else 10**6):
+        monitor.observe(walk(net), step=step)
+try:
+    run()
+finally:
+    print("returned", time.time(), flush=True)
+"""
+
+
+def run_to_its_end(mode, size, how, path):
+    """Exit code, seconds from a signal to the return of the loop, steps in the file."""
+    command = [sys.executable, "-c", SCRIPT, mode, str(size), how, str(path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment(), stderr=subprocess.DEVNULL
+    ) as run:
+        assert run.stdout.readline() == "begun\n"
+        if how != "end":
+            time.sleep(0.5)
+            run.send_signal(getattr(signal, how))
+        start = time.time()
+        returned = float(run.stdout.read().split()[1]) - start
+    return run.returncode, returned, steps_of(History.read(path)) if path.exists() else []
+
+
+def test_python_ends_with_its_own_exit_code_and_the_last_snapshot_where_nobody_has_closed(tmp_path):
+    code, _, steps = run_to_its_end("async", 512, "end", tmp_path / "run.jsonl")
+    assert (code, steps[-1]) == (0, 1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+@pytest.mark.parametrize(
+    ("mode", "size", "how", "expected"), [("sync", 3072, "SIGINT", -2), ("async", 256, "SIGTERM", 143)]
+)
+def test_an_interrupted_analysis_returns_before_the_solve_under_way_does(tmp_path, how, expected, mode, size):
+    code, seconds, _ = run_to_its_end(mode, size, how, tmp_path / "run.jsonl")
+    assert code == expected
+    assert seconds < 2
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Analyses in the background wait for it."""
+    event = threading.Event()
+    before_measurement(
+        monkeypatch, "live_sides", lambda _: "background" in threading.current_thread().name and event.wait(20)
+    )
+    yield event
+    event.set()
+
+
+def test_the_end_of_a_with_block_waits_for_what_is_under_way(gate):
+    with Monitor(mode="async", sinks=[sink := Memory()]) as monitor:
+        monitor.observe(LAYERS, step=0)
+        monitor.observe(LAYERS, step=1)
+        threading.Timer(0.1, gate.set).start()
+    assert (steps_of(sink.history)[-1], sink.closed) == (1, True)
+
+
+def _interrupted_in_a_block(monitor):
+    with monitor:
+        monitor.observe(LAYERS, step=0)
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_block_waits_for_nothing_but_a_moment(gate, monkeypatch):
+    monkeypatch.setattr("ww_monitor.monitor.monitor.INTERRUPTED_SECONDS", 0.05)
+    start = time.monotonic()
+    monitor = Monitor(mode="async", sinks=[sink := Memory()])
+    with pytest.raises(KeyboardInterrupt):
+        _interrupted_in_a_block(monitor)
+    assert time.monotonic() - start < 10
+    assert sink.closed
+    gate.set()
+    monitor.observe(LAYERS, step=1)
+    monitor.close()
+    assert steps_of(sink.history) == [1]
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_where_no_thread_can_be_started_the_caller_analyses(monkeypatch, mode):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monitor = Monitor(mode=mode)
+    for step in range(2):
+        monitor.observe([matrix("a", draw(600, 520)), matrix("b", draw(600, 520))], step=step)
+        monitor.collect()
+    monitor.close()
+    assert steps_of(monitor.history) == [0, 1]
+    assert {layer.status for snapshot in monitor.history for layer in snapshot.layers} == {"ok"}
+
+
+COPIES = [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one)), lambda one: pickle.loads(cloudpickle.dumps(one))]
+
+
+@pytest.mark.parametrize("make", COPIES)
+@pytest.mark.parametrize("options", [{}, {"mode": "async", "track_delta": True, "every_n_steps": 2}])
+def test_a_monitor_is_copied_before_and_while_it_works(tmp_path, gate, make, options):
+    monitor = Monitor(**options, sinks=[JsonLines(tmp_path / "run.jsonl")])
+    copies = [make(monitor)]
+    monitor.observe(LAYERS, step=0, whole=True)
+    monitor.observe(LAYERS, step=1)
+    copies.append(make(monitor))
+    gate.set()
+    monitor.close()
+    for one, before in zip(copies, (0, 1 if options else 2), strict=True):
+        assert len(one.history) == before
+        one.observe(LAYERS, step=2)
+        one.close()
+        assert one.history.last.step == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_begins_with_a_fresh_background(gate):
+    background = Background(lambda job: gate.wait(20) and job)
+    background.put(1)
+    while background._waiting:
+        time.sleep(0.001)
+    background._changed.acquire()  # as a thread of the parent may at that moment
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that threads are running
+        child = os.fork()
+    if not child:
+        gate.set()
+        background.put(2)
+        os._exit(0 if background.join(20) and background.next_done().result == 2 else 1)
+    background._changed.release()
+    assert os.waitpid(child, 0)[1] == 0
+    gate.set()
+    assert background.close(20)
+
+
+def test_two_analyses_at_once_give_the_thread_counts_back(allow_threads):
+    allow_threads(2)
+    layers = [matrix(name, draw(64, 48)) for name in "abc"]
+    before = [pool["num_threads"] for pool in controller().info()]
+    threads = [
+        threading.Thread(target=lambda: [analyze_matrices(layers, Options()) for _ in range(5)]) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [pool["num_threads"] for pool in controller().info()] == before
+
+
+def test_a_loop_that_is_run_again_is_looked_at_though_its_only_look_was_at_step_0():
+    monitor = Monitor(every_n_steps=100)
+    sink = Memory()
+    monitor.sinks.append(sink)
+    for cell in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if cell == 0 else "ignore", SpectralWarning)
+            for step in range(5):
+                if monitor.due(step):
+                    monitor.observe(LAYERS, step=step)
+        monitor.close()
+    assert steps_of(sink.history) == [0, 0]
+
+
+def test_in_a_tight_address_space_openblas_is_left_alone(monkeypatch):
+    def none(*_):
+        raise OSError(12, "Cannot allocate memory")
+
+    used = []
+    monkeypatch.setattr("ww_monitor.engine.threads.mmap", none)
+    monkeypatch.setattr("ww_monitor.spectra.lapack._routine", lambda *a: used.append(a))
+    snapshot = analyze_matrices([matrix("fc", draw(600, 520))], Options())
+    assert ([layer.status for layer in snapshot.layers], used) == (["ok"], [])
+
+
+# --- rules and sinks that misbehave
+
+
+class Wordless(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+def test_a_rule_that_never_ends_costs_its_findings(monkeypatch):
+    monkeypatch.setattr("ww_monitor.rules.MOST_FINDINGS", 1000)
+
+    def endless(history):
+        while True:
+            yield Finding("endless", "fc", "info", "again")
+
+    with pytest.warns(SpectralWarning, match="rule endless failed: ValueError: apply_rules: expected at most 1,000"):
+        assert Monitor(rules=[endless]).observe(LAYERS, step=0).findings == ()
+
+
+def test_the_file_is_written_though_a_rule_a_sink_and_the_users_warnings_fail(tmp_path, monkeypatch):
+    class Sink(Memory):
+        def write(self, snapshot):
+            raise Wordless
+
+    def rule(history):
+        raise Wordless
+
+    def show(*arguments, **keywords):
+        raise OSError("closed")
+
+    monkeypatch.setattr(warnings, "showwarning", show)
+    monitor = Monitor(rules=[rule], sinks=[Sink(), JsonLines(tmp_path / "run.jsonl")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        for step in range(2):
+            assert monitor.observe(LAYERS, step=step) is not None
+    assert steps_of(monitor.history) == steps_of(History.read(tmp_path / "run.jsonl")) == [0, 1]
+
+
+def test_the_file_is_written_before_another_sink_can_be_interrupted(tmp_path):
+    class Sink(Memory):
+        def write(self, snapshot):
+            raise KeyboardInterrupt
+
+    monitor = Monitor(sinks=[Sink(), JsonLines(tmp_path / "run.jsonl")])
+    with pytest.raises(KeyboardInterrupt):
+        monitor.observe(LAYERS, step=0)
+    assert steps_of(History.read(tmp_path / "run.jsonl")) == [0]
+
+
+def test_a_snapshot_that_cannot_be_turned_into_text_costs_itself_only(tmp_path, monkeypatch):
+    text = Snapshot.to_json
+
+    def fails(self):
+        if self.step == 1:
+            raise TypeError("no text")
+        return text(self)
+
+    monkeypatch.setattr(Snapshot, "to_json", fails)
+    monitor = Monitor(sinks=[JsonLines(tmp_path / "run.jsonl")])
+    monitor.observe(LAYERS, step=0)
+    with pytest.warns(SpectralWarning, match="sink JsonLines failed: TypeError: no text"):
+        monitor.observe(LAYERS, step=1)
+    monitor.observe(LAYERS, step=2)
+    assert steps_of(monitor.history) == [0, 1, 2]
+    assert steps_of(History.read(tmp_path / "run.jsonl")) == [0, 2]
+
+
+def test_a_job_that_ends_its_thread_costs_itself_only():
+    def run(job):
+        if job == 0:
+            raise SystemExit(3)
+        return job
+
+    background = Background(run)
+    background.put(0)
+    assert background.join(20)
+    background.put(1)
+    assert background.join(20)
+    with pytest.raises(SystemExit):
+        background.next_done().get()
+    assert background.next_done().get() == 1
+    assert background.close(20)
