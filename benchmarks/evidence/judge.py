@@ -1,8 +1,8 @@
 """Histories and outcomes → what every rule found and what every way to stop would have cost and saved.
 
-A run *loses* if its last test accuracy is at least 2 points (0.02) below its best; its *loss begins* at the first snapshot
-after which the accuracy stays 0.02 or more below the best so far. A run that does not lose is *good*. An alarm in a good
-run is a false one; an alarm in a losing run is early if it comes no later than the loss begins.
+A run *loses* if its last test accuracy is at least 2 points (0.02) below its best; its *loss begins* at the first
+snapshot after which the accuracy stays 0.02 or more below the best so far. A run that does not lose is *good*. An alarm
+in a good run is a false one; an alarm in a losing run is early if it comes no later than the loss begins.
 """
 
 from __future__ import annotations

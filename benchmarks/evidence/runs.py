@@ -228,7 +228,7 @@ class ModularNet(nn.Module):
 
 
 def modular_addition(decay: float, seed: int, p: int = 59, share: float = 0.4) -> Task:
-    """a + b mod p from `share` of all pairs, full batch, AdamW 1e-3 with β = (0.9, 0.98)."""
+    """Sums a + b mod p from `share` of all pairs, full batch, AdamW 1e-3 with β = (0.9, 0.98)."""
     torch.manual_seed(seed)
     pairs = torch.cartesian_prod(torch.arange(p), torch.arange(p))
     x, y = torch.cat([pairs, torch.full((len(pairs), 1), p)], 1), pairs.sum(1) % p
