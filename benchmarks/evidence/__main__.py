@@ -1,0 +1,45 @@
+"""`python -m benchmarks.evidence [--quick] [--jobs 2] [--folder …] [--antigrokking history.jsonl]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from benchmarks.evidence.judge import lines, published, read, results
+from benchmarks.evidence.runs import every_run, quick_runs, train
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def train_one(index: int, quick: bool, folder: Path) -> str:
+    run = (quick_runs() if quick else every_run())[index]
+    train(run, folder)
+    return f"{run.study}: {run.name}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one seed of each set-up, a tenth as long")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="what is there is not trained again")
+    parser.add_argument("--antigrokking", type=Path, help="history of the published set-up, to be judged too")
+    options = parser.parse_args()
+    folder = options.folder / ("quick" if options.quick else "full")
+    with ProcessPoolExecutor(options.jobs) as pool:
+        number = len(quick_runs() if options.quick else every_run())
+        for done in pool.map(train_one, range(number), [options.quick] * number, [folder] * number):
+            print(done, flush=True)
+    runs = read(folder) + (published(options.antigrokking) if options.antigrokking else [])
+    found = results(runs)
+    print(lines(found["runs"], ["study", "run", "best", "end", "loses", "loss_begins", "alarms"]))
+    print(lines(found["rules"], [column for column in found["rules"][0] if column != "severity"]))
+    path = RESULTS / ("stopping_quick.json" if options.quick else "stopping.json")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
