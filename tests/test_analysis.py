@@ -221,7 +221,7 @@ OPTIONS = {
     "split": (THREE, {"split": {"c": 3}}, names),
     "experts": (nn.ModuleDict({"experts": Experts()}), {"experts": "pooled"}, names),
 }
-"""A model, the option, and what it changes; `lora`, `strict` and `across_ranks` are tested apart."""
+"""A model, the option, and what it changes; `lora`, `part`, `strict` and `across_ranks` are tested apart."""
 
 
 @pytest.mark.parametrize(("source", "arguments", "seen"), OPTIONS.values(), ids=OPTIONS)
@@ -230,7 +230,7 @@ def test_every_option_changes_what_it_is_for(source, arguments, seen):
 
 
 def test_there_is_a_test_for_every_option():
-    assert set(inspect.signature(analyze).parameters) == {"model", "lora", "strict", "across_ranks", *OPTIONS}
+    assert set(inspect.signature(analyze).parameters) == {"model", "lora", "part", "strict", "across_ranks", *OPTIONS}
 
 
 def test_the_same_seed_gives_the_same_snapshot_and_no_global_stream_moves():
@@ -241,10 +241,11 @@ def test_the_same_seed_gives_the_same_snapshot_and_no_global_stream_moves():
     assert as_numbers(first["fc"]) == as_numbers(again["fc"])
 
 
-def test_weights_and_transposed_weights_have_the_same_numbers():
+def test_weights_and_transposed_weights_have_the_same_numbers_but_for_which_side_is_the_input():
     weight = spiked(120, 60)
     snapshot = analyze(model(tall=weight, wide=weight.T.contiguous()))
-    tall, wide = snapshot["tall"].metrics, snapshot["wide"].metrics
+    tall, wide = dict(snapshot["tall"].metrics), dict(snapshot["wide"].metrics)
+    assert wide.pop("rms_norm") == pytest.approx(2 * tall.pop("rms_norm"))
     assert tall == pytest.approx(wide, rel=1e-9, nan_ok=True)
 
 

@@ -60,6 +60,8 @@ def definitions():
         "log_spectral_norm": 2 * math.log10(np.linalg.norm(HEAVY, 2)),
         "stable_rank": (HEAVY**2).sum() / np.linalg.norm(HEAVY, 2) ** 2,
         "entropy": -(p * np.log(p)).sum() / math.log(80),
+        "effective_rank": math.exp(-(p * np.log(p)).sum()),
+        "rms_norm": np.linalg.norm(HEAVY, 2) * math.sqrt(80 / 120),
         "num_spikes": (value > value[-1 - int(layer.value("num_spikes"))]).sum(),
         "mp_softrank": layer.value("bulk_max") / value[-1],
         "bulk_min": std**2 * (math.sqrt(120) - math.sqrt(80)) ** 2,
@@ -83,8 +85,8 @@ def test_metric_is_its_definition(name):
 
 
 def test_every_standard_metric_is_tested_by_its_definition():
-    """Tracy–Widom p-values and shuffled spectra have their slow twins in tests/spectra."""
-    elsewhere = {"spike_p_value", "bulk_std", "num_traps", "trap_severity", "trap_p_value"}
+    """Tracy–Widom p-values and shuffled spectra have their slow twins in tests/spectra, the drift in tests/monitor."""
+    elsewhere = {"spectral_drift", "spike_p_value", "bulk_std", "num_traps", "trap_severity", "trap_p_value"}
     assert {entry.name for entry in metrics() if entry.standard} == EXPECTED.keys() | elsewhere
 
 
@@ -120,6 +122,88 @@ def test_each_verdict_has_a_spectrum_that_earns_it(verdict, weight):
     assert layer_of(weight).verdict == verdict
     if verdict not in ("zero", "not_finite"):
         assert layer_of(1e-12 * weight).verdict == verdict
+
+
+def with_dependent_rows(how):
+    free = normal(32, 128)
+    return {
+        "copies": np.r_[free, free],
+        "three copies": np.r_[free[:21], free[:21], free[:21]],
+        "multiples": np.r_[free, -2 * free],
+        "some copies": np.r_[normal(48, 128), free[:8], free[:8]],
+        "zeros": np.r_[free, 0 * free],
+        "sums": np.r_[free, free[:16] + free[16:]],
+        "mixtures": np.r_[free, normal(20, 32, seed=1) @ free],
+        "copies and zeros": np.r_[normal(44, 128), normal(44, 128)[:8], 0 * free[:4]],
+        "copied columns": np.c_[normal(128, 32), normal(128, 32)],
+    }[how]
+
+
+@pytest.mark.parametrize("how", ["copies", "three copies", "multiples", "some copies", "zeros", "copies and zeros"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_copied_rows_are_no_spikes_in_any_precision(how, dtype):
+    layer = layer_of(torch.as_tensor(with_dependent_rows(how)).to(dtype))
+    assert (layer.verdict, math.isnan(layer.value("num_spikes"))) == ("rank_deficient", True)
+
+
+@pytest.mark.parametrize("how", ["sums", "mixtures", "copied columns"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_dependent_rows_are_no_spikes(how, dtype):
+    layer = layer_of(torch.as_tensor(with_dependent_rows(how)).to(dtype))
+    assert (layer.verdict, math.isnan(layer.value("num_spikes"))) == ("rank_deficient", True)
+
+
+@pytest.mark.parametrize(
+    ("weight", "rank"),
+    [
+        (normal(64, 128) - normal(64, 128).mean(0), 63),  # rows that sum to zero, as those of a head that began at zero
+        (np.r_[normal(63, 128), normal(63, 128)[:1]], 63),
+        (np.r_[normal(44, 128), np.zeros((20, 128))], 44),
+    ],
+    ids=["one constraint", "one copy", "pruned rows"],
+)
+def test_a_layer_that_lacks_one_mode_or_has_been_pruned_keeps_its_bulk(weight, rank):
+    layer = layer_of(weight)
+    assert (layer.verdict, layer.value("matrix_rank"), layer.value("num_spikes")) == ("random_like", rank, 0)
+
+
+def test_rounding_makes_no_square_matrix_deficient():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert layer_of(torch.as_tensor(normal(256, 256)).to(dtype)).verdict == "random_like"
+
+
+THIN = {
+    "depthwise": torch.nn.Conv2d(48, 48, 5, groups=48),
+    "depthwise, many taps": torch.nn.Conv1d(48, 48, 31, groups=48),
+    "narrow groups": torch.nn.Conv2d(64, 64, 3, groups=16),
+    "on colours": torch.nn.Conv2d(3, 64, 7),
+}
+
+
+@pytest.mark.parametrize("kernel", THIN.values(), ids=THIN)
+def test_a_kernel_of_thin_slices_adds_its_norms_and_no_exponent(kernel):
+    """Its few entries are heavy-tailed here, of which a fit to the pooled norms makes an over-trained layer."""
+    with torch.no_grad():
+        kernel.weight.copy_(kernel.weight.sign() * (kernel.weight.abs() / kernel.weight.abs().max()) ** 6)
+    other = torch.nn.Linear(96, 64)
+    snapshot = analyze(torch.nn.ModuleDict({"thin": kernel, "other": other}))
+    layer, plain = snapshot["thin"], analyze(torch.nn.ModuleDict({"other": other}))
+    assert layer.verdict == "thin_slices"
+    for name in ("alpha", "alpha_hat", "n_tail", "erg_gap", "entropy", "effective_rank"):
+        assert snapshot.summary[name] == pytest.approx(plain.summary[name], nan_ok=True), name
+    assert snapshot.summary["log_norm"] != plain.summary["log_norm"]
+    assert not [finding for finding in snapshot.findings if finding.layer == "thin"]
+    weight = kernel.weight.detach().double()
+    assert layer.value("log_norm") == pytest.approx(math.log10(weight.square().sum() / 2))
+    slices = weight.flatten(2).permute(2, 0, 1)
+    largest = torch.linalg.matrix_norm(slices, 2).max() ** 2 / 2
+    assert layer.value("log_spectral_norm") == pytest.approx(math.log10(largest))
+
+
+def test_the_weightwatcher_preset_averages_the_exponents_of_thin_slices_too():
+    snapshot = analyze(THIN["depthwise"], preset="weightwatcher")
+    assert snapshot.summary["alpha"] == snapshot.layers[0].value("alpha")
+    assert snapshot.layers[0].verdict == "thin_slices"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -174,4 +258,44 @@ def test_all_metrics_are_computed_and_known_on_a_healthy_layer(preset):
     layer = layer_of(HEAVY, preset=preset, metrics="all", **options)
     unknown = {name for name, value in layer.metrics.items() if math.isnan(value)}
     assert list(layer.metrics) == [entry.name for entry in metrics(preset)]
-    assert unknown <= {"sigma", "trap_severity", "trap_p_value"}
+    assert unknown <= {"sigma", "trap_severity", "trap_p_value", "spectral_drift"}
+
+
+@pytest.mark.parametrize(
+    ("eigenvalues", "expected"),
+    [([1.0] * 8, 8.0), ([1.0] + [0.0] * 7, 1.0), ([3.0, 1.0] + [0.0] * 6, 4 / 3**0.75)],
+)
+def test_the_effective_rank_counts_equal_modes(eigenvalues, expected):
+    weight = torch.zeros(8, 12, dtype=torch.float64)
+    weight[:, :8] = torch.diag(torch.tensor(eigenvalues, dtype=torch.float64).sqrt())
+    assert layer_of(weight).value("effective_rank") == pytest.approx(expected, rel=1e-12)
+
+
+def with_weight(layer, value=0.5):
+    """Every entry of every slice is the same: σmax = value √(rows · columns)."""
+    with torch.no_grad():
+        layer.weight.fill_(value)
+    return layer
+
+
+RMS = {
+    "linear": (torch.nn.Linear(32, 8), 0.5 * 32),  # a mean of 32 equal inputs, times 32
+    "convolution": (torch.nn.Conv2d(32, 8, 3), 0.5 * 32),
+    "transposed convolution": (torch.nn.ConvTranspose2d(32, 8, 3), 0.5 * 32),
+    "embedding": (torch.nn.Embedding(32, 8), math.nan),
+}
+
+
+@pytest.mark.parametrize(("layer", "expected"), RMS.values(), ids=RMS)
+def test_the_rms_norm_is_from_inputs_to_outputs_however_the_weight_is_stored(layer, expected):
+    (row,) = analyze(with_weight(layer)).layers
+    assert row.value("rms_norm") == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", ["c_fc", "c_proj", "c_attn", "fc"])
+def test_the_rms_norm_of_weights_that_gpt2_stores_inputs_first(name):
+    """One input is repeated on all outputs: by GPT-2's names also in a file, where only the shape tells."""
+    inputs, outputs = {"c_fc": (16, 64), "c_proj": (64, 16), "c_attn": (16, 48), "fc": (16, 64)}[name]
+    stored = (outputs, inputs) if name == "fc" else (inputs, outputs)
+    rows = analyze({f"h.0.{name}.weight": torch.full(stored, 0.5)}).layers
+    assert [row.value("rms_norm") for row in rows] == pytest.approx([0.5 * inputs] * (3 if name == "c_attn" else 1))

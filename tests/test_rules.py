@@ -1,6 +1,7 @@
 """Rules: which values wake which finding, at, below and above each threshold."""
 
 import inspect
+import json
 import math
 from functools import partial
 
@@ -14,8 +15,11 @@ from ww_monitor.rules import (
     TRAINING_RULES,
     apply_rules,
     broken_layer,
+    harmful_trap,
     mean_shift,
+    norm_growth,
     over_trained,
+    stable_rank_collapse,
     transitions,
     trap,
     trap_approaching,
@@ -68,6 +72,10 @@ def test_a_layer_is_broken_where_nan_a_solver_or_an_exception_took_its_spectrum(
         (trap, {}, False),
         (partial(trap, at_least=2.0), {"num_traps": 1.9}, False),
         (partial(trap, at_least=2.0), {"num_traps": 2.0}, True),
+        (harmful_trap, {"trap_harm": 0.00099}, False),
+        (harmful_trap, {"trap_harm": 0.001}, True),
+        (harmful_trap, {"trap_harm": NAN, "num_traps": 9.0}, False),
+        (partial(harmful_trap, harm=0.01), {"trap_harm": 0.002}, False),
         (mean_shift, {"mean_shift": 0.99}, False),
         (mean_shift, {"mean_shift": 1.0}, True),
         (mean_shift, {"mean_shift": 1.7}, True),
@@ -97,6 +105,15 @@ def test_a_threshold_is_reached_or_not(rule, metrics, found):
 @pytest.mark.parametrize("verdict", ["poor_fit", "random_like", "few_eigenvalues", "rank_deficient", "degenerate", ""])
 def test_over_trained_needs_a_power_law_that_fits(verdict):
     assert not wakes(over_trained, layer(verdict=verdict, alpha=1.2, sigma=0.01))
+
+
+@pytest.mark.parametrize(
+    ("verdict", "severity"),
+    [("ok", "critical"), ("poor_fit", "critical"), ("rank_deficient", "critical"), ("few_eigenvalues", "warning")],
+)
+def test_a_trap_in_a_layer_with_few_eigenvalues_is_a_warning(verdict, severity):
+    (found,) = trap(run(layer(verdict=verdict, num_traps=2.0)))
+    assert found.severity == severity
 
 
 # --- rules that look back
@@ -244,6 +261,138 @@ def test_the_cost_of_all_rules_is_linear_in_layers_and_bounded_in_snapshots(snap
     assert many_names <= 100 * (2 * looked_at + 16)
 
 
+# --- trends
+
+
+def growing(exponent: float, count: int, *, first: int = 1) -> History:
+    """λmax = step^exponent at `count` snapshots from number `first` on, ten steps apart."""
+    steps = range(10 * first, 10 * (first + count), 10)
+    rows = [layer(log_spectral_norm=exponent * math.log10(step)) for step in steps]
+    return History(Snapshot((row,), step=step) for step, row in zip(steps, rows, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rule", "history", "found"),
+    [
+        (norm_growth, growing(0.61, 12), True),
+        (norm_growth, growing(0.59, 12), False),
+        (norm_growth, growing(1.0, 11), False),
+        (norm_growth, growing(0.61, 12, first=500), True),
+        (norm_growth, growing(-1.0, 12), False),
+        (partial(norm_growth, snapshots=5), growing(0.61, 5), True),
+        (partial(norm_growth, exponent=2.0), growing(1.9, 12), False),
+        (partial(norm_growth, exponent=2.0), growing(2.1, 12), True),
+    ],
+)
+def test_growth_counts_by_steps_whatever_the_cadence(rule, history, found):
+    assert bool(list(rule(history))) == found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{5: 0.0}, {5: NAN}, {11: 0.0}, {at: 1.0 + 0.001 * at for at in range(6, 12)}],
+    ids=["a fall", "unknown", "a fall at last", "it slows"],
+)
+def test_growth_that_is_interrupted_or_slows_is_none(change):
+    values = [2.0 * math.log10(10 * (at + 1)) if change.keys() != set(range(6, 12)) else at / 6 for at in range(12)]
+    rows = [layer(log_spectral_norm=change.get(at, value)) for at, value in enumerate(values)]
+    history = History(Snapshot((row,), step=10 * (at + 1)) for at, row in enumerate(rows))
+    assert list(norm_growth(history)) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "ranks", "found"),
+    [
+        (stable_rank_collapse, [8, 7, 6.5, 6, 5.5, 5, 4.5, 4], True),
+        (stable_rank_collapse, [8, 7, 6.5, 6, 5.5, 5, 4.5, 4.1], False),
+        (stable_rank_collapse, [8, 7, 6.5, 6.5, 5.5, 5, 4.5, 3], False),
+        (stable_rank_collapse, [8, 7, 6.5, 6, 5.5, 5, 4.5, NAN], False),
+        (stable_rank_collapse, [7, 6.5, 6, 5.5, 5, 4.5, 2], False),
+        (stable_rank_collapse, [90, 8, 7, 6.5, 6, 5.5, 5, 4.5, 4.1], False),
+        (partial(stable_rank_collapse, fall=1.5), [8, 7, 6.5, 6, 5.9, 5.8, 5.7, 5.3], True),
+        (partial(stable_rank_collapse, snapshots=3), [8, 5, 4], True),
+    ],
+)
+def test_a_stable_rank_collapses_against_its_own_past(rule, ranks, found):
+    history = History(Snapshot((layer(stable_rank=r),), step=at + 1) for at, r in enumerate(ranks))
+    assert bool(list(rule(history))) == found
+
+
+def test_a_trend_of_thin_slices_or_without_steps_is_none():
+    for rule in (norm_growth, stable_rank_collapse):
+        rows = [{"stable_rank": 2.0**-at, "log_spectral_norm": float(at)} for at in range(12)]
+        thin = History(Snapshot((layer(verdict="thin_slices", **row),), step=at + 1) for at, row in enumerate(rows))
+        assert list(rule(thin)) == []
+        assert list(rule(History(Snapshot((layer(**row),)) for row in rows))) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "metrics", "found"),
+    [
+        (under_trained, {"alpha": 7.1, "sigma": 0.5}, True),
+        (under_trained, {"alpha": 7.0, "sigma": 0.5}, False),
+        (under_trained, {"alpha": 7.0, "sigma": NAN}, False),
+        (partial(under_trained, sigmas=0.0), {"alpha": 6.1, "sigma": 3.0}, True),
+        (partial(under_trained, alpha=8.0), {"alpha": 8.5, "sigma": 0.5}, False),
+        (partial(under_trained, alpha=7.0), {"alpha": 8.5, "sigma": 0.5}, True),
+    ],
+)
+def test_a_tail_is_light_where_alpha_is_above_six_by_more_than_its_error(rule, metrics, found):
+    assert wakes(rule, *[layer(**metrics)] * 3) == found
+    assert not wakes(rule, *[layer(verdict="poor_fit", **metrics)] * 3)
+    assert not wakes(rule, layer(verdict="poor_fit", **metrics), *[layer(**metrics)] * 2)
+    assert not wakes(rule, *[layer(**metrics)] * 2)
+
+
+@pytest.fixture(scope="module")
+def antigrokking(shared):
+    """Four runs by seed and weight decay, as a monitor would have seen them; the last one keeps its accuracy."""
+    runs: dict[tuple[int, float], History] = {}
+    for line in (shared / "data/antigrokking/history.jsonl").read_text(encoding="utf-8").splitlines():
+        seen = json.loads(line)
+        rows = []
+        for name, values in seen["layers"].items():
+            known = {key: NAN if value is None else value for key, value in values.items() if key != "verdict"}
+            rows.append(layer(name, verdict=values["verdict"], **known))
+        run_of = runs.setdefault((seen["seed"], seen["wd"]), History())
+        run_of.append(Snapshot(tuple(rows), step=seen["step"]))
+    return runs
+
+
+def first_step(rule, history: History, name: str) -> int:
+    """Of a rule's finding in a layer; 0 where there is none."""
+    for end in range(1, len(history) + 1):
+        if any(finding.layer == name for finding in apply_rules([rule], History(history.snapshots[:end]))):
+            return history[end - 1].step or 0
+    return 0
+
+
+def test_norm_growth_tells_the_runs_that_collapse_from_the_one_that_does_not(antigrokking):
+    """Their test accuracy is best at step 0.63, 0.79 and 0.79 million."""
+    found = {key: [first_step(norm_growth, run, name) for name in ("fc1", "fc2")] for key, run in antigrokking.items()}
+    assert found == {
+        (0, 0.0): [794330, 630970],
+        (1, 0.0): [1000010, 630970],
+        (2, 0.0): [1258930, 794330],
+        (0, 0.01): [0, 0],
+    }
+
+
+def test_a_falling_stable_rank_does_not_tell_them_apart(antigrokking):
+    found = {key: first_step(stable_rank_collapse, run, "fc2") for key, run in antigrokking.items()}
+    assert found == {(0, 0.0): 199530, (1, 0.0): 199530, (2, 0.0): 251190, (0, 0.01): 158490}
+
+
+def test_a_trap_in_the_head_of_ten_classes_is_early_in_three_runs_and_a_false_alarm_in_the_fourth(antigrokking):
+    found = {key: [first_step(trap, run, name) for name in ("fc1", "fc2", "fc3")] for key, run in antigrokking.items()}
+    assert found == {
+        (0, 0.0): [0, 0, 501190],
+        (1, 0.0): [0, 0, 794330],
+        (2, 0.0): [0, 0, 501190],
+        (0, 0.01): [0, 501190, 316230],
+    }
+
+
 # --- what they say
 
 
@@ -274,6 +423,7 @@ def test_the_cost_of_all_rules_is_linear_in_layers_and_bounded_in_snapshots(snap
         ),
         (partial(over_trained, alpha=1.75), [layer(alpha=1.5, sigma=0.01)], "warning", ["is below 1.75"]),
         (under_trained, [layer(verdict=R)] * 3, "warning", ["fc: no eigenvalue rises above", "under-trained"]),
+        (under_trained, [layer(alpha=8.25, sigma=0.5)] * 3, "info", ["fc: alpha 8.25 ± 0.50 is above 6"]),
     ],
 )
 def test_a_message_names_the_layer_and_has_its_numbers(rule, layers, severity, parts):
@@ -296,7 +446,14 @@ def test_a_trap_is_told_with_the_address_of_its_three_largest_entries(slices, sh
 @pytest.mark.parametrize("rule", TRAINING_RULES)
 def test_a_finding_carries_the_name_of_its_rule(rule):
     rows = [layer(trap_headroom=0.5, verdict=R)] * 2
+    if rule is stable_rank_collapse:
+        rows = [layer(stable_rank=64.0 / 2**at) for at in range(9)]
+    if rule is norm_growth:
+        rows = [layer(log_spectral_norm=float(at)) for at in range(13)]
     last = {
+        "harmful_trap": layer(trap_harm=0.002),
+        "stable_rank_collapse": layer(stable_rank=0.01),
+        "norm_growth": layer(log_spectral_norm=13.0),
         "broken_layer": layer(status="not_finite"),
         "trap": layer(num_traps=1.0),
         "trap_approaching": layer(trap_headroom=0.9),

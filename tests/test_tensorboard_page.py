@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -21,31 +20,16 @@ import pytest
 import torch
 from torch import nn
 
+from tests.browser import CHROMIUM, FLAGS, NEEDS_A_BROWSER
 from tests.processes import start_python
 from ww_monitor import History, Monitor, plots
 from ww_monitor.sinks.heatmap import alpha_colours
 from ww_monitor.walk.torch import walk
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-HOW = "the pages are looked at in a browser; `apt-get install chromium`, or put one of {} on the PATH"
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 LAYERS = ("encoder.0", "encoder.2", "head")
 SECONDS = 60
 
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason=HOW.format(", ".join(BROWSERS))),
-    # the browser's driver leaves its event loop to the garbage collector
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = NEEDS_A_BROWSER
 
 
 def train(folder: Path) -> History:
@@ -183,8 +167,9 @@ def test_the_custom_scalars_page_has_every_layer_in_one_chart(look):
 
 def test_the_custom_scalars_page_has_the_models_alpha_in_its_band(look):
     page, _ = look("custom_scalars", wait_for="ww_monitor")
-    card = page.locator("tf-custom-scalar-margin-chart-card")
-    assert card.get_by_text("alpha of the model in the band from 2 to 6", exact=True).is_visible()
+    title = "alpha of the model in the band from 2 to 6"
+    card = page.locator("tf-custom-scalar-margin-chart-card").filter(has=page.get_by_text(title, exact=True))
+    assert card.get_by_text(title, exact=True).is_visible()
     assert legend(card) == {"ww/alpha (run)"}
     drawn = card.locator("svg path").evaluate_all("paths => paths.map(p => p.getAttribute('d') || '')")
     assert any(path.count("L") >= 8 for path in drawn)

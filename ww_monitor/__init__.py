@@ -19,10 +19,12 @@ from ww_monitor.errors import (
     SpectralWarning,
     WWMonitorError,
 )
+from ww_monitor.harm import TrapHarm, trap_harm
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.metric import metrics
 from ww_monitor.monitor import Monitor
 from ww_monitor.record import Finding, History, Layer, Snapshot
+from ww_monitor.report import write_report
 from ww_monitor.settings import Select
 from ww_monitor.spectra.shuffle import keep_permutations
 from ww_monitor.transforms import Transformed, svd_sharpen, svd_smooth
@@ -48,6 +50,7 @@ __all__ = [
     "Snapshot",
     "SpectralWarning",
     "Transformed",
+    "TrapHarm",
     "WWMonitorError",
     "analyze",
     "describe",
@@ -56,4 +59,6 @@ __all__ = [
     "metrics",
     "svd_sharpen",
     "svd_smooth",
+    "trap_harm",
+    "write_report",
 ]

@@ -23,9 +23,15 @@ class AnalyzeOptions(WalkOptions, Select, AnalysisOptions):
     model: Annotated[
         Source,
         "A torch module; a mapping from names to tensors; or the path of a checkpoint: a `.safetensors` file, a torch"
-        " file (`.bin`, `.pt`, `.pth`, `.th`, `.ckpt`; no pickled objects) or a directory with such weights.",
+        " file (`.bin`, `.pt`, `.pth`, `.th`, `.ckpt`, `.pth.tar`; no pickled objects), weights of Keras, the index of"
+        " shards, or a directory with such weights or with the checkpoints of a run.",
     ]
     _: KW_ONLY
+    part: Annotated[
+        str,
+        'Which of several state dicts in a checkpoint or mapping to analyse, by its path (`"generator"`, `"ema"`);'
+        " without it all but moving averages, their names with that path in front.",
+    ] = ""
     base: Annotated[Source | None, "A model to subtract first: the spectra are those of W − W₀, paired by name."] = None
     across_ranks: Annotated[
         bool,
@@ -58,8 +64,8 @@ def analyze(given: AnalyzeOptions) -> Snapshot:
     """
     options = Options(**AnalysisOptions.of(given).keywords(), keep_eigenvalues=True)
     select, how = Select.of(given), given.for_walker(given.preset)
-    items = select.apply(walk_source(given.model, **how))
+    items = select.apply(walk_source(given.model, **how, part=given.part))
     if given.base is not None:
-        items = delta(items, select.apply(walk_source(given.base, **how)))
+        items = delta(items, select.apply(walk_source(given.base, **how), say=lambda _: None))
     snapshot = analyze_on_ranks(items, options) if given.across_ranks else analyze_matrices(items, options)
     return snapshot.with_findings(apply_rules(SINGLE_RULES, History([snapshot])))

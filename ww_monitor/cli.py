@@ -13,10 +13,11 @@ except ImportError as error:
     raise MissingDependency("ww-monitor: the command line needs typer; pip install 'ww-monitor[cli]'") from error
 
 from ww_monitor.description import Rates, measured_rates
-from ww_monitor.errors import InvalidArgument, MissingDependency
+from ww_monitor.errors import InvalidArgument, MissingDependency, WWMonitorError
 from ww_monitor.metric import metrics as all_metrics
 from ww_monitor.plan import BUILT_IN, OVERALL, PER_RANK, configured, plan_ranks
 from ww_monitor.record import Finding, History
+from ww_monitor.report import write_report
 from ww_monitor.rules import TRAINING_RULES, apply_rules, transitions
 from ww_monitor.sinks.console import table
 
@@ -41,6 +42,19 @@ def replay(history_file: Annotated[Path, typer.Argument(exists=True, dir_okay=Fa
             typer.echo(str(finding))
         active = holding
     typer.echo(table(seen))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A history file, or a folder that has one.")],
+    other: Annotated[Path | None, typer.Argument(help="A second run, shown beside the first.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the page goes.")] = Path("report.html"),
+) -> None:
+    """Write what a run has shown, or two side by side, as one page that opens from disk."""
+    try:
+        typer.echo(write_report(run, other, path=output))
+    except (WWMonitorError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @app.command()

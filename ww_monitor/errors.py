@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 
@@ -30,6 +30,10 @@ class MissingDependency(WWMonitorError, ImportError):
     """An optional package is needed for what was asked; the message says which extra brings it."""
 
 
+class NoSuchFile(WWMonitorError, FileNotFoundError):
+    """There is no file or folder of that name; the message names it, and what was looked for."""
+
+
 class SpectralWarning(UserWarning):
     """The category of every warning this package issues."""
 
@@ -45,6 +49,13 @@ def check_positive_int(where: str, argument: str, value: object) -> None:
     """Raise `InvalidArgument` unless `value` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidArgument(f"{where}: {argument} must be an integer >= 1; got {value!r}")
+
+
+def check_names(where: str, argument: str, value: object) -> None:
+    """Raise `InvalidArgument` unless `value` is a name or a sequence of names, at least one of them."""
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) and name for name in names):
+        raise InvalidArgument(f"{where}: {argument} must be a name or a sequence of names; got {value!r}")
 
 
 def check_share(where: str, argument: str, value: object) -> None:

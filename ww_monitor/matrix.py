@@ -66,6 +66,7 @@ class Matrix:
         role: What the matrix does in its block (`"q"`, `"up"`, `"head"`, …), or `""` where unknown.
         frozen: Whether training leaves it alone, as far as the walker can see.
         shards: Where it is spread over ranks, so that `load` is a collective; else `None`.
+        inputs_first: Whether the rows are inputs and the columns outputs, as Keras and GPT-2 store them.
 
     Raises:
         InvalidArgument: if `kind` is none.
@@ -78,6 +79,7 @@ class Matrix:
     role: str = ""
     frozen: bool = False
     shards: Shards | None = field(default=None, repr=False, compare=False)
+    inputs_first: bool = field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_choice(f"Matrix {self.name!r}", "kind", self.kind, tuple(Kind))
@@ -92,6 +94,16 @@ class Matrix:
     def short_side(self) -> int:
         """M, the smaller dimension of a slice: its number of eigenvalues."""
         return min(self.shape[1:])
+
+    @property
+    def fan_in(self) -> int:
+        """Inputs of a slice."""
+        return self.shape[1 if self.inputs_first else 2]
+
+    @property
+    def fan_out(self) -> int:
+        """Outputs of a slice."""
+        return self.shape[2 if self.inputs_first else 1]
 
     @property
     def num_eigenvalues(self) -> int:

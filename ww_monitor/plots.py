@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from ww_monitor.errors import MissingDependency, check_positive_int
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.record import History, Layer, Snapshot
+from ww_monitor.settings import matching
 from ww_monitor.spectra.eigenvalues import eigenvalues
 from ww_monitor.spectra.elements import elements
 from ww_monitor.spectra.shuffle import permutation
@@ -185,8 +185,8 @@ class SpectralFigures:
         if (self._seen - 1) % self.every:
             return {}
         if self.layers:
-            spectra = (layer for layer in snapshot.layers if layer.esd is not None)
-            chosen = [layer for layer in spectra if any(fnmatchcase(layer.name, glob) for glob in self.layers)]
+            names = {name for glob in self.layers for name in matching(glob, [layer.name for layer in snapshot.layers])}
+            chosen = [layer for layer in snapshot.layers if layer.esd is not None and layer.name in names]
         else:
             chosen = worst(snapshot, count=self.count)
         names = {layer.name for layer in chosen}

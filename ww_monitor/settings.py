@@ -8,13 +8,14 @@ field here and the place that uses it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from ww_monitor.errors import InvalidArgument, check_positive_int, check_share
+from ww_monitor.errors import InvalidArgument, SpectralWarning, check_names, check_positive_int, check_share
 from ww_monitor.matrix import Matrix
 from ww_monitor.record import Rule, Sink, Skipped
 from ww_monitor.signatures import Settings
@@ -78,6 +79,25 @@ class AnalysisOptions(Settings):
             raise InvalidArgument(f"{self.where}: aspect_ratio must be None or >= 1; got {self.aspect_ratio!r}")
 
 
+def matching(pattern: str, names: Collection[str]) -> frozenset[str]:
+    """The names that a pattern selects: itself, else those it matches with brackets as they are, else as a glob.
+
+    >>> names = ["fc", "fc.lora[a]", "fc.lora[b]", "h1", "h2"]
+    >>> [sorted(matching(p, names)) for p in ("fc.lora[a]", "*.lora[b]", "*.lora[*]", "h[12]", "x")]
+    [['fc.lora[a]'], ['fc.lora[b]'], ['fc.lora[a]', 'fc.lora[b]'], ['h1', 'h2'], []]
+    """
+    if pattern in names:
+        return frozenset([pattern])
+    literal = pattern.replace("[", "[[]")
+    hits = (frozenset(name for name in names if fnmatchcase(name, glob)) for glob in (literal, pattern))
+    return next(filter(None, hits), frozenset())
+
+
+def warn(message: str) -> None:
+    """Issue a `SpectralWarning`."""
+    warnings.warn(f"ww_monitor: {message}", SpectralWarning, stacklevel=3)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Select(Settings):
     """Which matrices to analyse.
@@ -88,7 +108,11 @@ class Select(Settings):
     "excluded by pattern '*.head'"
     """
 
-    include: Annotated[Sequence[str], "Globs on layer names; none keeps all."] = ()
+    include: Annotated[
+        Sequence[str],
+        "Globs on layer names; none keeps all. A name selects itself, and brackets are read as they are where a name"
+        " has them (`*.lora[default]`).",
+    ] = ()
     exclude: Annotated[Sequence[str], "Globs on layer names to leave out, also where they are included."] = ()
     min_size: Annotated[
         int, "Least number of eigenvalues of a layer; 8 is the least tail a power-law fit accepts.", check_positive_int
@@ -105,12 +129,18 @@ class Select(Settings):
                 f"{self.where}: max_size must be None or >= min_size={self.min_size}; got {self.max_size!r}"
             )
 
-    def reason_to_skip(self, matrix: Matrix) -> str:
-        """Why `matrix` is left out, or `""` if it is analysed."""
-        if self.include and not any(fnmatchcase(matrix.name, p) for p in self.include):
+    def reason_to_skip(self, matrix: Matrix, names: Mapping[str, Collection[str]] | None = None) -> str:
+        """Why `matrix` is left out, or `""` if it is analysed.
+
+        Args:
+            matrix: One of a model.
+            names: What each pattern selects in that model; `None` asks of this name alone.
+        """
+        own = {p: matching(p, [matrix.name]) for p in (*self.include, *self.exclude)} if names is None else names
+        if self.include and not any(matrix.name in own[pattern] for pattern in self.include):
             return "matches no include pattern"
         for pattern in self.exclude:
-            if fnmatchcase(matrix.name, pattern):
+            if matrix.name in own[pattern]:
                 return f"excluded by pattern {pattern!r}"
         if matrix.num_eigenvalues < self.min_size:
             return f"{matrix.num_eigenvalues} eigenvalues, fewer than min_size={self.min_size}"
@@ -118,10 +148,24 @@ class Select(Settings):
             return f"{matrix.num_eigenvalues} eigenvalues, more than max_size={self.max_size}"
         return ""
 
-    def apply(self, items: Iterable[Matrix | Skipped]) -> Iterator[Matrix | Skipped]:
-        """The same items in the same order, with every matrix that is not wanted turned into a `Skipped`."""
-        for item in items:
-            reason = self.reason_to_skip(item) if isinstance(item, Matrix) else ""
+    def apply(
+        self, items: Iterable[Matrix | Skipped], *, say: Callable[[str], None] = warn
+    ) -> Iterator[Matrix | Skipped]:
+        """The same items in the same order, with every matrix that is not wanted turned into a `Skipped`.
+
+        Args:
+            items: All of a model.
+            say: Is told of a pattern that matches no name; a `SpectralWarning` where none is given.
+        """
+        listed = list(items)
+        known = [item.name for item in listed]
+        names = {pattern: matching(pattern, known) for pattern in (*self.include, *self.exclude)}
+        for pattern, selected in names.items():
+            if known and not selected:
+                argument = "include" if pattern in self.include else "exclude"
+                say(f"{argument}={pattern!r} matches no layer; the first are {', '.join(map(repr, known[:3]))}")
+        for item in listed:
+            reason = self.reason_to_skip(item, names) if isinstance(item, Matrix) else ""
             yield Skipped(item.name, item.kind, item.shape, reason) if reason else item
 
 
@@ -184,9 +228,10 @@ class RunOptions(Settings):
         check_positive_int,
     ] = None
     stop_on: Annotated[
-        Literal[None, "traps", "broken_layers"],
-        '`"traps"` stops the run when a correlation trap persists, `"broken_layers"` when a layer is NaN. The rule is'
-        " applied also where `rules` leaves it out.",
+        Literal[None, "traps", "harmful_traps", "broken_layers"],
+        '`"traps"` stops the run when a correlation trap persists, `"harmful_traps"` when one does that the outputs'
+        ' depend on (`ww_monitor.trap_harm`), `"broken_layers"` when a layer is NaN. The rule is applied also where'
+        " `rules` leaves it out.",
     ] = None
     patience: Annotated[
         int, "For how many consecutive snapshots that must hold in the same layer.", check_positive_int
@@ -223,8 +268,20 @@ class CallbackOptions(WalkOptions, Select, AnalysisOptions, RunOptions):
 
     where: ClassVar[str] = "SpectralMonitor"
     _: KW_ONLY
+    publish: Annotated[
+        str | Sequence[str],
+        'What trackers, logs and progress bars get: `"key"` for the few values that matter (see'
+        ' `ww_monitor.sinks.published`), `"all"`, or names of metrics and globs on keys, such as'
+        ' `["key", "entropy", "ww_alpha/*.mlp.*"]`. The history file has everything.',
+        check_names,
+    ] = "key"
     console: Annotated[bool, "Print findings, a line at the start, and a table at the end."] = True
     history: Annotated[bool, "Write the history file."] = True
+    harm_inputs: Annotated[
+        Any,
+        "A batch, on which `ww_monitor.trap_harm` says what each trap does to the outputs, where there is one: a"
+        ' tensor, a mapping passed by name, or a tuple of arguments. `None` draws one if `stop_on="harmful_traps"`.',
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.histories import steps_of
+from tests.histories import published, steps_of
 from tests.processes import run_python
 from ww_monitor import History, SpectralWarning
 from ww_monitor.sinks.memory import Memory
@@ -97,14 +97,16 @@ def entries_of(trainer: Trainer) -> dict[int, dict[str, float]]:
 
 
 def model_level(monitor: SpectralMonitor) -> dict[int, dict[str, float]]:
-    return {snapshot.step: snapshot.scalars(layers=False) for snapshot in monitor.monitor.history}
+    history = monitor.monitor.history
+    return dict(zip(steps_of(history), published(history, layers=False), strict=True))
 
 
 def prefixed(monitor: SpectralMonitor) -> dict[int, dict[str, float]]:
     """What a tracker should have got: the Trainer's trackers put `train/` before all that is not an evaluation."""
+    history = monitor.monitor.history
     return {
-        snapshot.step: {f"train/{key}": value for key, value in snapshot.scalars().items()}
-        for snapshot in monitor.monitor.history
+        snapshot.step: {f"train/{key}": value for key, value in values.items()}
+        for snapshot, values in zip(history, published(history), strict=True)
     }
 
 
@@ -236,8 +238,8 @@ def test_trackio_gets_every_scalar(tmp_path):
     }
     history = History.read(tmp_path / "ww_history.jsonl")
     assert list(ours) == steps_of(history) == [0, 2, 4]
-    for snapshot in history:
-        expected = {f"train/{key}": value for key, value in snapshot.scalars().items()}
+    for snapshot, values in zip(history, published(history), strict=True):
+        expected = {f"train/{key}": value for key, value in values.items()}
         assert ours[snapshot.step] == pytest.approx(expected, rel=1e-12)
 
 

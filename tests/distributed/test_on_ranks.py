@@ -104,6 +104,13 @@ def test_every_metric_is_that_of_one_process(seen, alone, world, scenario):
 
 
 @pytest.mark.parametrize(("world", "scenario"), SAME)
+def test_every_rank_can_tell_the_drift_of_every_layer(seen, alone, world, scenario):
+    for snapshot in seen(world, scenario):
+        for layer, expected in zip(snapshot.layers, alone[MODELS[scenario]].layers, strict=True):
+            assert layer.sketch == (None if expected.sketch is None else pytest.approx(expected.sketch, abs=1e-6))
+
+
+@pytest.mark.parametrize(("world", "scenario"), SAME)
 def test_layers_statuses_and_what_was_left_out_are_those_of_one_process(seen, alone, world, scenario):
     snapshot, expected = seen(world, scenario)[0], alone[MODELS[scenario]]
     rows = [

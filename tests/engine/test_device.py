@@ -20,6 +20,7 @@ from tests.stand_in import use_stand_in
 from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.errors import LayerError
 from ww_monitor.matrix import Matrix
+from ww_monitor.spectra import shuffle
 from ww_monitor.spectra.device import Accelerator
 
 
@@ -336,6 +337,31 @@ def test_several_trapped_matrices_of_one_shape_stay_on_the_device_with_the_hosts
     assert {layer.solved_on for layer in found.layers} == {"cpu"}
     counts = [layer.value("num_traps") for layer in found.layers]
     assert counts == [layer.value("num_traps") for layer in expected.layers] == [1, 2, 3, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("spare", "solved_on", "drawn_by_host"),
+    [
+        (40 * 80_000, "cpu", 0),
+        (40 * 80_000 - 1, "cpu, permuted on cpu: no memory", 2),
+        (6 * 8 * 100**2, "cpu, permuted on cpu: no memory", 2),
+    ],
+    ids=["enough", "not to draw", "not for a shuffled matrix"],
+)
+def test_a_permutation_that_does_not_fit_into_free_memory_is_the_hosts_and_the_row_says_so(
+    monkeypatch, spare, solved_on, drawn_by_host
+):
+    """Drawing takes 40 bytes an entry on a device: 21 GB for a matrix of 128,000 × 4,096."""
+    items = [trapped(f"{k}", 800, 100, seed=k, entries=1 + k) for k in range(3)]
+    options = Options(replicas=2, metrics=["num_traps"])
+    use_stand_in(monkeypatch, free=2 * spare)
+    drawn, original = [], shuffle.permutation
+    monkeypatch.setattr(shuffle, "permutation", lambda size, **which: drawn.append(size) or original(size, **which))
+    found = analyze_matrices(items, options)
+    assert [layer.value("num_traps") for layer in found.layers] == [1, 2, 3]
+    assert {layer.solved_on for layer in found.layers} == {solved_on}
+    assert len(drawn) <= drawn_by_host
+    assert bool(drawn) == bool(drawn_by_host)
 
 
 class CuSolverError(Exception):

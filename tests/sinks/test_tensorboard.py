@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import ww_monitor
+from tests.processes import run_python
 from ww_monitor import Monitor, plots
 from ww_monitor.record import Finding, Histogram, Layer, Snapshot
 from ww_monitor.sinks.heatmap import alpha_colours
@@ -95,7 +96,7 @@ def images(read_events):
 # --- scalars and histograms
 
 
-def test_every_known_scalar_is_at_its_step(tmp_path, scalars):
+def test_every_value_is_at_its_step(tmp_path, scalars):
     sink = TensorBoard(str(tmp_path))
     sink.write(snapshot(10))
     sink.write(snapshot(25))
@@ -103,6 +104,7 @@ def test_every_known_scalar_is_at_its_step(tmp_path, scalars):
     read = scalars(tmp_path)
     expected = {
         "ww/alpha": [(10, 2.6), (25, 2.75)],
+        "ww_verdict/ok": [(10, 1.0), (25, 1.0)],
         "ww_alpha/encoder.fc": [(10, 2.6), (25, 2.75)],
         "ww_num_traps/encoder.fc": [(10, 0.0), (25, 0.0)],
         "ww_trap_headroom/encoder.fc": [(10, 0.7), (25, 0.7)],
@@ -315,6 +317,54 @@ def test_figures_of_real_layers_are_pictures_of_their_spectrum(tmp_path, images)
     assert [step for step, _ in read] == [0, 2]
     assert read[0][1].shape == (440, 660, 3)
     assert len(np.unique(read[0][1].reshape(-1, 3), axis=0)) > 50
+
+
+@pytest.mark.parametrize("method", ["add_custom_scalars", "add_histogram_raw", "add_text", "add_image"])
+def test_a_kind_of_content_that_fails_costs_itself_alone(tmp_path, monkeypatch, scalars, read_events, method):
+    sink = TensorBoard(tmp_path)
+
+    def broken(*args, **kwargs):
+        raise OSError("no ink")
+
+    monkeypatch.setattr(sink.writer, method, broken)
+    with pytest.raises(OSError, match="no ink"):
+        sink.write(snapshot(10, trap("fc", 10)))
+    monkeypatch.undo()
+    sink.write(snapshot(20))
+    sink.close()
+    assert [step for step, _ in scalars(tmp_path)["ww_alpha/encoder.fc"]] == [10, 20]
+    tags = read_events(tmp_path).Tags()
+    lost = {
+        "add_histogram_raw": "ww_esd",
+        "add_text": "ww/findings",
+        "add_custom_scalars": "custom",
+        "add_image": "map",
+    }
+    first = [tag for kind in ("histograms", "tensors", "images") for tag in tags[kind]]
+    for other in {"add_histogram_raw", "add_text", "add_image"} - {method}:
+        assert any(lost[other] in tag for tag in first), other
+
+
+def test_no_line_of_tensorflow_appears_when_a_folder_is_written_to(tmp_path):
+    """TensorFlow and oneDNN greet on the standard error of whoever imports them, as PyTorch's own writer does."""
+    code = (
+        "import sys; from ww_monitor.record import Layer, Snapshot;"
+        "from ww_monitor.sinks.tensorboard import TensorBoard;"
+        "layer = Layer('fc', 'dense', (1, 8, 8), metrics={'alpha': 3.0});"
+        "sink = TensorBoard(sys.argv[1]); sink.write(Snapshot((layer,), summary={'alpha': 3.0}, step=1)); sink.close();"
+        "print([name for name in sys.modules if name.split('.')[0] == 'tensorflow'])"
+    )
+    done = run_python("-c", code, str(tmp_path))
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
+    assert list(tmp_path.glob("events.out.tfevents*"))
+
+
+def test_a_sink_that_was_closed_goes_on_in_another_file(tmp_path, scalars):
+    sink = TensorBoard(tmp_path)
+    for step in (10, 20):
+        sink.write(snapshot(step))
+        sink.close()
+    assert [step for step, _ in scalars(tmp_path)["ww/alpha"]] == [10, 20]
 
 
 def test_a_drawing_that_fails_loses_nothing_else(tmp_path, scalars, images):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.histories import published
 from ww_monitor.sinks import trackers
 from ww_monitor.sinks.dashboard import Dashboard
 
@@ -49,7 +50,7 @@ def fit(folder, logger):
 
 
 @pytest.mark.filterwarnings("ignore:.*loader strategy is deprecated.*")  # mlflow's use of sqlalchemy
-def test_mlflow_gets_every_scalar_of_every_snapshot(tmp_path):
+def test_mlflow_gets_what_is_published_of_every_snapshot(tmp_path):
     mlflow = pytest.importorskip("mlflow", reason="mlflow, the tracker, is not installed")
     from pytorch_lightning.loggers import MLFlowLogger
 
@@ -57,7 +58,7 @@ def test_mlflow_gets_every_scalar_of_every_snapshot(tmp_path):
     logger = MLFlowLogger("run", tracking_uri=address, artifact_location=str(tmp_path / "artifacts"))
     history = fit(tmp_path, logger)
     client = mlflow.tracking.MlflowClient(address)
-    expected = {max(0, snapshot.step - 1): snapshot.scalars() for snapshot in history}
+    expected = {max(0, one.step - 1): values for one, values in zip(history, published(history), strict=True)}
     assert list(expected) == [0, 3, 7]
     keys = set().union(*expected.values())
     assert {"ww/alpha", "ww_alpha/net.0", "ww_alpha/attention.q"} <= keys

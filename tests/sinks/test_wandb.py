@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import ww_monitor
+from tests.processes import run_python
 from ww_monitor import MissingDependency, Monitor, WWMonitorError
 from ww_monitor.record import Finding, Histogram, Layer, Snapshot
 from ww_monitor.sinks.wandb import Dashboard, WandB
@@ -64,12 +65,94 @@ def test_a_snapshot_is_one_row_with_its_step_on_an_axis_of_its_own(tmp_path, sta
             "ww/alpha": pytest.approx(2.5 + step / 100),
             "ww_alpha/encoder.fc": pytest.approx(2.5 + step / 100),
             "ww_num_traps/encoder.fc": 0.0,
+            "ww_verdict/ok": 1,
             "ww/step": step,
         }
         for step in (10, 20)
     ]
     assert [row["loss"] for row in written["rows"] if "loss" in row] == [1.0, 0.5, 0.5]
     assert written["steps"] == [("ww/step", ""), ("ww/*", "ww/step"), ("ww_*", "ww/step")]
+
+
+def looks_and_logs(order: str) -> list[str]:
+    """Looks (`w`) and logs of the run's owner (`o`), in a row."""
+    return {"looks between": list("wwwo" * 5), "looks first": list("w" * 5 + "o" * 5), "looks last": list("ooooowww"),
+            "logs first": list("owowowowow")}[order]  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ["looks between", "looks first", "looks last", "logs first"])
+@pytest.mark.parametrize("how", ["step", "no step"])
+def test_the_run_keeps_what_its_owner_logs_at_the_steps_that_it_would_have_without_us(
+    tmp_path, start_wandb, read_wandb, order, how
+):
+    run = start_wandb(tmp_path)
+    sink, looks, epochs = WandB(), 0, 0
+    for what in looks_and_logs(order):
+        if what == "w":
+            sink.write(snapshot(10 * looks))
+            looks += 1
+        else:
+            run.log({"loss": float(epochs)}, **({"step": epochs} if how == "step" else {}))
+            epochs += 1
+    sink.close()
+    run.finish()
+    rows = read_wandb(tmp_path)["rows"]
+    assert [(row["_step"], row["loss"]) for row in rows if "loss" in row] == [(e, e) for e in range(epochs)]
+    ours = [(row["ww/step"], row["ww/alpha"]) for row in rows if "ww/step" in row]
+    assert ours == [(10 * look, pytest.approx(2.5 + look / 10)) for look in range(looks)]
+
+
+def test_rows_that_wait_are_written_by_a_process_that_ends_without_finish(tmp_path, read_wandb):
+    pytest.importorskip("wandb", reason="wandb, the tracker, is not installed")
+    code = (
+        "import sys, wandb; from ww_monitor.record import Snapshot; from ww_monitor.sinks.wandb import WandB;"
+        "settings = wandb.Settings(console='off', x_disable_stats=True);"
+        "run = wandb.init(mode='offline', dir=sys.argv[1], settings=settings);"
+        "sink = WandB(); [sink.write(Snapshot((), summary={'alpha': 3.0}, step=step)) for step in range(4)]"
+    )
+    done = run_python("-c", code, str(tmp_path), WANDB_SILENT="true")
+    assert done.returncode == 0, done.stderr
+    assert [row["ww/step"] for row in read_wandb(tmp_path)["rows"]] == [0, 1, 2, 3]
+
+
+def test_rows_that_wait_take_bounded_memory(tmp_path, start_wandb, monkeypatch):
+    monkeypatch.setattr("ww_monitor.sinks.wandb.QUEUED_ROWS", 8)
+    monkeypatch.setattr("ww_monitor.sinks.wandb.QUEUED_MEDIA", 2)
+    run = start_wandb(tmp_path)
+    board = Dashboard()
+    for step in range(40):
+        board.update(run, snapshot(step), step, values={"ww/alpha": 3.0})
+    waiting = board._rows._queue
+    assert len(waiting) <= 8
+    assert waiting[-1]["ww/step"] == 39
+    assert sum("ww_esd/encoder.fc" in row for row in waiting) <= 3
+
+
+def test_own_rows_are_there_at_once(tmp_path, start_wandb, read_wandb):
+    run = start_wandb(tmp_path)
+    sink = WandB(own_rows=True)
+    for step in (10, 20):
+        sink.write(snapshot(step))
+        assert run.step == step / 10
+    run.finish()
+    assert [row["ww/step"] for row in read_wandb(tmp_path)["rows"]] == [10, 20]
+
+
+@pytest.mark.parametrize(("what", "when"), [("Image", "__init__"), ("Table", "bind_to_run"), ("Histogram", "__init__")])
+def test_a_medium_that_fails_costs_itself_alone(tmp_path, start_wandb, read_wandb, monkeypatch, what, when):
+    def broken(*args, **kwargs):
+        raise TypeError("no ink")
+
+    run = start_wandb(tmp_path)
+    monkeypatch.setattr(wandb, what, type(what, (getattr(wandb, what),), {when: broken}))
+    with pytest.raises(TypeError, match="no ink"):
+        WandB().write(snapshot(10))
+    run.finish()
+    (row,) = read_wandb(tmp_path)["rows"]
+    assert (row["ww/step"], row["ww/alpha"]) == (10, pytest.approx(2.6))
+    media = {"Image": "ww/alpha_map", "Table": "ww/layers", "Histogram": "ww_esd/encoder.fc"}
+    there = {name for name, key in media.items() if any(one.startswith(key) for one in row)}
+    assert there == media.keys() - {what}
 
 
 @pytest.mark.parametrize("owner", ["trainer/global_step", "train/global_step"])

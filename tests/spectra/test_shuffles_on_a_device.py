@@ -5,6 +5,7 @@ import pytest
 import torch
 from random_matrices import normal
 
+from tests.stand_in import use_stand_in
 from ww_monitor.spectra import lanczos, shuffle, traps
 from ww_monitor.spectra.elements import elements
 from ww_monitor.spectra.lanczos import BLOCKS
@@ -117,6 +118,21 @@ def test_gram_matrices_stay_within_the_memory_and_it_changes_nothing(monkeypatch
     assert sizes == [2 * 8 * 260**2] * 3
     torch.testing.assert_close(in_parts.severity, at_once.severity, rtol=1e-9, atol=0)
     assert torch.equal(in_parts.num_traps, at_once.num_traps)
+
+
+@pytest.mark.parametrize(("matrices_free", "at_once"), [(7, [3, 3]), (2.5, [1] * 6)])
+def test_gram_matrices_stay_within_half_of_what_is_free(monkeypatch, matrices_free, at_once):
+    """Not within a constant: a device that is nearly full shuffles fewer of them at a time."""
+    matrices = [planted(400, 260, [2.0], seed=k).float() for k in range(6)]
+    stats = elements(torch.stack(matrices))
+    sizes, original = [], lanczos.outliers
+    monkeypatch.setattr(
+        lanczos, "outliers", lambda gram, **options: sizes.append(len(gram)) or original(gram, **options)
+    )
+    use_stand_in(monkeypatch, free=int(matrices_free * 4 * 8 * 260**2))
+    result = shuffled(matrices, stats, seed=0, replicas=1)
+    assert sizes == at_once
+    assert result.num_traps[:, 0].tolist() == [1] * 6
 
 
 @pytest.mark.parametrize("where", ["host", "device"])

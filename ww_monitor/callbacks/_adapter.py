@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 import torch
 
 from ww_monitor.engine import Options
+from ww_monitor.harm import trap_harm
 from ww_monitor.monitor import Monitor
 from ww_monitor.record import Sink, Snapshot
 from ww_monitor.settings import AnalysisOptions, CallbackOptions, RunOptions, Select
 from ww_monitor.signatures import method_taking
 from ww_monitor.sinks.console import Console, table
 from ww_monitor.sinks.jsonl import JsonLines
+from ww_monitor.sinks.published import Published
 from ww_monitor.sinks.trackers import Dashboards
 from ww_monitor.walk.sources import Source, walk_source
 
@@ -56,10 +58,13 @@ class Adapter:
         walk_source(torch.nn.Module(), **self._how)  # a wrong choice is refused here
         self._console = given.console
         self._history = given.history
+        self._harm_inputs = given.harm_inputs
+        self._measures_harm = given.harm_inputs is not None or given.stop_on == "harmful_traps"
         self._session: Session | None = None
         self._history_name = ""
         self._resumed = False
-        self._dashboards = Dashboards(prefix=self._prefix, step_key=self._step_key)
+        self._shown = Published(given.publish)
+        self._dashboards = Dashboards(prefix=self._prefix, step_key=self._step_key, publish=given.publish)
         self._x: dict[int | None, int] = {}
         """Where on the framework's own axis a step lies whose snapshot is under way."""
 
@@ -107,6 +112,8 @@ class Adapter:
             epoch: Epoch that the weights belong to, where there is one.
             whole: Wait for a snapshot of now: at the beginning and at the end of a run.
         """
+        if self._measures_harm:
+            self.monitor.harm = lambda snapshot: trap_harm(model, snapshot, self._harm_inputs).layers
         done = self.monitor.finish() if whole else self.monitor.collect()
         snapshot = self.monitor.observe(walk_source(model, **self._how), step=step, epoch=epoch, whole=whole)
         return done if snapshot is None else [*done, snapshot]
@@ -129,6 +136,7 @@ class Adapter:
     def _close(self) -> None:
         """The run is over, however it ended; also called when a run begins, for one that has ended unseen."""
         self._resumed = False
+        self.monitor.harm = None  # it holds the model
         with self.monitor.guard("last pictures", always=True):
             self._dashboards.finish()
         if self._session is not None:

@@ -12,7 +12,7 @@ from typing import Any
 from ww_monitor.callbacks._adapter import Adapter, calling_object
 from ww_monitor.errors import MissingDependency
 from ww_monitor.record import Snapshot, summary_key
-from ww_monitor.sinks.trackers import dashboard_of
+from ww_monitor.sinks.trackers import dashboard_of, uncounted_by_trackio
 
 try:
     from transformers.trainer_callback import (
@@ -179,8 +179,8 @@ class SpectralMonitor(Adapter, TrainerCallback):
         """Into the evaluation's values, the log and the trackers, each snapshot at its own step."""
         with self.monitor.timed():
             for snapshot in snapshots:
-                values = snapshot.scalars(layers=False)
-                self._known.update(values)
+                values = self._shown.scalars(snapshot, layers=False)
+                self._known.update(snapshot.scalars(layers=False))
                 if values:
                     state.log_history.append({**values, "epoch": state.epoch or 0, "step": snapshot.step})
                 self._log(args, state, control, snapshot, **kwargs)
@@ -193,16 +193,18 @@ class SpectralMonitor(Adapter, TrainerCallback):
         Not by `trainer.log`: that would count as the loss log of the step, which then were lost, and TRL's trainers
         flush their running means with every log. Here a tracker that raises costs itself only.
         """
-        logs, then = snapshot.scalars(), copy(state)
+        logs, then = self._shown.scalars(snapshot), copy(state)
         then.global_step = snapshot.step
         for callback in self._handler.callbacks if self._handler and logs else ():
             if isinstance(callback, _PRINTING):
                 continue
             what = f"callback {type(callback).__name__}"
-            with self.monitor.guard(what, key=f"callback {id(callback)}", always=True):
-                callback.on_log(args, then, control, logs=dict(logs), **kwargs)
-                if state.is_world_process_zero:
+            if state.is_world_process_zero:
+                with self.monitor.guard(f"dashboard of {what}", key=f"dashboard {id(callback)}", always=True):
+                    # before the values: W&B puts both into one row, which these end
                     self._dashboards.update(_tracker(callback), snapshot, then.global_step)
+            with self.monitor.guard(what, key=f"callback {id(callback)}", always=True), uncounted_by_trackio():
+                callback.on_log(args, then, control, logs=dict(logs), **kwargs)
 
     def _stop_if_asked(self, state: Any, control: Any) -> Any:
         reason = self.monitor.stop_reason

@@ -155,9 +155,10 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
 
     def _remember(self, snapshot: Snapshot) -> None:
         """The values that go into logs, under names as Keras' own have."""
-        self._known.update({_log_key(key): value for key, value in snapshot.scalars(layers=False).items()})
-        keys = {_log_key(summary_key(metric)) for metric in snapshot.summary}
-        self._unknown.update(dict.fromkeys(sorted(keys - self._watched), NAN))
+        shown = {_log_key(summary_key(metric)) for metric in snapshot.summary if self._shown.shows_of_model(metric)}
+        values = {_log_key(key): value for key, value in snapshot.scalars(layers=False).items()}
+        self._known.update({key: value for key, value in values.items() if key in shown | self._watched})
+        self._unknown.update(dict.fromkeys(sorted(shown - self._watched), NAN))
 
     def _step(self) -> int:
         """Completed updates; where they cannot be read, as many as before."""

@@ -125,12 +125,14 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
 
     def _log(self, trainer: Any, snapshot: Snapshot, x: int) -> None:
         """Tell every logger, on the first rank."""
-        scalars = snapshot.scalars()
+        scalars = self._shown.scalars(snapshot)
         for logger in trainer.loggers if trainer.is_global_zero else ():
             name = type(logger).__name__
+            with self.monitor.guard(f"dashboard of {name}", key=f"dashboard {id(logger)}", always=True):
+                # before the values: W&B puts both into one row, which these end
+                self._dashboards.update(logger.experiment, snapshot, x)
             with self.monitor.guard(f"logger {name}", key=f"logger {id(logger)}", always=True):
                 logger.log_metrics(scalars, step=x)
-                self._dashboards.update(logger.experiment, snapshot, x)
 
     def _publish_metrics(self, trainer: Any, snapshot: Snapshot) -> None:
         values = snapshot.scalars(layers=False)

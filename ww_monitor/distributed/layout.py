@@ -14,7 +14,7 @@ import torch
 
 from ww_monitor.distributed.inventory import SUMS, Box, Job
 from ww_monitor.engine import Options
-from ww_monitor.engine.sums import needs_weights
+from ww_monitor.engine.measure import needs_weights
 from ww_monitor.matrix import Matrix
 from ww_monitor.spectra.elements import Moments
 

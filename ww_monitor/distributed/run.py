@@ -17,7 +17,7 @@ from ww_monitor.distributed.orders import Decision, Orders, RankResult, Task
 from ww_monitor.distributed.ranks import Ranks, ranks_of, several
 from ww_monitor.distributed.shards import Shipment, deliver_all
 from ww_monitor.engine import Options, analyze_matrices
-from ww_monitor.engine.sums import layer_of_gram
+from ww_monitor.engine.measure import layer_of_gram
 from ww_monitor.errors import RankFailed, WWMonitorError
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.record import Layer, Snapshot

@@ -1,7 +1,6 @@
 """Matrices → Snapshot: plan, run in parallel within a memory budget, isolate failures.
 
-`run` orders the work and keeps the snapshot, `threads` are the workers, `measure` takes the numbers that need the
-weights, on whatever device they are, and `rows` makes layers of them.
+`run` orders the work, `solve` decides for a device, `threads` are the workers, `measure` reads weights, `rows` ends it.
 """
 
 from ww_monitor.engine.options import Options

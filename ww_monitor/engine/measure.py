@@ -1,4 +1,4 @@
-"""Loaded weights and their spectra → batches: what the registry of measurements reads, beside the eigenvalues."""
+"""Loaded weights, or what shards add up to, and their spectra → batches with what the registry has measured."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ww_monitor.engine.options import Options
-from ww_monitor.metric import Batch, Loaded, measure
+from ww_monitor.engine.rows import failed_layer, layers_of
+from ww_monitor.matrix import Matrix
+from ww_monitor.metric import Batch, Loaded, measure, reads_weights
 from ww_monitor.metric.batch import Values
-from ww_monitor.spectra.eigenvalues import Eigenvalues
+from ww_monitor.record import Layer
+from ww_monitor.spectra.eigenvalues import eigenvalues_of_gram
+from ww_monitor.spectra.elements import Moments
+from ww_monitor.spectra.host import Eigenvalues, input_status
 from ww_monitor.spectra.status import Status
 
 
 def measured(loaded: Loaded, status: torch.Tensor, options: Options) -> dict[str, Values]:
-    """The values of all measurements by name, where there is a spectrum.
-
-    Args:
-        loaded: The matrices, with their moments.
-        status: `[B·S]` of their slices, on the host.
-        options: Which metrics need what.
+    """The values of all measurements by name, where the `status` `[B·S]` of the slices (on the host) is a spectrum's.
 
     Raises:
         ValueError: with `options.strict`, if weights are not finite.
@@ -27,42 +27,26 @@ def measured(loaded: Loaded, status: torch.Tensor, options: Options) -> dict[str
     of_layer = _of_layers(status, loaded)
     if options.strict and loaded.weights:
         for b in (of_layer == Status.NOT_FINITE).nonzero().flatten().tolist():
-            raise ValueError(_complaint(loaded.layers[b]))
+            weights = loaded.layers[b]
+            nan, infinite = int(weights.isnan().sum()), int(weights.isinf().sum())
+            found = f"{nan} NaN and {infinite} infinite of {weights.numel()} entries"
+            raise ValueError(f"expected finite weights, got {found}")
     return measure(loaded, (of_layer == Status.OK).tolist(), options.needs, options)
 
 
 def batch_of(
-    loaded: Loaded,
-    solved: Eigenvalues,
-    values: Mapping[str, Values],
-    options: Options,
-    *,
-    where: Sequence[str],
+    loaded: Loaded, solved: Eigenvalues, values: Mapping[str, Values], options: Options, *, where: Sequence[str]
 ) -> Batch:
-    """What is known of the matrices of one chunk, where their spectra are; the weights are not kept.
-
-    Args:
-        loaded: The matrices with what is known of their elements.
-        solved: Spectra of their slices.
-        values: What was measured.
-        options: Whose definitions to follow.
-        where: What solved each of them.
-    """
+    """What is known of the matrices of one chunk, where their spectra are; the weights are not kept."""
     count, first = len(loaded.matrices), loaded.matrices[0]
     status = _of_layers(solved.status, loaded)
     spectra = torch.where((solved.status == Status.ZERO)[:, None], 0.0, solved.values) * first.eigenvalue_factor
     spectra = spectra.view(count, first.shape[0], -1)
     spectra = torch.where((status == Status.OK)[:, None, None], spectra, torch.nan)
-    return Batch(
-        slice_eigenvalues=spectra,
-        status=status,
-        long_side=torch.full_like(spectra[:, 0, 0], float(first.long_side)),
-        eps=torch.full_like(spectra[:, 0, 0], torch.finfo(loaded.dtype).eps),
-        matrices=loaded.matrices,
-        solved_on=where,
-        measured=values,
-        definitions=options,
+    long_side, eps = (
+        torch.full_like(spectra[:, 0, 0], one) for one in (float(first.long_side), torch.finfo(loaded.dtype).eps)
     )
+    return Batch(spectra, status, long_side, eps, loaded.matrices, where, values, options)
 
 
 def _of_layers(status: torch.Tensor, loaded: Loaded) -> torch.Tensor:
@@ -74,12 +58,42 @@ def _of_layers(status: torch.Tensor, loaded: Loaded) -> torch.Tensor:
     return torch.where(zero.all(1), int(Status.ZERO), torch.where(failed.any(1), first, int(Status.OK)))
 
 
-def _complaint(weights: torch.Tensor) -> str:
-    nan, infinite = int(weights.isnan().sum()), int(weights.isinf().sum())
-    return f"expected finite weights, got {nan} NaN and {infinite} infinite of {weights.numel()} entries"
-
-
 def as_solved(loaded: Loaded, options: Options) -> Sequence[torch.Tensor]:
     """The stacks of slices; under weightwatcher's preset float64 is rounded as that tool does."""
     rounded = options.preset == "weightwatcher" and loaded.dtype == torch.float64
     return [stack.float() for stack in loaded.stacks] if rounded else loaded.stacks
+
+
+def needs_weights(matrix: Matrix, found: Moments, options: Options) -> bool:
+    """Whether a row takes more than a Gram matrix and the moments `[S]` (on the host): weights measured, or small λ."""
+    if options.preset == "weightwatcher":
+        return True
+    finite = bool(torch.isfinite(found.squares).all())
+    if not finite or not found.squares.any():
+        return options.strict and not finite  # the row is blank; the complaint counts entries
+    return reads_weights(Loaded([matrix], (), torch.float64, found), options.needs, options)
+
+
+def layer_of_gram(
+    matrix: Matrix, gram: torch.Tensor, found: Moments, dtype: torch.dtype, options: Options, *, step: int | None
+) -> Layer:
+    """The row of a matrix whose weights are not needed.
+
+    Args:
+        matrix: What to name it.
+        gram: `[S, M, M]` float64, WᵀW of the short side; overwritten.
+        found: The moments `[S]`, on the host.
+        dtype: Of the weights.
+        options: How to analyse: which metrics, and by whose definitions.
+        step: Of the snapshot.
+
+    Raises:
+        LayerError: with `options.strict`, if the layer fails.
+    """
+    try:
+        loaded = Loaded([matrix], (), dtype, found, gram)
+        values = measured(loaded, input_status(found.squares), options)  # the solver overwrites the Gram matrix
+        solved, where = eigenvalues_of_gram(gram, found.squares, long_side=matrix.long_side), [str(gram.device)]
+        return next(iter(layers_of([batch_of(loaded, solved, values, options, where=where)], options, step=step)))
+    except Exception as error:  # noqa: BLE001 - whatever a solver throws costs this layer only
+        return failed_layer(matrix, error, options, step=step)

@@ -27,9 +27,7 @@ class Options(AnalysisOptions):
     @property
     def chosen(self) -> list[Metric]:
         """The metrics asked for."""
-        options = [
-            name for name, active in (("truncated", self.fit == "truncated"), ("fingers", self.fix_fingers)) if active
-        ]
+        options = ["truncated"] * (self.fit == "truncated") + ["fingers"] * bool(self.fix_fingers)
         return choose(self.metrics, self.preset, options=options)
 
     @property

@@ -13,9 +13,10 @@ import torch
 from ww_monitor.engine.options import Options
 from ww_monitor.errors import LayerError
 from ww_monitor.matrix import Matrix
-from ww_monitor.metric import PHASES, VERDICTS, Batch, Metric, phases, statuses, verdicts
+from ww_monitor.metric import NORMS, PHASES, VERDICTS, Batch, phases, statuses, verdicts
+from ww_monitor.metric.drift import DRIFT, sketch
 from ww_monitor.record import NAN, Histogram, Layer, Skipped, Snapshot, TrapEntry
-from ww_monitor.spectra.device import accelerator_of
+from ww_monitor.spectra.device import read_together
 from ww_monitor.spectra.status import Status
 
 logger = logging.getLogger(__name__)
@@ -28,46 +29,29 @@ def layers_of(batches: Sequence[Batch], options: Options, *, step: int | None) -
 
     Where that fails the rows are made one by one, so that a bad layer costs itself only.
 
-    Args:
-        batches: What was solved and measured.
-        options: How to analyse: which metrics, and by whose definitions.
-        step: Of the snapshot.
-
     Raises:
         LayerError: with `options.strict`, if a layer fails.
     """
     groups: dict[object, list[Batch]] = defaultdict(list)
     for batch in batches:
-        shape = batch.slice_eigenvalues.shape[1:]
-        groups[batch.slice_eigenvalues.device, shape, _layout(batch)].append(batch)
+        spectra, values = batch.slice_eigenvalues, batch.measured.items()
+        layout = tuple((k, v.shape[1:], v.dtype) if isinstance(v, torch.Tensor) else k for k, v in values)
+        groups[spectra.device, spectra.shape[1:], layout].append(batch)
     for group in groups.values():
         yield from _rows(group, options, step)
 
 
-def _layout(batch: Batch) -> object:
-    """Names and shapes of what was measured: batches are joined where these agree."""
-    values = batch.measured.items()
-    return tuple((k, v.shape[1:], v.dtype) if isinstance(v, torch.Tensor) else k for k, v in values)
-
-
 def _rows(group: Sequence[Batch], options: Options, step: int | None) -> list[Layer]:
     try:
-        batch = Batch.joined(group)
-        return _layers(batch, _numbers(batch, options), options, step)
+        return _layers(Batch.joined(group), options, step)
     except LayerError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a metric throws costs one layer
-        if len(group) == len(group[0]) == 1:
-            return [_without_numbers(group[0], error, options, step)]
+        if len(group) == len(group[0]) == 1:  # where it has no spectrum, that is what its row says
+            row, status = failed_layer(group[0].matrices[0], error, options, step=step), Status(int(group[0].status[0]))
+            return [row if status == Status.OK else replace(row, status=status.label, verdict=status.label)]
     parts = [[part] for part in group] if len(group) > 1 else [[group[0].row(b)] for b in range(len(group[0]))]
     return [row for part in parts for row in _rows(part, options, step)]
-
-
-def _without_numbers(batch: Batch, error: Exception, options: Options, step: int | None) -> Layer:
-    """A row for which a metric failed; where it has no spectrum, that is what it says."""
-    row = failed_layer(batch.matrices[0], error, options, step=step)
-    status = Status(int(batch.status[0]))
-    return row if status == Status.OK else replace(row, status=status.label, verdict=status.label)
 
 
 def failed_layer(matrix: Matrix, error: Exception, options: Options, *, step: int | None) -> Layer:
@@ -84,22 +68,19 @@ def _place(matrix: Matrix, step: int | None) -> str:
     return f"layer {matrix.name!r}" + (f" at step {step}" if step is not None else "")
 
 
-def _numbers(batch: Batch, options: Options) -> list[np.ndarray]:
-    """On the host: metrics `[B, K]`, codes of status, verdict and phase `[B, 3]`, floors `[B]`, spectra `[B, n]`."""
-    columns = [metric.function(batch) for metric in options.chosen]
-    codes = torch.stack([statuses(batch), verdicts(batch), phases(batch)], 1)
-    wanted = [torch.stack(columns, 1) if columns else codes[:, :0], codes, batch.floor, batch.eigenvalues]
-    accelerator = accelerator_of(batch.eigenvalues.device)
-    read = wanted if accelerator is None else accelerator.read(wanted)
-    return [tensor.numpy() for tensor in read]
-
-
-def _layers(batch: Batch, numbers: Sequence[np.ndarray], options: Options, step: int | None) -> list[Layer]:
-    columns, codes, floors, spectra = numbers
-    if options.strict:
-        _refuse(batch, step)
+def _layers(batch: Batch, options: Options, step: int | None) -> list[Layer]:
+    found = [metric.function(batch) for metric in options.chosen]
+    states = torch.stack([statuses(batch), verdicts(batch), phases(batch)], 1)
+    drifts = any(metric.name == DRIFT for metric in options.chosen)
+    sketched = sketch(batch.eigenvalues) if drifts else batch.eigenvalues[:, :0]
+    wanted = [torch.stack(found, 1) if found else states[:, :0], states, batch.floor, batch.eigenvalues, sketched]
+    columns, codes, floors, spectra, sketches = (tensor.numpy() for tensor in read_together(wanted))
+    for matrix, code in zip(batch.matrices, batch.status.tolist(), strict=True):
+        if options.strict and code not in (Status.OK, Status.ZERO):  # what is not finite has been refused before
+            complaint = f"expected a spectrum with the moments of the weights, got {Status(code).label}"
+            raise LayerError(f"{_place(matrix, step)}: {complaint}")
     names, values = [metric.name for metric in options.chosen], columns.tolist()
-    entries = batch.entries("trap_entries")
+    entries, permuted_on = batch.entries("trap_entries"), batch.entries("permuted_on")
     solved = [code == Status.OK for code in batch.status.tolist()]
     esd = _histograms(spectra, floors, solved)
     return [
@@ -115,19 +96,12 @@ def _layers(batch: Batch, numbers: Sequence[np.ndarray], options: Options, step:
             esd=esd[b],
             trap_entries=tuple(TrapEntry(*entry) for entry in (entries[b] if solved[b] else None) or ()),
             step=step,
-            solved_on=batch.solved_on[b],
+            solved_on=", permuted on ".join(filter(None, (batch.solved_on[b], permuted_on[b]))),
             eigenvalues=tuple(spectra[b].tolist()) if options.keep_eigenvalues else None,
+            sketch=tuple(sketches[b].tolist()) if solved[b] and sketches.size else None,
         )
         for b, (matrix, (status, verdict, phase)) in enumerate(zip(batch.matrices, codes.tolist(), strict=True))
     ]
-
-
-def _refuse(batch: Batch, step: int | None) -> None:
-    """Raise on the first layer that the solver could not solve; what is not finite has been refused before."""
-    for matrix, code in zip(batch.matrices, batch.status.tolist(), strict=True):
-        if code not in (Status.OK, Status.ZERO):
-            complaint = f"expected a spectrum with the moments of the weights, got {Status(code).label}"
-            raise LayerError(f"{_place(matrix, step)}: {complaint}")
 
 
 def _histograms(spectra: np.ndarray, floors: np.ndarray, solved: Sequence[bool]) -> list[Histogram | None]:
@@ -160,17 +134,19 @@ def snapshot_of(
     seconds: float = NAN,
 ) -> Snapshot:
     """The rows with the model's values over them."""
-    summary = summary_of(layers, options.chosen)
+    summary = summary_of(layers, options)
     return Snapshot(
         tuple(layers), tuple(skipped), summary, step=step, epoch=epoch, preset=options.preset, seconds=seconds
     )
 
 
-def summary_of(layers: Sequence[Layer], chosen: Sequence[Metric]) -> dict[str, float]:
-    """The model's value of each metric, over the layers where it is known."""
+def summary_of(layers: Sequence[Layer], options: Options) -> dict[str, float]:
+    """The model's value of each metric, over the layers where it is known and says something."""
     summary = {}
     rows = [layer.metrics for layer in layers]
-    for metric in chosen:
-        known = [value for row in rows if (value := row.get(metric.name, NAN)) == value]
+    whole = [layer.metrics for layer in layers if layer.verdict != "thin_slices"]
+    for metric in options.chosen:
+        counted = rows if metric.name in NORMS or options.preset == "weightwatcher" else whole
+        known = [value for row in counted if (value := row.get(metric.name, NAN)) == value]
         summary[metric.name] = float(metric.reduce(known)) if known else NAN
     return summary

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
 
-from ww_monitor.engine.load import chunks_of
+from ww_monitor.engine.measure import as_solved, batch_of, measured
 from ww_monitor.engine.options import Options
 from ww_monitor.engine.rows import failed_layer, layers_of, snapshot_of
-from ww_monitor.engine.solve import DeviceQueue, on_host
-from ww_monitor.engine.threads import alone, workers
+from ww_monitor.engine.solve import DeviceQueue
+from ww_monitor.engine.threads import Workers, workers
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.metric import Batch, Loaded
 from ww_monitor.record import Layer, Snapshot
+from ww_monitor.spectra import host
 from ww_monitor.spectra.device import accelerator_of
-from ww_monitor.spectra.host import Library
+from ww_monitor.spectra.eigenvalues import resolved, tall_of
+
+TOGETHER = 1 << 20
+"""Elements up to which matrices of one shape are loaded and analysed as one chunk: small ones share its overhead."""
 
 HOST_MEMORY = 2 << 30
 """Bytes of workspace that the chunks under way on the host may need together, the weights not counted."""
 
-Found = list[Batch | Layer]
-"""Batches, and a row for each layer that failed."""
+Found = list[Batch | Layer]  # batches, and a row for each layer that failed
 
 
 @torch.no_grad()
@@ -55,14 +60,14 @@ def analyze_matrices(
         LayerError: if `options.strict` and a layer fails.
     """
     start = time.perf_counter()
-    matrices: list[Matrix] = []
-    skipped: list[Skipped] = []
-    for item in items:
-        if isinstance(item, Matrix):
-            matrices.append(item)
-        else:
-            skipped.append(replace(item, kind=str(item.kind), shape=tuple(item.shape)))
-    layers = {layer.name: layer for layer in _rows(matrices, options, step, background)}
+    items = list(items)
+    matrices = [item for item in items if isinstance(item, Matrix)]
+    left_out = (item for item in items if not isinstance(item, Matrix))
+    skipped = [replace(item, kind=str(item.kind), shape=tuple(item.shape)) for item in left_out]
+    found = _solved(matrices, options, step, background)
+    rows = [one for one in found if isinstance(one, Layer)]
+    rows += layers_of([one for one in found if isinstance(one, Batch)], options, step=step)
+    layers = {layer.name: layer for layer in rows}
     ordered = [layers[matrix.name] for matrix in matrices]
     seconds = time.perf_counter() - start
     return snapshot_of(ordered, skipped, options, step=step, epoch=epoch, seconds=seconds)
@@ -78,29 +83,75 @@ def warm_up() -> None:
     analyze_matrices([Matrix(name, Kind.DENSE, (1, 32, 16), lambda: weights) for name in "ab"], Options())
 
 
-def _rows(matrices: list[Matrix], options: Options, step: int | None, background: bool) -> list[Layer]:
-    found = _solved(matrices, options, step, background)
-    rows = [one for one in found if isinstance(one, Layer)]
-    return rows + list(layers_of([one for one in found if isinstance(one, Batch)], options, step=step))
+def _chunks(matrices: Iterable[Matrix]) -> Iterator[Loaded | tuple[Matrix, Exception]]:
+    """Chunks of one shape, scale, precision and device, the most expensive matrix first.
+
+    A matrix that cannot be loaded comes with what it raised.
+    """
+    by_shape: dict[tuple[tuple[int, int, int], float], list[Matrix]] = defaultdict(list)
+    for matrix in matrices:
+        by_shape[matrix.shape, matrix.eigenvalue_factor].append(matrix)
+    for group in sorted(by_shape.values(), key=lambda group: -group[0].cost):
+        chunks: dict[tuple[torch.dtype, torch.device], list[tuple[Matrix, torch.Tensor]]] = defaultdict(list)
+        for matrix in group:
+            try:
+                weights = _load(matrix)
+            except Exception as error:  # noqa: BLE001 - whatever a walker throws costs this layer only
+                yield matrix, error
+                continue
+            chunk = chunks[weights.dtype, weights.device]
+            chunk.append((matrix, weights))
+            full = (len(chunk) + 1) * weights.numel() > TOGETHER
+            del weights
+            if full:
+                yield _taken(chunk)
+        for chunk in chunks.values():
+            if chunk:
+                yield _taken(chunk)
+
+
+def _load(matrix: Matrix) -> torch.Tensor:
+    if matrix.shards is not None:
+        raise ValueError("spread over ranks; expected across_ranks=True, and the same call on each of them")
+    weights = matrix.load()
+    if tuple(weights.shape) != tuple(matrix.shape):
+        raise ValueError(f"expected weights of shape {matrix.shape}, got {tuple(weights.shape)}")
+    if not weights.is_floating_point() or weights.layout != torch.strided or weights.is_meta or not weights.numel():
+        kind = f"{weights.dtype}, {weights.layout}, {weights.device}, shape {tuple(weights.shape)}"
+        raise ValueError(f"expected floating-point weights in memory, at least one of them, got {kind}")
+    return weights
+
+
+def _taken(chunk: list[tuple[Matrix, torch.Tensor]]) -> Loaded:
+    """What has been collected as one stack `[B, S, N, M]`; nothing is left in the list."""
+    matrices, weights = zip(*chunk, strict=True)
+    chunk.clear()
+    stack = (weights[0][None] if len(weights) == 1 else torch.stack(weights)).detach()
+    return Loaded(matrices, [stack], stack.dtype)
 
 
 def _solved(matrices: list[Matrix], options: Options, step: int | None, background: bool) -> Found:
     """Chunks on the host go to the workers as they are loaded; what a device solves never does."""
-    library: Library = "torch" if background else "numpy"
+    library: host.Library = "torch" if background else "numpy"
     side = max((matrix.short_side for matrix in matrices), default=0)
     queues: dict[torch.device, DeviceQueue] = {}
     tasks: list[Future[Found]] = []
     found: Found = []
-    with alone() if background else workers(len(matrices), memory=HOST_MEMORY, largest_side=side) as pool:
+    with (
+        nullcontext(Workers(1, memory=0))
+        if background
+        else workers(len(matrices), memory=HOST_MEMORY, largest_side=side) as pool
+    ):
 
         def submit(loaded: Loaded) -> None:
-            copied = _copied(loaded, options, step)
-            if isinstance(copied, list):
-                found.extend(copied)
+            try:
+                copied = loaded.on_host()
+            except Exception as error:  # noqa: BLE001 - it costs these layers only
+                found.extend(failed_layer(matrix, error, options, step=step) for matrix in loaded.matrices)
             else:
                 tasks.append(pool.submit(partial(_on_host, copied, options, step, library), needs=workspace(copied)))
 
-        for loaded in chunks_of(matrices):
+        for loaded in _chunks(matrices):
             if isinstance(loaded, tuple):
                 found.append(failed_layer(*loaded, options, step=step))
                 continue
@@ -108,9 +159,8 @@ def _solved(matrices: list[Matrix], options: Options, step: int | None, backgrou
             if accelerator is None:
                 submit(loaded)
             else:
-                if loaded.device not in queues:
-                    queues[loaded.device] = DeviceQueue(accelerator, options, watch_memory=not background)
-                found += queues[loaded.device].add(loaded)
+                queue = DeviceQueue(accelerator, options, watch_memory=not background)
+                found += queues.setdefault(loaded.device, queue).add(loaded)
             del loaded  # or it would be in memory beside the next
         for queue in queues.values():
             found += queue.solve()
@@ -121,30 +171,22 @@ def _solved(matrices: list[Matrix], options: Options, step: int | None, backgrou
     return found
 
 
-def _copied(loaded: Loaded, options: Options, step: int | None) -> Loaded | list[Layer]:
-    """The chunk with its weights on the host; rows that say why where they cannot be copied."""
-    try:
-        return loaded.on_host()
-    except Exception as error:  # noqa: BLE001 - it costs these layers only
-        return [failed_layer(matrix, error, options, step=step) for matrix in loaded.matrices]
-
-
 def workspace(loaded: Loaded) -> int:
-    """Bytes that a solve on the host takes: Gram matrices in float64, and the weights once more.
-
-    A large matrix is solved in its Gram matrix; small ones together take two further copies.
-    """
-    gram = 8 * loaded.matrices[0].short_side ** 2
-    weights = loaded.weights[0]
-    alone = len(weights) == 1
-    return gram + weights.nbytes if alone else 3 * gram * weights.shape[0] * weights.shape[1] + weights.nbytes
+    """Bytes that a solve on the host takes: the weights and the Gram matrices, of small ones together three times."""
+    gram, weights = 8 * loaded.matrices[0].short_side ** 2, loaded.weights[0]
+    return weights.nbytes + (gram if len(weights) == 1 else 3 * gram * weights.shape[0] * weights.shape[1])
 
 
-def _on_host(loaded: Loaded, options: Options, step: int | None, library: Library) -> Found:
+def _on_host(loaded: Loaded, options: Options, step: int | None, library: host.Library) -> Found:
     """Solve and measure a chunk; where that fails its matrices one by one, so that a bad layer costs itself only."""
     with torch.no_grad():
         try:
-            return [on_host(loaded, options, library=library)]
+            (stack,) = as_solved(loaded, options)
+            solved, found = host.solve(tall_of(stack), library)
+            solved = resolved(solved, stack) if options.preset == "weightwatcher" else solved
+            values = measured(replace(loaded, moments=found), solved.status, options)
+            where = [loaded.solved_on or "cpu"] * len(loaded.matrices)
+            return [batch_of(loaded, solved, values, options, where=where)]
         except Exception as error:  # noqa: BLE001 - whatever a solver throws costs one layer
             if len(loaded.matrices) == 1:
                 return [failed_layer(loaded.matrices[0], error, options, step=step)]

@@ -5,26 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 
 from ww_monitor.engine.measure import as_solved, batch_of, measured
 from ww_monitor.engine.options import Options
 from ww_monitor.metric import Batch, Loaded
-from ww_monitor.metric.batch import Values
 from ww_monitor.spectra.device import Accelerator
-from ww_monitor.spectra.eigenvalues import (
-    FREE_SHARE,
-    Eigenvalues,
-    bytes_of,
-    input_status,
-    resolved,
-    solve_on_device,
-    solve_on_host,
-    tall_of,
-)
+from ww_monitor.spectra.eigenvalues import bytes_of, resolved, solve_on_device
 from ww_monitor.spectra.elements import Moments, moments
-from ww_monitor.spectra.host import Library
+from ww_monitor.spectra.host import Eigenvalues, input_status
 
 MOST_COPIED = 512 << 20
 """Bytes that loading may allocate on a device (adapters merged, weights dequantised) before what is there is solved."""
@@ -33,39 +24,18 @@ HOST_RATE = 2e10
 """Multiply-adds a second of one host core on M²N + M³ (measured: 3072 × 768 in 0.09 s on a Zen 4 core)."""
 
 
-def on_host(loaded: Loaded, options: Options, *, library: Library = "numpy") -> Batch:
-    """Eigenvalues and measurements of one chunk whose weights are on the host, by the calling thread.
-
-    Raises:
-        ValueError: with `options.strict`, if a layer has no spectrum.
-    """
-    (stack,) = as_solved(loaded, options)
-    solved = solve_on_host(tall_of(stack), library)
-    loaded = replace(loaded, moments=solved.moments)
-    solved = resolved(solved, stack) if options.preset == "weightwatcher" else solved
-    values = measured(loaded, solved.status, options)
-    return batch_of(loaded, solved, values, options, where=[loaded.solved_on or "cpu"] * len(loaded.matrices))
-
-
 class DeviceQueue:
     """The chunks on one device, until it is decided for all of them together where they are solved.
 
     The device solves them if it has full-rate float64, unless they are so few and small that one core of the host is
-    done before the device's latency has passed. What it fails at, the host solves.
-
-    Args:
-        accelerator: The device whose matrices wait here.
-        options: How to analyse.
-        watch_memory: Whether what loading allocates is counted; not beside a training that allocates too.
+    done before the device's latency has passed. What it fails at, the host solves. What loading allocates is counted
+    (`watch_memory`), but not beside a training that allocates too.
     """
 
     def __init__(self, accelerator: Accelerator, options: Options, *, watch_memory: bool = True) -> None:
-        self._accelerator = accelerator
-        self._options = options
-        self._watch_memory = watch_memory
+        self._accelerator, self._options, self._watch_memory = accelerator, options, watch_memory
         self._waiting: list[Loaded] = []
-        self._before = 0
-        self._decided = False
+        self._before, self._decided = 0, False
         self.to_host: list[Loaded] = []
         """What is left to the host; whoever takes it clears it."""
 
@@ -81,18 +51,16 @@ class DeviceQueue:
     def solve(self) -> list[Batch]:
         """Solve all that waits, a short side at a time; what the device does not solve is in `to_host`."""
         waiting, self._waiting = self._waiting, []
-        refusal = self._accelerator.refusal()
+        refusal, sides = self._accelerator.refusal(), dict[int, list[Loaded]]()
         if not refusal and not self._decided and self._sooner_on_host(waiting):
             refusal = "few and small"
         self._decided = True
+        try:
+            sides = sides if refusal else self._by_side(waiting)
+        except Exception as error:  # noqa: BLE001 - a device that fails leaves its matrices to the host
+            refusal = type(error).__name__
         if refusal:
             self._leave(waiting, refusal)
-            return []
-        try:
-            sides = self._by_side(waiting)
-        except Exception as error:  # noqa: BLE001 - a device that fails leaves its matrices to the host
-            self._leave(waiting, type(error).__name__)
-            return []
         del waiting
         return [batch for side in sorted(sides, reverse=True) for batch in self._solve_side(sides.pop(side))]
 
@@ -104,69 +72,59 @@ class DeviceQueue:
         return f"cpu, not {self._accelerator.device}: {reason}"
 
     def _sooner_on_host(self, waiting: Sequence[Loaded]) -> bool:
+        matrices = [matrix for loaded in waiting for matrix in loaded.matrices]
         counts: dict[int, int] = defaultdict(int)
-        for loaded in waiting:
-            counts[loaded.matrices[0].short_side] += len(loaded.matrices) * loaded.matrices[0].shape[0]
+        for matrix in matrices:
+            counts[matrix.short_side] += matrix.shape[0]
         on_device = sum(self._accelerator.seconds(*one) for one in counts.items())
-        on_one_core = sum(matrix.cost for loaded in waiting for matrix in loaded.matrices) / HOST_RATE
-        return on_one_core < on_device
+        return sum(matrix.cost for matrix in matrices) / HOST_RATE < on_device
 
     def _by_side(self, waiting: Sequence[Loaded]) -> dict[int, list[Loaded]]:
         """By short side, the chunks of one shape, scale and precision as one; with their moments, read together."""
         shapes: dict[object, list[Loaded]] = defaultdict(list)
         for loaded in waiting:
             shapes[loaded.matrices[0].shape, loaded.matrices[0].eigenvalue_factor, loaded.dtype].append(loaded)
-        joined = [
-            replace(
-                parts[0],
-                matrices=[matrix for part in parts for matrix in part.matrices],
-                weights=[stack for part in parts for stack in part.weights],
-            )
-            for parts in shapes.values()
-        ]
-        found = [Moments.joined([moments(s) for s in as_solved(loaded, self._options)]) for loaded in joined]
-        read = self._accelerator.read([torch.stack(list(vars(one).values())) for one in found])
+        joined, found = [], []
+        for parts in shapes.values():
+            matrices = [matrix for part in parts for matrix in part.matrices]
+            joined.append(replace(parts[0], matrices=matrices, weights=[w for part in parts for w in part.weights]))
+            taken = Moments.joined(moments(stack) for stack in as_solved(joined[-1], self._options))
+            found.append(torch.stack(list(vars(taken).values())))
         sides: dict[int, list[Loaded]] = defaultdict(list)
-        for loaded, numbers in zip(joined, read, strict=True):
+        for loaded, numbers in zip(joined, self._accelerator.read(found), strict=True):
             sides[loaded.matrices[0].short_side].append(replace(loaded, moments=Moments(*numbers)))
         return sides
-
-    def _measured(self, chunks: list[Loaded]) -> list[dict[str, Values]]:
-        """What is measured of each chunk; one at which the device fails is left to the host and taken off the list."""
-        values, failed = [], []
-        for one in list(chunks):
-            try:
-                values.append(measured(one, input_status(one.known_moments.squares), self._options))
-            except Exception as error:  # noqa: BLE001 - the host finds out which layer it was
-                chunks.remove(one)
-                failed.append((one, type(error).__name__))
-        for one, reason in failed:
-            self._leave([one], reason)
-        return values
 
     def _solve_side(self, chunks: list[Loaded]) -> list[Batch]:
         """Measure, then solve: the weights are given up in between, as their Gram matrices are made."""
         options, resolve = self._options, self._options.preset == "weightwatcher"
-        if FREE_SHARE * self._accelerator.free_memory() < bytes_of(chunks[0].matrices[0].short_side):
+        if self._accelerator.spare() < bytes_of(chunks[0].matrices[0].short_side):
             self._leave(chunks, "no memory")
             return []
-        values = self._measured(chunks)
-        if not chunks:
+        stacks, known = list[torch.Tensor](), []
+        for one in chunks:
+            try:
+                values = measured(one, input_status(one.known_moments.squares), options)
+            except Exception as error:  # noqa: BLE001 - the host finds out which layer it was
+                self._leave([one], type(error).__name__)
+            else:
+                stacks += as_solved(one, options)
+                known.append((replace(one, weights=()), values))
+        if not known:
             return []
-        stacks = [stack for one in chunks for stack in as_solved(one, options)]
-        counts = [len(stack) for stack in stacks]
-        slices = [len(one.matrices) * one.matrices[0].shape[0] for one in chunks]
+        chunks.clear()
+        del one
         kept = list(stacks) if resolve else []
-        chunks = [replace(one, weights=()) for one in chunks]
         solved, reasons = solve_on_device(stacks, self._accelerator)
         if resolve:
-            pairs = zip(solved.split(counts), kept, strict=True)
-            solved = Eigenvalues.joined([resolved(*pair) for pair in pairs])
-        batches, start = [], 0
-        for one, part, found in zip(chunks, solved.split(slices), values, strict=True):
+            ends = accumulate(map(len, kept))
+            parts = [solved.take(slice(end - len(stack), end)) for stack, end in zip(kept, ends, strict=True)]
+            solved = Eigenvalues.joined(resolved(*pair) for pair in zip(parts, kept, strict=True))
+        batches, end = [], 0
+        for one, values in known:
             step = one.matrices[0].shape[0]
-            of_layers = [max(reasons[at : at + step]) for at in range(start, start + len(part.values), step)]
+            start, end = end, end + len(one.matrices) * step
+            of_layers = [max(reasons[at : at + step]) for at in range(start, end, step)]
             where = [self._not_here(reason) if reason else str(self._accelerator.device) for reason in of_layers]
-            batches.append(batch_of(one, part, found, options, where=where))
-            start += len(part.values)
+            batches.append(batch_of(one, solved.take(slice(start, end)), values, options, where=where))
         return batches

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from threadpoolctl import ThreadpoolController
+
+from ww_monitor.spectra.lapack import of_torch
 
 Result = TypeVar("Result")
 
@@ -25,19 +26,15 @@ def thread_budget() -> int:
 
 
 class Workers:
-    """Runs tasks on threads, or in the caller's where there is one worker; holds at most so many bytes at a time.
+    """Runs tasks on `count` threads, or in the caller's where there is one worker.
 
-    Args:
-        count: Number of threads.
-        memory: Bytes of workspace that the tasks under way may need together; a task that needs more runs alone.
+    Tasks under way may need `memory` bytes of workspace together; a task that needs more runs alone.
     """
 
     def __init__(self, count: int, *, memory: int) -> None:
-        self.count = count
-        self.memory = memory
+        self.count, self.memory = count, memory
         self._executor = ThreadPoolExecutor(count, "ww_monitor", initializer=hold_to_one_thread) if count > 1 else None
-        self._in_use = 0
-        self._running = 0
+        self._in_use = self._running = 0
         self._freed = threading.Condition()
 
     def submit(self, task: Callable[[], Result], *, needs: int) -> Future[Result]:
@@ -46,21 +43,18 @@ class Workers:
             future: Future[Result] = Future()
             try:
                 future.set_result(task())
-            except BaseException as error:
-                if not isinstance(error, Exception):
-                    raise
+            except Exception as error:  # noqa: BLE001 - it is kept for whoever asks for the result
                 future.set_exception(error)
             return future
         with self._freed:
-            self._freed.wait_for(lambda: self._running < self.count and self._fits(needs))
+            self._freed.wait_for(
+                lambda: not self._running or (self._running < self.count and self._in_use + needs <= self.memory)
+            )
             self._running += 1
             self._in_use += needs
-        future = self._executor.submit(_run_once, [task])
+        future = self._executor.submit(lambda box: box.pop()(), [task])  # what it holds is free when it says so
         future.add_done_callback(lambda _: self._release(needs))
         return future
-
-    def _fits(self, needs: int) -> bool:
-        return self._running == 0 or self._in_use + needs <= self.memory
 
     def _release(self, needs: int) -> None:
         with self._freed:
@@ -74,17 +68,6 @@ class Workers:
             self._executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _run_once(box: list[Callable[[], Result]]) -> Result:
-    """Run the task in the box; what it holds is free when its memory is said to be."""
-    return box.pop()()
-
-
-@contextmanager
-def alone() -> Iterator[Workers]:
-    """The calling thread and no other, with the thread counts that it has."""
-    yield Workers(1, memory=0)
-
-
 LEAST_PARALLEL_SIDE = 512
 """Short side below which a second BLAS thread costs more than it gains (256: 3–13 ms with two threads, 2 with one)."""
 
@@ -93,12 +76,8 @@ LEAST_PARALLEL_SIDE = 512
 def workers(tasks: int, *, memory: int, largest_side: int) -> Iterator[Workers]:
     """As many workers as threads are allowed and tasks there are, each with its share of BLAS threads.
 
-    BLAS libraries get their thread counts back afterwards; torch's own count is not touched.
-
-    Args:
-        tasks: How many there will be.
-        memory: Bytes of workspace for all of them.
-        largest_side: Longest short side of a matrix.
+    BLAS libraries get their thread counts back afterwards; torch's own count is not touched. `memory` is in bytes, for
+    all of them; `largest_side` is the longest short side of a matrix.
     """
     budget = thread_budget()
     pool = Workers(max(1, min(budget, tasks)), memory=memory)
@@ -114,8 +93,7 @@ class _Blas:
     """The thread counts of the BLAS libraries, for analyses that may overlap in any order: the last gives them back."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holding = 0
+        self._lock, self._holding = threading.Lock(), 0
         self._original: Any = None
 
     @contextmanager
@@ -147,17 +125,6 @@ def hold_to_one_thread() -> None:
     """Give the calling thread one OpenMP and one MKL thread, which no other thread notices."""
     torch.get_num_threads()  # makes torch set up its count for this thread, so that it does not do so later
     controller().select(user_api="openmp").limit(limits=1)
-    set_mkl_threads = _mkl_set_num_threads_local()
-    if set_mkl_threads is not None:
+    set_mkl_threads = of_torch("MKL_Set_Num_Threads_Local", ctypes.c_int, ctypes.c_int)
+    if set_mkl_threads is not None:  # torch is linked with MKL
         set_mkl_threads(1)
-
-
-@lru_cache(maxsize=1)
-def _mkl_set_num_threads_local() -> Callable[[int], Any] | None:
-    """MKL's count for the calling thread, where torch is linked with it."""
-    for library in Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"):
-        function = getattr(ctypes.CDLL(str(library)), "MKL_Set_Num_Threads_Local", None)
-        if function is not None:
-            function.argtypes, function.restype = [ctypes.c_int], ctypes.c_int
-            return function  # type: ignore[no-any-return]
-    return None

@@ -28,6 +28,10 @@ LEAST_BULK_SIDE = 5
 """Shortest side for which the law of λmax is tested: Johnstone 2001 finds it good from about 5 on. The 16 × 1 slices of
 a first convolution on grey images have no bulk."""
 
+LOST_SHARE = 0.05
+"""Modes that a matrix may lack, beside one, before it counts as rank deficient. Our choice: a constraint takes one (the
+rows of a head that was zero at first sum to zero), copies of rows and products of narrow matrices take many."""
+
 Values = torch.Tensor | list[Any]
 """What is known of B matrices, by row: a tensor `[B, …]`, or a list with `None` where nothing is known."""
 
@@ -125,6 +129,26 @@ class Batch:
         values = self.column("window_eigenvalues") if "window_eigenvalues" in self.measured else self.eigenvalues
         return values if self.follows_weightwatcher else torch.where(self.flat[:, None], values[:, -1:], values)
 
+    @property
+    def thin(self) -> bool:
+        """Whether each of several slices has four eigenvalues at most: their pool lists norms, it is no spectrum."""
+        return self.slices > 1 and self.short_side < LEAST_BULK_SIDE
+
+    @cached_property
+    def deficient(self) -> torch.Tensor:
+        """`[B]` whether rows are copies or combinations of others, or half of the modes are numerically zero.
+
+        The first is asked to float32's rounding (four of it, for sums), whatever the storage precision: narrower types
+        round the small modes of a healthy square matrix away. Rows and columns of zeros count in the second only.
+        """
+        live = torch.full_like(self.long_side, float(self.short_side))
+        if "live_sides" in self.measured:
+            live = live.minimum(self.column("live_sides")[:, 1].nan_to_num(nan=float(self.short_side)))
+        full = live * self.slices
+        exact = self._floor(self.eps.clamp(max=torch.finfo(torch.float32).eps) * 4)
+        lost = full - (self.eigenvalues > exact[:, None]).sum(1)
+        return (self.rank <= self.eigenvalues.shape[1] / 2) | (lost > (LOST_SHARE * full).clamp(min=1.0))
+
     @cached_property
     def flat(self) -> torch.Tensor:
         """`[B]` whether all eigenvalues are equal to within 64 storage roundings, so that a fit would fit rounding."""
@@ -149,9 +173,12 @@ class Batch:
     @cached_property
     def rounding_floor(self) -> torch.Tensor:
         """`[B]` eigenvalues at or below it are numerically zero."""
+        return self._floor(self.eps)
+
+    def _floor(self, eps: torch.Tensor) -> torch.Tensor:
         n, m = self.long_side, self.short_side
         mean_square = self.eigenvalues.sum(1) / (self.slices * n * m)
-        return numerical_floor(self.eigenvalues[:, -1], mean_square, n, m, eps=self.eps)
+        return numerical_floor(self.eigenvalues[:, -1], mean_square, n, m, eps=eps)
 
     @cached_property
     def rank(self) -> torch.Tensor:
@@ -206,7 +233,7 @@ class Batch:
             row = self.fitted_eigenvalues[b]
             known = row[row > self.floor[b]].cpu()
             values.append(
-                goodness_of_fit(known, self.power_law.row(b), seed=self.definitions.seed) if len(tail) > 2 else NAN
+                goodness_of_fit(known, self.power_law.take([b]), seed=self.definitions.seed) if len(tail) > 2 else NAN
             )
         return self.per_row(values)
 
@@ -221,9 +248,9 @@ class Batch:
     def bulk(self) -> Bulk:
         """The random bulk, from the closed form.
 
-        Not known where half of the eigenvalues are only rounding, nor for slices narrower than `LEAST_BULK_SIDE`.
+        Not known where the matrix is `deficient`, nor for slices narrower than `LEAST_BULK_SIDE`.
         """
-        known = ((self.rank >= self.eigenvalues.shape[1] / 2) & (self.short_side >= LEAST_BULK_SIDE))[:, None]
+        known = (~self.deficient & (self.short_side >= LEAST_BULK_SIDE))[:, None]
         sides = torch.stack([self.long_side, torch.full_like(self.long_side, self.short_side)], 1)
         if "live_sides" in self.measured:
             live = self.column("live_sides")

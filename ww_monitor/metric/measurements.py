@@ -92,12 +92,13 @@ def _far_from_a_trap(loaded: Loaded, definitions: AnalysisOptions) -> bool:
 
 @measurement(gram_suffices=_far_from_a_trap, after=("elements",))
 def shuffled(loaded: Loaded, known: Mapping[str, Values], definitions: AnalysisOptions) -> dict[str, Values]:
-    """`num_traps`, `trap_severity`, `trap_p_value` `[B]` and `trap_entries`, from shuffles of slices near a trap."""
+    """`num_traps`, `trap_severity`, `trap_p_value` `[B]`, `trap_entries`, `permuted_on`, from slices near a trap."""
     headroom = known["trap_headroom"]
     assert isinstance(headroom, torch.Tensor)
     num_traps = torch.where(headroom < HEADROOM_TO_SHUFFLE, torch.zeros_like(headroom), NAN)
     severity = p_value = torch.full_like(headroom, NAN)
     entries: list[object] = [()] * len(headroom)
+    permuted_on = [""] * len(headroom)
     if bool((headroom >= HEADROOM_TO_SHUFFLE).any()):
         stats = Elements(*(_flat(known[f"slice_{name}"]) for name in ("mean", "std", "headroom", "mean_shift")))
         slices = loaded.matrices[0].shape[0]
@@ -118,10 +119,12 @@ def shuffled(loaded: Loaded, known: Mapping[str, Values], definitions: AnalysisO
         severity = _largest(severities)
         p_value = -torch.expm1(slices * torch.log1p(_largest(-chances)))
         for b in hit.nonzero().flatten().tolist():
+            permuted_on[b] = found.permuted_on
             large = large_entries(loaded.layers[b], stats.take(slice(b * slices, (b + 1) * slices)))
             found_there = zip(large.index.tolist(), large.value.tolist(), large.headroom.tolist(), strict=True)
             entries[b] = tuple((*at, value, headroom_there) for at, value, headroom_there in found_there)
-    return {"num_traps": num_traps, "trap_severity": severity, "trap_p_value": p_value, "trap_entries": entries}
+    found_of = {"num_traps": num_traps, "trap_severity": severity, "trap_p_value": p_value}
+    return {**found_of, "trap_entries": entries, "permuted_on": permuted_on}
 
 
 def _flat(values: Values) -> torch.Tensor:

@@ -21,9 +21,14 @@ def statuses(batch: Batch) -> torch.Tensor:
     return torch.where(batch.status == Status.OK, batch.tail.status, batch.status)
 
 
+NORMS = frozenset(
+    ("log_norm", "log_spectral_norm", "stable_rank", "rms_norm", "matrix_rank", "rank_loss", "trap_headroom")
+)
+"""What a row of thin slices adds to the model's values; nothing is left out under weightwatcher's preset."""
+
 VERDICTS = (
     "ok", "not_finite", "zero", "solver_failed", "degenerate", "rank_deficient", "few_eigenvalues", "random_like",
-    "poor_fit",
+    "poor_fit", "thin_slices",
 )  # fmt: skip
 """What `verdicts` counts through. The first four are the `Status` of a spectrum, by number."""
 
@@ -32,17 +37,25 @@ def verdicts(batch: Batch) -> torch.Tensor:
     """`[B]` index into `VERDICTS`: what each row's numbers can be trusted for, the first that applies.
 
     - `not_finite`, `zero`, `solver_failed`: there is no spectrum.
+    - `thin_slices`: a kernel whose slices have a short side of at most 4 (depthwise, narrow groups, a first layer on
+      colours). Its pool of eigenvalues lists the norms of its taps, not one spectrum: whatever alpha says of
+      them, the model's values take no more of the row than `NORMS`. A bank
+      `[C, 1, k]` is not read as one C × k matrix instead: that is not the map that the layer applies (each channel has
+      its own filter, none mixes them), the usual 3, 4 and 9 taps would still be too few to judge, and with more taps
+      its leading mode is how smooth the filters are. Σλ, hence every Frobenius norm, is the same either way.
     - `degenerate`: all eigenvalues are equal to within 64 storage roundings (an orthogonal matrix).
-    - `rank_deficient`: fewer than half of the eigenvalues are numerically not zero.
+    - `rank_deficient`: half of the eigenvalues are numerically zero, or rows are copies or combinations of others, so
+      that more than 5 % of the modes of the rows and columns that are not zero are missing.
     - `few_eigenvalues`: fewer than 20, where alpha has a standard error of more than a quarter of alpha − 1.
     - `random_like`: no eigenvalue exceeds what a random matrix has, so alpha describes noise.
     - `poor_fit`: the tail is no power law (`POOR_FIT`).
     - `ok`.
     """
-    tail, n = batch.tail, batch.eigenvalues.shape[1]
+    tail = batch.tail
     tests = [
+        ("thin_slices", torch.full_like(batch.flat, batch.thin)),
         ("degenerate", batch.flat),
-        ("rank_deficient", batch.rank < n / 2),
+        ("rank_deficient", batch.deficient),
         ("few_eigenvalues", (tail.num_fitted < SMALL_SAMPLE) | (tail.status == Status.FEW_EIGENVALUES)),
         ("degenerate", tail.status == Status.DEGENERATE),
         ("random_like", (batch.bulk.num_spikes == 0) & torch.isfinite(batch.bulk.variance)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from time import perf_counter
@@ -13,6 +13,7 @@ from ww_monitor.errors import InvalidArgument
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.monitor import checkpoint
 from ww_monitor.monitor.analyzer import Analyzer
+from ww_monitor.monitor.drift import LastSpectra
 from ww_monitor.monitor.guarded import Guarded
 from ww_monitor.monitor.queued import wait_for_queued
 from ww_monitor.record import History, Rule, Sink, Snapshot
@@ -72,9 +73,11 @@ class Monitor(Guarded):
         """
         self.options = given.options or Options()
         super().__init__(strict=self.options.strict)
-        if given.stop_on == "traps" and "num_traps" not in {metric.name for metric in self.options.chosen}:
+        if given.stop_on in ("traps", "harmful_traps") and "num_traps" not in {
+            metric.name for metric in self.options.chosen
+        }:
             raise InvalidArgument(
-                "Monitor: stop_on='traps' needs the metric 'num_traps', which these options leave out; got"
+                f"Monitor: stop_on={given.stop_on!r} needs the metric 'num_traps', which these options leave out; got"
                 f" metrics={self.options.metrics!r} with preset={self.options.preset!r}; name it, or use 'all'"
             )
         self.every_n_steps, self.every_n_epochs = given.every_n_steps, given.every_n_epochs
@@ -88,6 +91,9 @@ class Monitor(Guarded):
         self.select = given.select or Select()
         self.analyzer = Analyzer(self.options, given, across_ranks=given.across_ranks)
         self.history = History()
+        self._spectra = LastSpectra()
+        self.harm: Callable[[Snapshot], Mapping[str, float]] | None = None
+        """By layer, what the outputs owe to its trap, as `ww_monitor.trap_harm` measures it; a callback sets it."""
         self.last_step: int | None = None
         self._next_step: int | None = None
         self._timing = False
@@ -206,7 +212,7 @@ class Monitor(Guarded):
         self.last_step, self._next_step = step, None
         published: list[Snapshot] = []
         with self.timed(), self.guard("analysis"):
-            items = list(self.select.apply(matrices))
+            items = list(self.select.apply(matrices, say=lambda said: self.say_once(said, said)))
             if self.analyzer.reads_now(whole=whole):
                 self._waited += wait_for_queued()
             snapshot = self.analyzer.analyze(items, step=step, epoch=epoch, whole=whole)
@@ -261,17 +267,30 @@ class Monitor(Guarded):
     def restart(self) -> None:
         """Forget what was seen: a new run begins with this monitor."""
         self.history, self.last_step, self._next_step = History(), None, None
+        self._spectra = LastSpectra()
         self.findings.clear()
         self.analyzer.restart()
 
     def _record(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with its findings, which memory now holds."""
+        snapshot = self._with_harm(self._spectra.measure(snapshot))
         seen = History([*self.history, snapshot])  # of which rules see the last LOOKBACK, as in `replay`
         snapshot = snapshot.with_findings(self.findings.judge(seen, failed=self._say_failed_rule))
         self.history.append(snapshot)
         self.history.forget(latest=max(LOOKBACK, min(self.keep, KEEP_ROWS // max(1, _rows(snapshot)))))
         self._published += 1
         return snapshot
+
+    def _with_harm(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot with the harm of its traps, where there is one and somebody measures it."""
+        if self.harm is None or not any(layer.trap_entries for layer in snapshot.layers):
+            return snapshot
+        found: dict[str, float] = {}
+        with self.guard("trap_harm"):
+            found = dict(self.harm(snapshot))
+        with self.guard("trap_harm"):
+            found = self.analyzer.agreed(found)  # all ranks stop alike
+        return snapshot.with_metrics({name: {"trap_harm": value} for name, value in found.items()})
 
     def _say_failed_rule(self, rule: str, error: Exception) -> None:
         self.say_once(f"rule {rule}", f"rule {rule} failed: {type(error).__name__}: {error}")
@@ -282,7 +301,7 @@ class Monitor(Guarded):
         return {
             "last_step": self.last_step,
             "stop_reason": self.stop_reason,
-            "packed": checkpoint.compress({**self.findings.state(), **past}),
+            "packed": checkpoint.compress({**self.findings.state(), **past, "spectra": self._spectra.state()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -291,6 +310,7 @@ class Monitor(Guarded):
         past = state if "recent" in state else checkpoint.expand(state["packed"])
         history = checkpoint.unpack(past)
         self.findings.load(past, stop_reason=stop_reason)
+        self._spectra.load(past.get("spectra", {}))
         self.last_step, self.history = last_step, history
 
 

@@ -18,8 +18,8 @@ from ww_monitor.description import Description, Rates, plan_matrices
 from ww_monitor.distributed.assign import assign_owners, rounds
 from ww_monitor.distributed.layout import Delivery, deliver
 from ww_monitor.engine import Options
+from ww_monitor.engine.measure import needs_weights
 from ww_monitor.engine.run import workspace
-from ww_monitor.engine.sums import needs_weights
 from ww_monitor.errors import InvalidArgument, check_choice, check_positive_int
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped

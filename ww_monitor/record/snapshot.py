@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -24,6 +25,9 @@ SCHEMA = 1
 
 NAN = float("nan")
 
+LONGEST_NAME = 200
+"""Letters of a layer's name in a key; MLflow takes 250 in all."""
+
 Severity = Literal["info", "warning", "critical"]
 
 
@@ -33,8 +37,17 @@ def summary_key(metric: str) -> str:
 
 
 def layer_key(metric: str, layer: str) -> str:
-    """The key of a layer's value: `ww_alpha/encoder.fc1`."""
-    return f"ww_{metric}/{layer}"
+    """The key of a layer's value: `ww_alpha/encoder.fc1`.
+
+    Of the name stays what every tracker takes in a key: letters, digits, `_`, `-`, `.`, and `/` as in a path that is
+    in its shortest form, at most 200 of them, the last ones.
+
+    >>> layer_key("alpha", "q_proj.lora[default]"), layer_key("alpha", "/a//../b/")
+    ('ww_alpha/q_proj.lora_default', 'ww_alpha/a/__/b')
+    """
+    known = re.sub(r"[^\w./-]+", "_", layer.replace("]", ""))[-LONGEST_NAME:]
+    parts = ["_" * len(part) if part in (".", "..") else part for part in known.split("/") if part]
+    return f"ww_{metric}/{'/'.join(parts) or '_'}"
 
 
 @dataclass(frozen=True)
@@ -81,8 +94,11 @@ class Layer:
         trap_entries: The largest entries above the trap threshold.
         step: Optimizer step at which the weights were read, or `None` outside training.
         solved_on: The device that solved it (`"cpu"`, `"cuda:0"`); where that is not the one that has the weights, with
-            the reason: `"cpu, not cuda:0: no full-rate float64"`.
+            the reason: `"cpu, not cuda:0: no full-rate float64"`; and what permuted it for lack of memory there:
+            `"cuda:0, permuted on cpu: no memory"`.
         eigenvalues: All eigenvalues, ascending, if they were asked for; never saved.
+        sketch: Some sums over the normalised spectrum (`ww_monitor.metric.drift`), until a monitor has the next
+            snapshot's drift from them; never saved.
     """
 
     name: str
@@ -98,6 +114,7 @@ class Layer:
     step: int | None = None
     solved_on: str = field(default="", compare=False)
     eigenvalues: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
+    sketch: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
 
     def value(self, metric: str) -> float:
         """The value of `metric`, NaN if it is not known here."""
@@ -186,6 +203,18 @@ class Snapshot:
             rows[layer.name] = (*rows.get(layer.name, ()), layer)
         return rows
 
+    @cached_property
+    def key_names(self) -> tuple[str, ...]:
+        """What stands for each layer in the keys of its values, no two alike."""
+        taken: dict[str, None] = {}
+        for layer in self.layers:
+            name = first = layer_key("", layer.name).partition("/")[2]
+            number = 1
+            while name in taken:
+                name = f"{first}_{(number := number + 1)}"
+            taken[name] = None
+        return tuple(taken)
+
     def __getstate__(self) -> dict[str, Any]:
         return {one.name: getattr(self, one.name) for one in fields(self)}  # without the index
 
@@ -193,8 +222,8 @@ class Snapshot:
         """Every known value under its flat key, as plain floats; what is not known is absent."""
         values = {summary_key(metric): value for metric, value in self.summary.items()}
         if layers:
-            for layer in self.layers:
-                values.update({layer_key(metric, layer.name): value for metric, value in layer.metrics.items()})
+            for name, layer in zip(self.key_names, self.layers, strict=True):
+                values.update({layer_key(metric, name): value for metric, value in layer.metrics.items()})
         return {key: float(value) for key, value in values.items() if math.isfinite(value)}
 
     def with_findings(self, findings: Iterable[Finding]) -> Snapshot:
@@ -214,11 +243,11 @@ class Snapshot:
     def to_dict(self) -> dict[str, Any]:
         """Plain Python data for JSON: NaN and infinity become `None`, eigenvalues are left out."""
         layers = [
-            {**asdict(replace(layer, metrics={}, eigenvalues=None)), "metrics": dict(layer.metrics)}
+            {**asdict(replace(layer, metrics={}, eigenvalues=None, sketch=None)), "metrics": dict(layer.metrics)}
             for layer in self.layers
         ]
         for layer in layers:
-            del layer["eigenvalues"]
+            del layer["eigenvalues"], layer["sketch"]
         data = {**asdict(replace(self, layers=(), summary={})), "layers": layers, "summary": dict(self.summary)}
         return {"schema": SCHEMA, **_finite_or_none(data)}
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from ww_monitor.record import Snapshot, layer_key
 from ww_monitor.sinks.heatmap import AlphaMap, Figures
+from ww_monitor.sinks.published import Publish, Published
 
 
 class Dashboard:
@@ -18,13 +20,23 @@ class Dashboard:
         prefix: What the owner of the tracker puts before our keys (`"train/"` for the Hugging Face Trainer).
         step_key: Key of the x axis that the owner declares, where trackers have such keys.
         figures: Draws further pictures.
+        publish: Which values, and which histograms, are shown.
     """
 
-    def __init__(self, *, prefix: str = "", step_key: str | None = None, figures: Figures | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        prefix: str = "",
+        step_key: str | None = None,
+        figures: Figures | None = None,
+        publish: Publish = "key",
+    ) -> None:
         self.prefix = prefix
         self.step_key = step_key
         self.figures = figures
+        self.published = Published(publish)
         self.count = 0
+        self._failed: list[Exception] = []
         self.alpha_map = AlphaMap()
 
     def update(self, tracker: Any, snapshot: Snapshot, step: int, *, values: Mapping[str, float] | None = None) -> None:
@@ -35,10 +47,24 @@ class Dashboard:
             snapshot: What was seen.
             step: Where on the x axis its owner's curves have it.
             values: Scalars to write too, where nobody else does.
+
+        Raises:
+            Exception: the first failure, after everything else has been shown.
         """
         self.count += 1
+        self._failed = []
         self.alpha_map.add(snapshot, step)
         self._show(tracker, snapshot, step, values or {})
+        if self._failed:
+            raise self._failed[0]
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """One kind of content: what fails in it costs nothing else, and is raised in the end."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - of any library that draws or writes; `update` raises it
+            self._failed.append(error)
 
     def finish(self, tracker: Any) -> None:
         """Show what waited; the run is over, and its owner may have closed the tracker."""
@@ -48,5 +74,7 @@ class Dashboard:
 
     def _pictures(self, snapshot: Snapshot) -> dict[str, np.ndarray]:
         """What `figures` draws, by key."""
-        drawn = {} if self.figures is None else self.figures(snapshot)
+        drawn: Mapping[str, np.ndarray] = {}
+        with self.apart():
+            drawn = {} if self.figures is None else self.figures(snapshot)
         return {layer_key("spectrum", name): picture for name, picture in drawn.items()}

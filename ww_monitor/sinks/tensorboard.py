@@ -12,7 +12,9 @@ import numpy as np
 from ww_monitor.errors import MissingDependency
 from ww_monitor.record import Finding, Histogram, Snapshot, layer_key, summary_key
 from ww_monitor.sinks import dashboard
+from ww_monitor.sinks.event_file import EventFile
 from ww_monitor.sinks.heatmap import Figures, is_milestone
+from ww_monitor.sinks.published import Publish, Published, spread_of
 
 ALPHA_BAND = (2.0, 6.0)
 """Alpha of trained layers (Martin & Mahoney 2021)."""
@@ -20,14 +22,19 @@ ALPHA_BAND = (2.0, 6.0)
 MAP_KEY = summary_key("alpha_map")
 FINDINGS_KEY = summary_key("findings")
 BAND_KEYS = (layer_key("band", "alpha_low"), layer_key("band", "alpha_high"))
+EDGE_KEY = layer_key("band", "headroom")
+
+FEW_CURVES = 18
+"""Curves beside which both edges of the band are in sight: TensorBoard leaves the outermost 5 % of all points out."""
 
 
 class TensorBoard:
-    """Writes with a `torch.utils.tensorboard.SummaryWriter`.
+    """Writes event files, without TensorFlow; or with a `torch.utils.tensorboard.SummaryWriter` of yours.
 
     Args:
         target: A log folder, for which a writer is made and closed; or a writer, which stays its owner's.
         scalars: Write the values too; `False` where a logger of the trainer does.
+        publish: Which ones, and which histograms: as the callbacks' option of that name.
         layout: Make the charts of the custom-scalars page; `False` keeps a layout of your own.
         figures: Draws further pictures, for example `ww_monitor.plots.SpectralFigures()`.
 
@@ -36,34 +43,47 @@ class TensorBoard:
     """
 
     def __init__(
-        self, target: str | Path | Any, *, scalars: bool = True, layout: bool = True, figures: Figures | None = None
+        self,
+        target: str | Path | Any,
+        *,
+        scalars: bool = True,
+        publish: Publish = "key",
+        layout: bool = True,
+        figures: Figures | None = None,
     ) -> None:
         self._owned = isinstance(target, (str, Path))
-        self.writer: Any = _summary_writer(str(target)) if self._owned else target
+        self.writer: Any = _writer_of(target) if self._owned else target
         self.scalars = scalars
-        self._dashboard = Dashboard(figures=figures)
+        self._dashboard = Dashboard(figures=figures, publish=publish)
         self._dashboard.layout = layout
 
     def write(self, snapshot: Snapshot) -> None:
         """Scalars, then what stands beside them, at the snapshot's step."""
-        values = snapshot.scalars() if self.scalars else {}
-        self._dashboard.update(self.writer, snapshot, snapshot.step or 0, values=values)
+        values = self._dashboard.published.scalars(snapshot) if self.scalars else {}
+        try:
+            self._dashboard.update(self.writer, snapshot, snapshot.step or 0, values=values)
+        finally:
+            if self._owned:
+                self.writer.flush()
 
     def close(self) -> None:
         """Draw what the last picture lacks and flush; a writer made here is closed."""
-        self._dashboard.complete(self.writer)
-        self.writer.flush()
-        if self._owned:
-            self.writer.close()
+        try:
+            self._dashboard.complete(self.writer)
+        finally:
+            self.writer.flush()
+            if self._owned:
+                self.writer.close()
 
 
 class Dashboard(dashboard.Dashboard):
     """What TensorBoard shows beside curves.
 
-    - `#custom_scalars`: alpha of every layer in one chart and of the model in another, with the band from 2 to 6;
-      traps; headroom. The layout is written once; the band's edges are the constants `ww_band/alpha_low` and
-      `ww_band/alpha_high`. TensorBoard shows one layout a run: `layout = False` leaves both out.
-    - `ww_esd/<layer>`: a histogram of log10 λ.
+    - `#custom_scalars`: alpha with the band from 2 to 6, of the model and of every layer; of roles, or of the mean and
+      10 % to 90 % of layers, where these are too many for one chart; traps; headroom with its edge at 1. The layout is
+      written once; the edges are the constants `ww_band/alpha_low`, `ww_band/alpha_high` and `ww_band/headroom`.
+      TensorBoard shows one layout a run: `layout = False` leaves both out.
+    - `ww_esd/<layer>`: a histogram of log10 λ, of models of up to 32 layers or where it is asked for.
     - `ww/findings`: as text, what begins, what ends, and what holds.
     - `ww/alpha_map`: alpha of every layer over time as a picture, its legend as text; needs matplotlib. Drawn
       anew at each of the first 64 snapshots and 32 times in every doubling of their number from then on.
@@ -85,20 +105,35 @@ class Dashboard(dashboard.Dashboard):
             self._show_map(writer, self.alpha_map.steps[-1])
 
     def _show(self, tracker: Any, snapshot: Snapshot, step: int, values: Mapping[str, float]) -> None:
-        band = dict(zip(BAND_KEYS, ALPHA_BAND, strict=True)) if self.layout and snapshot.layers else {}
-        if band and not self._has_layout:
-            self._has_layout = True  # before the call: one that fails is not tried at every snapshot
-            tracker.add_custom_scalars(_layout(snapshot, self.prefix))
-        for key, value in {**values, **{self.prefix + key: edge for key, edge in band.items()}}.items():
-            tracker.add_scalar(key, value, step)
-        for layer in snapshot.layers:
-            if layer.esd is not None:
-                _add_histogram(tracker, layer_key("esd", layer.name), layer.esd, step)
-        self._show_findings(tracker, snapshot, step)
+        with self.apart():
+            for key, value in {**values, **self._charts(tracker, snapshot)}.items():
+                tracker.add_scalar(key, value, step)
+        for key, esd in self.published.histograms(snapshot):
+            with self.apart():
+                _add_histogram(tracker, key, esd, step)
+        with self.apart():
+            self._show_findings(tracker, snapshot, step)
         if is_milestone(self.count):
-            self._show_map(tracker, step)
+            with self.apart():
+                self._show_map(tracker, step)
         for key, picture in self._pictures(snapshot).items():
-            tracker.add_image(key, picture, step, dataformats="HWC")
+            with self.apart():
+                tracker.add_image(key, picture, step, dataformats="HWC")
+
+    def _charts(self, tracker: Any, snapshot: Snapshot) -> dict[str, float]:
+        """The layout, if it is not written yet; the values that its charts need beside what is published."""
+        if not self.layout or not snapshot.layers:
+            return {}
+        if not self._has_layout:
+            self._has_layout = True  # before the call: one that fails is not tried at every snapshot
+            with self.apart():
+                tracker.add_custom_scalars(_layout(snapshot, self.prefix, self.published))
+        beside = dict(zip(BAND_KEYS, ALPHA_BAND, strict=True))
+        if "trap_headroom" in snapshot.summary:
+            beside[EDGE_KEY] = 1.0
+        if len(snapshot.layers) > FEW_CURVES:
+            beside.update(spread_of(snapshot, "alpha"))
+        return {self.prefix + key: value for key, value in beside.items()}
 
     def _show_findings(self, writer: Any, snapshot: Snapshot, step: int) -> None:
         for finding in snapshot.findings:
@@ -122,22 +157,53 @@ class Dashboard(dashboard.Dashboard):
             writer.add_text(MAP_KEY, legend, step)
 
 
-def _layout(snapshot: Snapshot, prefix: str) -> dict[str, dict[str, list[Any]]]:
+def _layout(snapshot: Snapshot, prefix: str, published: Published) -> dict[str, dict[str, list[Any]]]:
     """The charts of the metrics that the snapshot has, as `SummaryWriter.add_custom_scalars` wants them."""
     metrics = {metric for layer in snapshot.layers for metric in layer.metrics}
     start = re.escape(prefix)
+    every = {metric: f"{start}{layer_key(metric, 'x')[:-1]}.+" for metric in (*metrics, "band")}
+    keys = published.scalars(snapshot)
+    ones = "layer" if published.layer_metrics(snapshot) or not published.key else "role"
     charts: dict[str, list[Any]] = {}
     if "alpha" in metrics:
-        layers, edges = f"{start}{layer_key('alpha', '.+')}", f"{start}{layer_key('band', 'alpha_.+')}"
-        charts["alpha of every layer and the band from 2 to 6"] = ["Multiline", [layers, edges]]
         model = [prefix + key for key in (summary_key("alpha"), *BAND_KEYS)]
+        edges = every["band"].replace(".+", "alpha_.+")
+        if ones == "role":
+            means = every["alpha"] + "_mean"
+            charts["alpha by role, mean of its layers, and the band from 2 to 6"] = ["Multiline", [means, edges]]
+            charts |= _spread_charts(keys, prefix)
+        elif len(snapshot.layers) <= FEW_CURVES:
+            charts["alpha of every layer and the band from 2 to 6"] = ["Multiline", [every["alpha"], edges]]
+        else:
+            spread = f"{start}{summary_key('alpha_p')}.0"
+            charts["alpha: mean, 10 % and 90 % of all layers, and the band from 2 to 6"] = [
+                "Multiline",
+                [re.escape(model[0]) + "$", spread, edges],
+            ]
+            charts["alpha of every layer"] = ["Multiline", [every["alpha"]]]
         charts["alpha of the model in the band from 2 to 6"] = ["Margin", model]
     if "num_traps" in metrics:
-        charts["correlation traps of every layer"] = ["Multiline", [f"{start}{layer_key('num_traps', '.+')}"]]
+        charts[f"correlation traps of every {ones}"] = ["Multiline", [every["num_traps"]]]
+    if "trap_headroom" in snapshot.summary:
+        highest = prefix + summary_key("trap_headroom")
+        charts["highest trap headroom (above 1 a trap is expected)"] = ["Margin", [highest, prefix + EDGE_KEY, highest]]
     if "trap_headroom" in metrics:
-        title = "trap headroom of every layer (above 1 a trap is expected)"
-        charts[title] = ["Multiline", [f"{start}{layer_key('trap_headroom', '.+')}"]]
+        title = f"trap headroom of every {ones} (above 1 a trap is expected)"
+        charts[title] = ["Multiline", [every["trap_headroom"]]]
     return {"ww_monitor": charts}
+
+
+def _spread_charts(keys: Mapping[str, float], prefix: str) -> dict[str, list[Any]]:
+    """A chart a role that has a 10 % and a 90 %."""
+    section = layer_key("alpha", "x")[:-1]
+    roles = [key.removeprefix(section).removesuffix("_p10") for key in keys if re.match(f"{section}.+_p10$", key)]
+    return {
+        f"alpha of {role}: mean, 10 % and 90 % of its layers": [
+            "Margin",
+            [f"{prefix}{section}{role}_{end}" for end in ("mean", "p10", "p90")],
+        ]
+        for role in roles
+    }
 
 
 def _findings_text(snapshot: Snapshot, holding: list[Finding]) -> str:
@@ -167,9 +233,11 @@ def _add_histogram(writer: Any, tag: str, esd: Histogram, step: int) -> None:
     )
 
 
-def _summary_writer(folder: str) -> Any:
+def _writer_of(folder: str | Path) -> Any:
+    if "://" not in str(folder):
+        return EventFile(folder)
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # writes to what TensorFlow or fsspec reaches
     except ImportError as error:
         raise MissingDependency("TensorBoard: needs tensorboard; pip install 'ww-monitor[tensorboard]'") from error
-    return SummaryWriter(folder)
+    return SummaryWriter(str(folder))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -48,3 +51,19 @@ class Dashboards:
         """Show what waited, in every tracker that is still there."""
         for tracker, board in list(self._by_tracker.items()):
             board.finish(tracker)
+
+
+@contextmanager
+def uncounted_by_trackio() -> Iterator[None]:
+    """Leave the row counter of trackio's active run where it is, if what is done inside logs one row.
+
+    The counter is the x axis of what the run's owner logs without a step.
+    """
+    variables: Any = getattr(sys.modules.get("trackio"), "context_vars", None)
+    run: Any = variables and variables.current_run.get()
+    before = getattr(run, "_next_step", None)
+    try:
+        yield
+    finally:
+        if before is not None and getattr(run, "_next_step", None) == before + 1:
+            run._next_step = before

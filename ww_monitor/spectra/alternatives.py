@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,13 +25,9 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(120)
 
 @dataclass(frozen=True)
 class TruncatedFit:
-    """Power law with exponential cut-off, p(λ) ∝ λ^-alpha exp(−Lambda λ) for λ ≥ xmin.
+    """Power law with exponential cut-off, p(λ) ∝ λ^-alpha exp(−Lambda λ) for λ ≥ xmin; alpha ≥ 1, `rate` = Lambda ≥ 0.
 
-    Attributes:
-        alpha: Exponent, at least 1.
-        rate: Lambda, at least 0, in units of 1/λ.
-        ks: Kolmogorov–Smirnov distance to the tail.
-        log_likelihood: `[n]` log density of each point.
+    `ks` is the Kolmogorov–Smirnov distance to the tail, `log_likelihood` `[n]` the log density of each point.
     """
 
     alpha: float
@@ -41,12 +38,9 @@ class TruncatedFit:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The power law against another law on one tail.
+    """Normalised log-likelihood ratio (positive favours the power law), and the probability of one as large in size.
 
-    Attributes:
-        ratio: Normalised log-likelihood ratio; positive favours the power law.
-        p_value: Probability of a ratio as large in size if both are equally good: only below 0.1 or so has the sign
-            of `ratio` a meaning.
+    That if both laws are equally good: only below 0.1 or so has the sign of the ratio a meaning.
     """
 
     ratio: float
@@ -56,8 +50,8 @@ class Comparison:
 def fit_truncated(tail: np.ndarray, *, alpha: float) -> TruncatedFit:
     """Maximise −alpha Σ ln λ − Lambda Σ λ − n ln Z over alpha ≥ 1, Lambda ≥ 0; Z = ∫_xmin^∞ t^-alpha e^(−Lambda t) dt.
 
-    The family is exponential, so that the likelihood is concave and has one maximum; Z and its derivatives come from
-    Gauss–Legendre quadrature in ln t. Source: Clauset, Shalizi & Newman 2009, table 2.1.
+    The likelihood is concave and has one maximum; Z and its derivatives come from Gauss–Legendre quadrature in ln t.
+    Source: Clauset, Shalizi & Newman 2009, table 2.1.
 
     Args:
         tail: `[n]` eigenvalues from xmin on, ascending.
@@ -73,7 +67,7 @@ def fit_truncated(tail: np.ndarray, *, alpha: float) -> TruncatedFit:
 
     start = np.array([max(1.0 + 1e-6, min(alpha, 30.0)), 0.1 / mean])
     best = minimize(negative, start, jac=True, method="L-BFGS-B", bounds=[(1.0, 100.0), (0.0, None)])
-    exponent, rate = float(best.x[0]), float(best.x[1])
+    exponent, rate = best.x.tolist()
     if rate == 0.0 and exponent <= 1.0:
         exponent = 1.0 + 1e-9
     log_z = _cutoff_moments(exponent, rate)[0]
@@ -85,28 +79,27 @@ def fit_truncated(tail: np.ndarray, *, alpha: float) -> TruncatedFit:
 
 def _cutoff_moments(alpha: float, rate: float) -> tuple[float, float, float]:
     """Return ln ∫_1^∞ t^-alpha e^(−rate t) dt, E ln t and E t."""
-    s, weight = _log_grid(alpha, rate, 1.0)
-    exponent = (1 - alpha) * s - rate * np.exp(s)
-    peak = exponent.max()
-    density = weight * np.exp(exponent - peak)
+    s, weight, integrand, peak = _integrand(alpha, rate, 1.0)
+    density = weight * integrand
     total = density.sum()
     return peak + math.log(total), float(density @ s / total), float(density @ np.exp(s) / total)
 
 
 def _log_survival(alpha: float, rate: float, point: float) -> float:
     """Return ln ∫_point^∞ t^-alpha e^(−rate t) dt."""
-    s, weight = _log_grid(alpha, rate, point)
-    exponent = (1 - alpha) * s - rate * np.exp(s)
-    peak = exponent.max()
-    return float(peak + math.log(float(weight @ np.exp(exponent - peak))))
+    _, weight, integrand, peak = _integrand(alpha, rate, point)
+    return peak + math.log(float(weight @ integrand))
 
 
-def _log_grid(alpha: float, rate: float, point: float) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes s = ln t from ln `point` to where the integrand has fallen by e^-60, and their weights."""
+def _integrand(alpha: float, rate: float, point: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Nodes s = ln t from ln `point` to where it has fallen by e^-60, their weights, it over its peak, ln of that."""
     by_power = 60.0 / max(alpha - 1, 1e-9)
     by_cutoff = math.log1p(60.0 / (rate * point)) if rate > 0 else math.inf
     length = min(by_power, by_cutoff, 600.0)
-    return math.log(point) + length * (_NODES + 1) / 2, length * _WEIGHTS / 2
+    s = math.log(point) + length * (_NODES + 1) / 2
+    exponent = (1 - alpha) * s - rate * np.exp(s)
+    peak = float(exponent.max())
+    return s, length * _WEIGHTS / 2, np.exp(exponent - peak), peak
 
 
 def compare(tail: np.ndarray, *, alpha: float) -> dict[str, Comparison]:
@@ -124,7 +117,8 @@ def compare(tail: np.ndarray, *, alpha: float) -> dict[str, Comparison]:
     power_law = math.log(alpha - 1) - alpha * np.log(u)
     cutoff = fit_truncated(u, alpha=alpha).log_likelihood
     nested = float((power_law - cutoff).sum())
-    vuong = {"exponential": _exponential(u), "lognormal": _lognormal(u)}
+    rate = 1 / (u.mean() - 1)
+    vuong = {"exponential": math.log(rate) - rate * (u - 1), "lognormal": _lognormal(u)}
     compared = {name: _vuong(power_law - other) for name, other in vuong.items()}
     compared["truncated"] = Comparison(_vuong(power_law - cutoff).ratio, float(chi2.sf(max(0.0, -2 * nested), 1)))
     return compared
@@ -132,20 +126,12 @@ def compare(tail: np.ndarray, *, alpha: float) -> dict[str, Comparison]:
 
 def _vuong(difference: np.ndarray) -> Comparison:
     spread = float(difference.std()) * math.sqrt(len(difference))
-    if spread == 0.0:
-        return Comparison(0.0, 1.0)
-    ratio = float(difference.sum()) / spread
+    ratio = float(difference.sum()) / spread if spread else 0.0
     return Comparison(ratio, float(erfc(abs(ratio) / math.sqrt(2))))
 
 
-def _exponential(u: np.ndarray) -> np.ndarray:
-    """Log density of the exponential on u ≥ 1 with its maximum-likelihood rate."""
-    rate = 1 / (u.mean() - 1)
-    return np.asarray(math.log(rate) - rate * (u - 1))
-
-
 def _lognormal(u: np.ndarray) -> np.ndarray:
-    """Log density of the log-normal truncated to u ≥ 1 with its maximum-likelihood parameters."""
+    """Log density of the log-normal truncated to u ≥ 1 with its parameters of maximum likelihood."""
     y = np.log(u)
 
     def log_density(parameters: np.ndarray) -> np.ndarray:
@@ -165,10 +151,8 @@ def _lognormal(u: np.ndarray) -> np.ndarray:
         slope = np.array([len(y) * hazard / sigma - z.sum() / sigma, len(y) * (1 - hazard * t) - (z * z).sum()])
         return -float(log_density(parameters).sum()), slope
 
-    found = [
-        minimize(negative, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-15, "gtol": 1e-10})
-        for start in map(np.array, starts)
-    ]
+    search = partial(minimize, negative, jac=True, method="L-BFGS-B", bounds=bounds)
+    found = [search(np.array(start), options={"ftol": 1e-15, "gtol": 1e-10}) for start in starts]
     return log_density(min(found, key=lambda result: float(result.fun)).x)
 
 
@@ -185,8 +169,7 @@ def goodness_of_fit(eigenvalues: torch.Tensor, fit: TailFit, *, seed: int, repli
         replicas: Number of synthetic spectra; all are fitted in one batch.
     """
     alpha, xmin, n_tail = float(fit.alpha[0]), float(fit.xmin[0]), int(fit.n_tail[0])
-    n = len(eigenvalues)
-    generator = torch.Generator().manual_seed(seed)
+    n, generator = len(eigenvalues), torch.Generator().manual_seed(seed)
     uniform = torch.rand(replicas, n, generator=generator, dtype=torch.float64, device="cpu")
     body = eigenvalues[: n - n_tail]
     drawn = xmin * (1 - uniform).clamp(min=1e-300) ** (-1 / (alpha - 1))

@@ -25,23 +25,19 @@ MATRIX_COPIES = 6
 """Bytes of a batch over those of its matrices: they, torch's copy, and a workspace of four times their size (19 MB for
 each matrix of 768²)."""
 
-SECONDS_PER_COLUMN = 1e-5
-"""Of the routine for one matrix (2.2 ms at 256, 7.8 at 768, 10.3 at 1024), whatever the host does meanwhile."""
+FREE_SHARE = 0.5
+"""Share of a device's free memory that it may take: training beside it needs the rest (our choice)."""
 
-SECONDS_A_SIDE = 1.3e-3
-"""What it takes to launch the operations that follow the solve, once a short side (measured for the fit of one row)."""
+SECONDS_PER_COLUMN, SECONDS_A_SIDE = 1e-5, 1.3e-3
+"""Of the routine for one matrix (2.2 ms at 256, 7.8 at 768, 10.3 at 1024); and what it takes to launch the operations
+that follow the solve, once a short side (measured for the fit of one row)."""
 
-_LARGEST_COUNT = 2**31 - 1
-"""Elements that the batched routine takes together, n·lda·B."""
+_LARGEST_COUNT, _LARGEST_BATCH = 2**31 - 1, 65535
+"""Elements that the batched routine takes together, n·lda·B, and matrices."""
 
-_LARGEST_BATCH = 65535
-"""Matrices that it takes together."""
-
-_FULL_RATE = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
-"""CUDA capabilities with float64 at half the rate of float32 (data-centre cards); the others have 1/32 or 1/64."""
-
-_FULL_RATE_AMD = ("gfx90a", "gfx94", "gfx95")
-"""AMD's architectures with the same."""
+_FULL_RATE, _FULL_RATE_AMD = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}, ("gfx90a", "gfx94", "gfx95")
+"""CUDA capabilities, and AMD's architectures, with float64 at half the rate of float32 (data-centre cards); the others
+have 1/32 or 1/64."""
 
 
 class Accelerator:
@@ -62,6 +58,10 @@ class Accelerator:
         """Bytes that can be had: what is free, and what torch has reserved and not allocated."""
         free, _ = torch.cuda.mem_get_info(self.device)
         return int(free + torch.cuda.memory_reserved(self.device) - self.allocated())
+
+    def spare(self) -> float:
+        """Bytes that may be taken of it at a time."""
+        return FREE_SHARE * self.free_memory()
 
     def allocated(self) -> int:
         """Bytes that tensors take."""
@@ -90,8 +90,6 @@ class Accelerator:
         ends = accumulate(tensor.numel() for tensor in tensors)
         return [packed[end - one.numel() : end].view(one.shape) for one, end in zip(tensors, ends, strict=True)]
 
-    # --- what follows from these
-
     def batches(self, side: int, count: int) -> bool:
         """Whether so many matrices of a short side are solved as a batch; else one by one."""
         if side <= BATCHED_SIDE:
@@ -105,14 +103,9 @@ class Accelerator:
         return torch.stack([self.single(one) for one in gram])
 
     def chunk(self, side: int, count: int, fitting: float) -> int:
-        """Matrices to solve together, so that all chunks are of one size; at least one.
+        """How many of `count` matrices of a side to solve together if so many fit into memory; at least one.
 
-        A batched solve is set up anew when its size changes.
-
-        Args:
-            side: M, the short side of the matrices.
-            count: Number of matrices.
-            fitting: How many the memory allows.
+        All chunks are of one size: a batched solve is set up anew when it changes.
         """
         most = min(_LARGEST_COUNT // side**2, _LARGEST_BATCH, int(min(fitting, count)))
         return -(-count // -(-count // max(1, most)))
@@ -132,6 +125,12 @@ def accelerator_of(device: torch.device) -> Accelerator | None:
     return None if kind is None else kind(device)
 
 
+def read_together(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors of one device on the host, with one wait for the device."""
+    accelerator = accelerator_of(tensors[0].device)
+    return [tensor.cpu() for tensor in tensors] if accelerator is None else accelerator.read(tensors)
+
+
 def _torch_batches() -> bool:
     return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 
@@ -143,18 +142,6 @@ def _has_nvmath() -> bool:
 _HANDLES = threading.local()
 """cuSOLVER's handle and parameters by device, for each thread its own: two threads must not share a handle."""
 
-
-def _handle(device: torch.device) -> tuple[int, int]:
-    from nvmath.bindings import cusolverDn
-
-    made: dict[torch.device, tuple[int, int]] = _HANDLES.__dict__.setdefault("made", {})
-    if device not in made:
-        made[device] = cusolverDn.create(), cusolverDn.create_params()
-    handle, params = made[device]
-    cusolverDn.set_stream(handle, torch.cuda.current_stream(device).cuda_stream)
-    return handle, params
-
-
 _REAL_64, _LOWER, _NO_VECTORS = 1, 0, 0
 """CUDA_R_64F, CUBLAS_FILL_MODE_LOWER and CUSOLVER_EIG_MODE_NOVECTOR of CUDA's headers."""
 
@@ -164,8 +151,12 @@ def _xsyev_batched(gram: torch.Tensor) -> torch.Tensor:
     from nvmath.bindings import cusolverDn
 
     count, side = gram.shape[:2]
+    made: dict[torch.device, tuple[int, int]] = _HANDLES.__dict__.setdefault("made", {})
     with torch.cuda.device(gram.device):
-        handle, params = _handle(gram.device)
+        if gram.device not in made:
+            made[gram.device] = cusolverDn.create(), cusolverDn.create_params()
+        handle, params = made[gram.device]
+        cusolverDn.set_stream(handle, torch.cuda.current_stream(gram.device).cuda_stream)
         values = torch.empty(count, side, dtype=torch.float64, device=gram.device)
         info = torch.empty(count, dtype=torch.int32, device=gram.device)
         shared: tuple[Any, ...] = (

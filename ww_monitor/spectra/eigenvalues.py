@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 
 from ww_monitor.spectra import host
 from ww_monitor.spectra.device import MATRIX_COPIES, Accelerator, accelerator_of
-from ww_monitor.spectra.elements import Moments
+from ww_monitor.spectra.host import Eigenvalues, input_status, verified
 from ww_monitor.spectra.status import Status
 
 _RESOLVED = 1e-5
@@ -18,60 +17,17 @@ _RESOLVED = 1e-5
 _DEVICE_ROWS = 1 << 23
 """Elements of W that a device holds in float64 at a time (64 MiB)."""
 
-DEVICE_MEMORY = 1 << 30
-"""Bytes that a chunk of Gram matrices with its workspace may take on a device, beside the weights that it releases."""
-
-MOST_RELEASED = 3 << 27
-"""Bytes that the release of weights may add to them, since a model in training keeps its own (3/8 GiB: with it the 48
-matrices of GPT-2 small are one batch)."""
-
-FREE_SHARE = 0.5
-"""Share of a device's free memory that it may take: training beside it needs the rest (our choice)."""
-
-
-@dataclass(frozen=True)
-class Eigenvalues:
-    """Spectra of B matrices.
-
-    Attributes:
-        values: `[B, M]` float64, ascending, never negative; NaN where `status` is not OK.
-        frobenius_sq: `[B]` float64, ‖W‖²_F summed over the elements.
-        status: `[B]` int64 of `Status`.
-        moments: Of the elements, where the solve has taken them in passing.
-    """
-
-    values: torch.Tensor
-    frobenius_sq: torch.Tensor
-    status: torch.Tensor
-    moments: Moments | None = None
-
-    @classmethod
-    def joined(cls, parts: Sequence[Eigenvalues]) -> Eigenvalues:
-        """Spectra of one length, one after the other; without the moments."""
-        return cls(
-            torch.cat([part.values for part in parts]),
-            torch.cat([part.frobenius_sq for part in parts]),
-            torch.cat([part.status for part in parts]),
-        )
-
-    def to(self, device: torch.device) -> Eigenvalues:
-        """The same on another device; without the moments."""
-        return Eigenvalues(self.values.to(device), self.frobenius_sq.to(device), self.status.to(device))
-
-    def split(self, counts: Sequence[int]) -> list[Eigenvalues]:
-        """The inverse: so many spectra each; without the moments."""
-        fields = (self.values, self.frobenius_sq, self.status)
-        parts = zip(*(torch.split(field, list(counts)) for field in fields), strict=True)
-        return [Eigenvalues(values, frobenius_sq, status) for values, frobenius_sq, status in parts]
+DEVICE_MEMORY, MOST_RELEASED = 1 << 30, 3 << 27
+"""Bytes that a chunk of Gram matrices with its workspace may take on a device, and that the release of weights may add:
+a model in training keeps its own (3/8 GiB: with it the 48 matrices of GPT-2 small are one batch)."""
 
 
 def eigenvalues(matrices: torch.Tensor, *, resolve_small: bool = False, library: host.Library = "numpy") -> Eigenvalues:
     """λ = eigenvalues of WᵀW (squared singular values of W), ascending, float64, no division by N.
 
-    The Gram matrix of the short side is formed and solved in float64 whatever the storage dtype. That keeps
-    alpha within 1e-11 of a float64 singular value decomposition; a float32 Gram matrix does not. Inputs are
-    checked for finite values first; afterwards Σλ = ‖W‖²_F and Σλ² = ‖WᵀW‖²_F are verified, the second because
-    a solver that returns the diagonal keeps the trace.
+    The Gram matrix of the short side is formed and solved in float64 whatever the storage dtype. That keeps alpha
+    within 1e-11 of a float64 singular value decomposition; a float32 Gram matrix does not. Inputs are checked for
+    finite values first; afterwards Σλ = ‖W‖²_F and Σλ² = ‖WᵀW‖²_F are verified.
 
     Args:
         matrices: `[B, N, M]` of any floating dtype; N < M is transposed.
@@ -80,8 +36,7 @@ def eigenvalues(matrices: torch.Tensor, *, resolve_small: bool = False, library:
         library: Host routines, see `host.Library`.
 
     Returns:
-        Spectra of `min(N, M)` eigenvalues, on the device that solved them; a matrix that fails carries a status and
-        NaN.
+        Spectra of `min(N, M)` eigenvalues, on the device that solved them; NaN and a status for a matrix that fails.
 
     Raises:
         ValueError: if `matrices` is not three-dimensional or has an empty side.
@@ -95,13 +50,13 @@ def eigenvalues(matrices: torch.Tensor, *, resolve_small: bool = False, library:
     if len(matrices) and accelerator is not None and not accelerator.refusal():
         solved, _ = solve_on_device([matrices], accelerator)
     else:
-        solved = solve_on_host(tall_of(matrices).cpu(), library)
+        solved, _ = host.solve(tall_of(matrices).cpu(), library)
     return resolved(solved, matrices) if resolve_small else solved
 
 
 def tall_of(matrices: torch.Tensor) -> torch.Tensor:
-    """The same `[B, N, M]` with N ≥ M."""
-    return matrices if matrices.shape[1] >= matrices.shape[2] else matrices.mT
+    """The same `[…, N, M]` with N ≥ M."""
+    return matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT
 
 
 def resolved(solved: Eigenvalues, matrices: torch.Tensor) -> Eigenvalues:
@@ -123,10 +78,8 @@ def eigenvalues_of_gram(gram: torch.Tensor, frobenius_sq: torch.Tensor, *, long_
     accelerator = accelerator_of(gram.device)
     sides = torch.full((len(gram),), float(long_side), dtype=torch.float64, device=gram.device)
     if accelerator is None or accelerator.refusal():
-        return _verified_on_host(host.solve_grams(gram.cpu(), frobenius_sq.cpu()), sides.cpu())
-    frobenius_sq = frobenius_sq.to(gram.device)
-    values, gram_sq, status = _solve_grams_on_device(gram, frobenius_sq, accelerator)
-    return _verified(values, frobenius_sq, gram_sq, status, sides)
+        return host.solve_grams(gram.cpu(), frobenius_sq.cpu(), sides.cpu())
+    return _solve_grams(gram, frobenius_sq.to(gram.device), sides, accelerator)
 
 
 def bytes_of(side: int) -> int:
@@ -142,15 +95,15 @@ def solve_on_device(stacks: list[torch.Tensor], accelerator: Accelerator) -> tup
 
     Args:
         stacks: Each `[b, N, M]` or `[b, M, N]` with N ≥ M, of one M.
-        accelerator: The device that the matrices are on.
+        accelerator: The device that they are on.
 
     Returns:
         Spectra on the device, in the order of the matrices, and for each `""` or why the host has solved it.
     """
     side, left = min(stacks[0].shape[1:]), sum(map(len, stacks))
     most = DEVICE_MEMORY + min(sum(stack.nbytes for stack in stacks), MOST_RELEASED)
-    fitting = min(most, FREE_SHARE * accelerator.free_memory()) / bytes_of(side)
-    size, solved, reasons = accelerator.chunk(side, left, fitting), [], list[str]()
+    size = accelerator.chunk(side, left, min(most, accelerator.spare()) / bytes_of(side))
+    solved, reasons = [], list[str]()
     with torch.autocast(accelerator.device.type, enabled=False):
         while left:
             parts, count = [], 0
@@ -162,98 +115,51 @@ def solve_on_device(stacks: list[torch.Tensor], accelerator: Accelerator) -> tup
                 del part, rest
             left -= count
             found, reason = _solve_chunk(parts, size, accelerator)
-            solved.append(found)
+            solved.append(Eigenvalues(*(field.to(accelerator.device) for field in vars(found).values())))
             reasons += [reason] * count
     return Eigenvalues.joined(solved), reasons
 
 
 def _solve_chunk(parts: list[torch.Tensor], size: int, accelerator: Accelerator) -> tuple[Eigenvalues, str]:
     """One chunk; a last one that is short is filled with identities, so that the batched solver keeps its size."""
-    counts, sides = [len(part) for part in parts], [max(part.shape[1:]) for part in parts]
+    count, long_sides = sum(map(len, parts)), [float(max(part.shape[1:])) for part in parts for _ in part]
     try:
-        gram, squares = _grams(parts, size if accelerator.batches(min(parts[0].shape[1:]), size) else sum(counts))
+        gram, squares = _grams(parts, size if accelerator.batches(min(parts[0].shape[1:]), size) else count)
     except Exception as error:  # noqa: BLE001 - whatever a device throws, the host goes on
-        found = [solve_on_host(tall_of(part.cpu())) for part in parts]
-        return Eigenvalues.joined(found).to(accelerator.device), type(error).__name__
+        return Eigenvalues.joined(host.solve(tall_of(part.cpu()))[0] for part in parts), type(error).__name__
     parts.clear()
-    device, count = gram.device, sum(counts)
-    long_side = torch.cat(
-        [torch.full((n,), float(s), dtype=torch.float64, device=device) for n, s in zip(counts, sides, strict=True)]
-    )
+    sides = torch.tensor([*long_sides, *[1.0] * (len(gram) - count)], dtype=torch.float64, device="cpu")
     try:
-        values, gram_sq, status = _solve_grams_on_device(gram, squares, accelerator)
+        return _solve_grams(gram, squares, sides.to(gram.device), accelerator).take(slice(count)), ""
     except Exception as error:  # noqa: BLE001 - likewise
-        on_host = _verified_on_host(host.solve_grams(gram[:count].cpu(), squares[:count].cpu()), long_side.cpu())
-        return on_host.to(device), type(error).__name__
-    return _verified(values[:count], squares[:count], gram_sq[:count], status[:count], long_side), ""
+        return host.solve_grams(gram[:count].cpu(), squares[:count].cpu(), sides[:count]), type(error).__name__
 
 
 def _grams(parts: Sequence[torch.Tensor], size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """WᵀW `[size, M, M]` of the short side and ‖W‖²_F `[size]`, float64; identities behind the last matrix."""
+    """WᵀW `[size, M, M]` of the short side and ‖W‖²_F `[size]`, float64; identities behind the last matrix.
+
+    Some rows are in float64 at a time.
+    """
     device, side, start = parts[0].device, min(parts[0].shape[1:]), 0
     gram = torch.zeros(size, side, side, dtype=torch.float64, device=device)
-    squares = torch.full((size,), float(side), dtype=torch.float64, device=device)
-    for part in parts:
-        where = slice(start, start + len(part))
-        squares[where] = _add_gram(tall_of(part), gram[where])
-        start += len(part)
+    squares = torch.zeros(size, dtype=torch.float64, device=device)
+    for tall in map(tall_of, parts):
+        where = slice(start, start + len(tall))
+        for rows in torch.split(tall, max(1, _DEVICE_ROWS // (len(tall) * side)), dim=1):
+            some = rows.double()
+            gram[where].baddbmm_(some.mT, some)
+            squares[where] += torch.linalg.vector_norm(some, dim=(1, 2)).square()
+        start += len(tall)
     gram[start:].diagonal(dim1=1, dim2=2).fill_(1.0)
+    squares[start:] = float(side)
     return gram, squares
 
 
-def _add_gram(tall: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """Add WᵀW to `gram`; ‖W‖²_F `[b]`. Some rows are in float64 at a time."""
-    squares = torch.zeros(len(tall), dtype=torch.float64, device=tall.device)
-    for rows in torch.split(tall, max(1, _DEVICE_ROWS // (len(tall) * tall.shape[2])), dim=1):
-        some = rows.double()
-        gram.baddbmm_(some.mT, some)
-        squares += torch.linalg.vector_norm(some, dim=(1, 2)).square()
-    return squares
-
-
-def _solve_grams_on_device(
-    gram: torch.Tensor, frobenius_sq: torch.Tensor, accelerator: Accelerator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Eigenvalues, ‖WᵀW‖²_F and status; what cannot be solved becomes an identity, in place to save a copy."""
-    status = input_status(frobenius_sq)
-    unsolvable = (status != Status.OK)[:, None]
+def _solve_grams(
+    gram: torch.Tensor, frobenius_sq: torch.Tensor, long_side: torch.Tensor, accelerator: Accelerator
+) -> Eigenvalues:
+    """On the device; what cannot be solved becomes an identity, in place to save a copy."""
+    unsolvable = (input_status(frobenius_sq) != Status.OK)[:, None]
     gram.masked_fill_(unsolvable[:, :, None], 0.0).diagonal(dim1=1, dim2=2).masked_fill_(unsolvable, 1.0)
     gram_sq = torch.linalg.vector_norm(gram, dim=(1, 2)).square()
-    return accelerator.eigvalsh(gram).clamp(min=0.0), gram_sq, status
-
-
-def solve_on_host(tall: torch.Tensor, library: host.Library = "numpy") -> Eigenvalues:
-    """The solve of `[B, N, M]` on the host, N ≥ M, with the moments of the elements taken in passing."""
-    found = host.solve(tall, library)
-    return _verified_on_host(found, torch.full_like(found.frobenius_sq, float(tall.shape[1])))
-
-
-def _verified_on_host(found: host.Solved, long_side: torch.Tensor) -> Eigenvalues:
-    status = input_status(found.frobenius_sq)
-    status[found.failed & (status == Status.OK)] = Status.SOLVER_FAILED
-    verified = _verified(found.values.clamp(min=0.0), found.frobenius_sq, found.gram_sq, status, long_side)
-    return replace(verified, moments=found.moments)
-
-
-def input_status(frobenius_sq: torch.Tensor) -> torch.Tensor:
-    """Status known before the solve: a sum of squares is finite exactly when every element is (and none overflows)."""
-    status = torch.full(frobenius_sq.shape, int(Status.OK), dtype=torch.int64, device=frobenius_sq.device)
-    status[frobenius_sq <= host.FLOOR_NORM] = Status.ZERO
-    status[~torch.isfinite(frobenius_sq)] = Status.NOT_FINITE
-    return status
-
-
-def _verified(
-    values: torch.Tensor,
-    frobenius_sq: torch.Tensor,
-    gram_sq: torch.Tensor,
-    status: torch.Tensor,
-    long_side: torch.Tensor,
-) -> Eigenvalues:
-    """Check both moments of the spectrum to 64·N roundings of the Gram matrix and blank what is not known."""
-    tolerance = 64 * torch.finfo(torch.float64).eps * long_side
-    first = (values.sum(1) - frobenius_sq).abs() <= tolerance * frobenius_sq
-    second = (values.square().sum(1) - gram_sq).abs() <= tolerance * gram_sq
-    status = torch.where((status == Status.OK) & ~(first & second), int(Status.SOLVER_FAILED), status)
-    values = torch.where((status == Status.OK)[:, None], values, float("nan"))
-    return Eigenvalues(values, frobenius_sq, status)
+    return verified(accelerator.eigvalsh(gram), frobenius_sq, gram_sq, long_side)

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-_TRIM_ROUNDS = 50
+from ww_monitor.spectra.status import Rows
 
-_NEAR = 0.5
-"""Share of the first limit from which on entries are looked at one by one: limits fall as far entries are trimmed."""
-
-_LEFT = 1e-3
-"""Least share of Σ w² that is left about the mean: three digits of sixteen may be lost."""
+_TRIM_ROUNDS, _NEAR, _LEFT = 50, 0.5, 1e-3
+"""Most rounds of trimming; the share of the first limit from which on entries are looked at one by one, since limits
+fall; the least share of Σ w² that is left about the mean: three digits of sixteen may be lost."""
 
 _CHUNK = 1 << 16
 """Entries that the host looks at together: they stay in a core's cache."""
 
 
 @dataclass(frozen=True)
-class Elements:
+class Elements(Rows):
     """The element histogram of B matrices in four numbers, each field `[B]` float64.
 
     Attributes:
@@ -37,22 +35,10 @@ class Elements:
     headroom: torch.Tensor
     mean_shift: torch.Tensor
 
-    def take(self, which: torch.Tensor | slice) -> Elements:
-        """Those of some of the matrices."""
-        return Elements(self.mean[which], self.std[which], self.headroom[which], self.mean_shift[which])
-
 
 @dataclass(frozen=True)
-class Moments:
-    """What one pass over the entries of B matrices leaves, each field `[B]` float64 on their device.
-
-    Attributes:
-        total: Σ w.
-        squares: Σ w².
-        low: Smallest entry.
-        high: Largest entry.
-        zeros: How many entries are zero.
-    """
+class Moments(Rows):
+    """Σ w, Σ w², min w, max w and #{w = 0} of B matrices, each field `[B]` float64 on their device."""
 
     total: torch.Tensor
     squares: torch.Tensor
@@ -60,24 +46,12 @@ class Moments:
     high: torch.Tensor
     zeros: torch.Tensor
 
-    def take(self, which: Sequence[int]) -> Moments:
-        """Those of some of the matrices."""
-        return Moments(*(getattr(self, field.name)[which] for field in fields(self)))
-
-    @classmethod
-    def joined(cls, parts: Sequence[Moments]) -> Moments:
-        """Those of more matrices, one after the other."""
-        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
-
 
 @dataclass(frozen=True)
 class LargeEntries:
     """The K largest entries above the threshold, largest first.
 
-    Attributes:
-        index: `[K, 3]` slice, row and column, as stored.
-        value: `[K]` the weights.
-        headroom: `[K]` |w − mean| / (std (NM)^¼), each above 1.
+    Slice, row and column as stored `[K, 3]`; the weights `[K]`; |w − mean| / (std (NM)^¼) `[K]`, each above 1.
     """
 
     index: torch.Tensor
@@ -86,21 +60,19 @@ class LargeEntries:
 
 
 def moments(matrices: torch.Tensor) -> Moments:
-    """Σ w, Σ w², min w, max w and #{w = 0} of `[B, N, M]`, any floating dtype; in float64, no device is waited for."""
+    """Those of `[B, N, M]` of any floating dtype, summed in float64; no device is waited for."""
     flat = matrices.flatten(1)
     squares = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square()
     zeros = flat.shape[1] - torch.count_nonzero(flat, dim=1)
-    return Moments(
-        flat.sum(1, dtype=torch.float64), squares, flat.amin(1).double(), flat.amax(1).double(), zeros.double()
-    )
+    total, low, high = flat.sum(1, dtype=torch.float64), flat.amin(1), flat.amax(1)
+    return Moments(total, squares, low.double(), high.double(), zeros.double())
 
 
 def elements(matrices: Sequence[torch.Tensor] | torch.Tensor, *, known: Moments | None = None) -> Elements:
     """Headroom = max|w − mean| / (σ (NM)^¼), mean_shift = |mean| (NM)^¼ / σ, with σ trimmed of entries above σ(NM)^¼.
 
-    Mean and σ are those of the entries that are not trimmed; this repeats until as many are kept as before. Without it
-    a few large entries would hide in the variance that they inflate and drag the mean. O(NM), no eigensolve; only
-    matrices with something to trim are read a second time.
+    Mean and σ are those of the entries that are not trimmed, until as many are kept as before: a few large entries
+    would hide in the variance that they inflate and drag the mean. Only matrices with something to trim are read again.
 
     Args:
         matrices: `[B, N, M]` or B of `[N, M]`, finite, any floating dtype.
@@ -124,24 +96,14 @@ def elements(matrices: Sequence[torch.Tensor] | torch.Tensor, *, known: Moments 
 
 
 def elements_of(found: Moments, count: int) -> Elements:
-    """The same of matrices with nothing to trim, from their moments alone.
-
-    Args:
-        found: Moments of the matrices.
-        count: N·M, the number of entries of one matrix.
-    """
+    """The same of matrices of `count` = N·M entries with nothing to trim, from their moments alone."""
     return _elements(found, *_mean_and_std(found, count), count)
 
 
 def needs_trimming(found: Moments, count: int) -> torch.Tensor:
-    """`[B]` on the host: whether an entry lies above σ(NM)^¼, or the spread drowns in the mean.
-
-    Args:
-        found: Moments of B matrices.
-        count: N·M, the number of entries of one matrix.
-    """
+    """`[B]` on the host: whether one of `count` = N·M entries lies above σ(NM)^¼, or the spread drowns in the mean."""
     mean, std = _mean_and_std(found, count)
-    largest = _largest(found, mean)
+    largest = torch.maximum(found.high.cpu() - mean, mean - found.low.cpu())
     far: torch.Tensor = (largest > std * count**0.25) | (std < 1e-3 * mean.abs())
     return far & torch.isfinite(largest)
 
@@ -152,33 +114,20 @@ def _mean_and_std(found: Moments, count: int) -> tuple[torch.Tensor, torch.Tenso
     return mean, variance.clamp(min=0).sqrt()
 
 
-def _largest(found: Moments, mean: torch.Tensor) -> torch.Tensor:
-    return torch.maximum(found.high.cpu() - mean, mean - found.low.cpu())
-
-
 def _elements(found: Moments, mean: torch.Tensor, std: torch.Tensor, count: int) -> Elements:
-    reach = count**0.25
+    reach, largest = count**0.25, torch.maximum(found.high.cpu() - mean, mean - found.low.cpu())
     std = torch.where(std > 1e-12 * mean.abs(), std, float("nan"))
-    largest = _largest(found, mean)
-    return Elements(mean=mean, std=std, headroom=largest / (std * reach), mean_shift=mean.abs() * reach / std)
+    return Elements(mean, std, headroom=largest / (std * reach), mean_shift=mean.abs() * reach / std)
 
 
 def _trimmed(entries: torch.Tensor, reach: float, total: float, squares: float) -> tuple[float, float]:
     """Mean and standard deviation of the entries within `reach` standard deviations of the mean, iterated.
 
-    What is trimmed is taken off the sums, which needs one look at the entries; all of them are summed anew each time
-    where that would cost digits.
-
-    Args:
-        entries: `[n]` of any floating dtype.
-        reach: In standard deviations.
-        total: Σ w.
-        squares: Σ w².
+    What is trimmed is taken off their sums; where that would cost digits, all are summed anew each time.
     """
-    return _without_far(entries, reach, total, squares) or _summed_anew(entries, reach)
-
-
-def _summed_anew(entries: torch.Tensor, reach: float) -> tuple[float, float]:
+    found = _without_far(entries, reach, total, squares)
+    if found is not None:
+        return found
     exact = entries.double()
     mean, std, kept = float(exact.mean()), float(exact.std(correction=0)), len(exact)
     for _ in range(_TRIM_ROUNDS):
@@ -191,30 +140,26 @@ def _summed_anew(entries: torch.Tensor, reach: float) -> tuple[float, float]:
 
 def _without_far(entries: torch.Tensor, reach: float, total: float, squares: float) -> tuple[float, float] | None:
     """The same by what the far entries leave of the sums; None where they leave too little of them."""
-    size = kept = len(entries)
-    centre = mean = total / size
-    variance = squares / size - mean * mean
-    if not variance * size > _LEFT * squares:
-        return None
-    std = math.sqrt(variance)
-    near = _NEAR * std * reach
-    at = _beyond(entries, centre, near)
-    if at is None:
-        return None
-    far = entries[at].double().cpu()
+    kept, removed, removed_sq = len(entries), 0.0, 0.0
+    far = near = None
     for _ in range(_TRIM_ROUNDS):
-        if not abs(mean - centre) + near <= std * reach:  # an entry might have to go that is not among them
-            return None
-        out = far[(far - mean).abs() > std * reach]
-        if size - len(out) == kept:
-            return mean, std
-        kept = size - len(out)
-        left = squares - float(out.square().sum())
-        mean = (total - float(out.sum())) / kept
+        mean, left = (total - removed) / kept, squares - removed_sq
         variance = left / kept - mean * mean
         if not variance * kept > _LEFT * squares:
             return None
         std = math.sqrt(variance)
+        if far is None or near is None:
+            centre, near = mean, _NEAR * std * reach
+            at = _beyond(entries, centre, near)
+            if at is None:
+                return None
+            far = entries[at].double().cpu()
+        if not abs(mean - centre) + near <= std * reach:  # an entry might have to go that is not among them
+            return None
+        out = far[(far - mean).abs() > std * reach]
+        if len(entries) - len(out) == kept:
+            break
+        kept, removed, removed_sq = len(entries) - len(out), float(out.sum()), float(out.square().sum())
     return mean, std
 
 
@@ -237,25 +182,18 @@ def _beyond(entries: torch.Tensor, centre: float, distance: float) -> torch.Tens
 def large_entries(matrices: torch.Tensor, stats: Elements, *, limit: int = 8) -> LargeEntries:
     """{(s, i, j): |w_sij − mean_s| > σ_s (NM)^¼}, the addresses of the traps.
 
-    Args:
-        matrices: `[slices, N, M]` of one layer.
-        stats: Its `elements`, one row a slice.
-        limit: At most this many entries.
+    Of one layer `[slices, N, M]`, of which `stats` has a row a slice, at most `limit` entries.
     """
-    matrices = matrices.detach()
-    reach, size = (matrices.shape[1] * matrices.shape[2]) ** 0.25, matrices[0].numel()
-    where: list[torch.Tensor] = []
-    ratios: list[torch.Tensor] = []
-    for k, (matrix, mean, std) in enumerate(zip(matrices, stats.mean.tolist(), stats.std.tolist(), strict=True)):
-        entries = matrix.flatten()
-        at = _beyond(entries, mean, 0.99 * std * reach)
+    matrices, size, parts = matrices.detach(), matrices[0].numel(), []
+    each = zip(matrices.flatten(1), stats.mean.tolist(), stats.std.tolist(), strict=True)
+    for k, (entries, mean, std) in enumerate(each):
+        at = _beyond(entries, mean, 0.99 * std * size**0.25)
         if at is None:
             at = torch.arange(size, dtype=torch.int64, device=entries.device)
-        ratio = entries[at].double().sub_(mean).abs_().div_(std * reach)
-        above = ratio > 1.0
-        where.append(at[above] + k * size)
-        ratios.append(ratio[above])
-    found = torch.cat(ratios).sort(descending=True, stable=True)
-    at, headroom = torch.cat(where)[found.indices[:limit]], found.values[:limit]
+        ratio = entries[at].double().sub_(mean).abs_().div_(std * size**0.25)
+        parts.append((at[ratio > 1.0] + k * size, ratio[ratio > 1.0]))
+    where, ratios = map(torch.cat, zip(*parts, strict=True))
+    found = ratios.sort(descending=True, stable=True)
+    at, headroom = where[found.indices[:limit]], found.values[:limit]
     index = torch.stack([at // size, at % size // matrices.shape[2], at % matrices.shape[2]], 1)
     return LargeEntries(index, matrices[index[:, 0], index[:, 1], index[:, 2]], headroom)

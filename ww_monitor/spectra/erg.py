@@ -9,13 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class CorrelationSpace:
-    """Each field `[B]`.
-
-    Attributes:
-        size: Number of eigenvalues in the space, as float; NaN where the spectrum is not known.
-        boundary: Its smallest eigenvalue.
-        rescaled_boundary: The same after rescaling to a mean eigenvalue of 1.
-    """
+    """How many eigenvalues it has, its smallest one, and that after rescaling to a mean of 1: `[B]`, NaN if unknown."""
 
     size: torch.Tensor
     boundary: torch.Tensor
@@ -25,10 +19,9 @@ class CorrelationSpace:
 def correlation_space(eigenvalues: torch.Tensor) -> CorrelationSpace:
     """Size = first k with Σ_{j > n−k} ln(λ_j/mean λ) < 0: the k largest rescaled eigenvalues have a product below 1.
 
-    The eigenvalue that takes the product below 1 belongs to the space, as in weightwatcher 0.7.7; at its ideal the
-    power-law tail and this space coincide. Summed in the log domain, where a product over- and underflows from some
-    4,000 eigenvalues on. Source: Martin & Hinrichs 2025 (SETOL, arXiv 2507.17912), the exact renormalisation group
-    condition; weightwatcher's `detX`.
+    The eigenvalue that takes the product below 1 belongs to the space, as in weightwatcher 0.7.7 (`detX`); at its ideal
+    the power-law tail and this space coincide. Summed in the log domain: a product over- and underflows from some 4,000
+    on. Source: Martin & Hinrichs 2025 (SETOL, arXiv 2507.17912), the exact renormalisation group condition.
 
     Args:
         eigenvalues: `[B, n]` float64, ascending.
@@ -43,13 +36,8 @@ def correlation_space(eigenvalues: torch.Tensor) -> CorrelationSpace:
     below = log_volume[:, : max(n - 1, 1)] < 0
     count = torch.where(below.any(1), below.double().argmax(1) + 1, n)
     index = torch.where(below.any(1), n - count, min(1, n - 1))
-    flat = ~(eigenvalues[:, 0] < eigenvalues[:, -1])
+    varied = eigenvalues[:, 0] < eigenvalues[:, -1]
+    count, index = count * varied, (index * varied)[:, None]
+    found = (count.double(), eigenvalues.gather(1, index)[:, 0], rescaled.gather(1, index)[:, 0])
     known = torch.isfinite(rescaled[:, -1])
-    count = torch.where(flat, 0, count)
-    index = torch.where(flat, 0, index)
-    nan = float("nan")
-
-    def at(field: torch.Tensor) -> torch.Tensor:
-        return torch.where(known, field.gather(1, index[:, None])[:, 0], nan)
-
-    return CorrelationSpace(torch.where(known, count.double(), nan), at(eigenvalues), at(rescaled))
+    return CorrelationSpace(*(torch.where(known, value, float("nan")) for value in found))

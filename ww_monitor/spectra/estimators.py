@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -10,11 +10,8 @@ from ww_monitor.spectra.powerlaw import TailFit, fit_tail, tail_exponents
 from ww_monitor.spectra.scan import ks_distances
 from ww_monitor.spectra.status import Status
 
-MAX_FINGERS = 10
-"""Most eigenvalues that are taken for fingers (weightwatcher 0.7.7's max_fingers)."""
-
-FINGER_DROP = 1.0
-"""Fall of alpha that makes the removed eigenvalues fingers (weightwatcher 0.7.7's finger_thresh)."""
+MAX_FINGERS, FINGER_DROP = 10, 1.0
+"""Most eigenvalues that are taken for fingers, and the fall of alpha that makes them fingers (weightwatcher 0.7.7)."""
 
 SOFTNESS = 0.1
 """Excess of ks, in units of 1/√n_tail, that costs a candidate a factor e. Our choice: a third of the standard deviation
@@ -38,34 +35,20 @@ def fit_hill(eigenvalues: torch.Tensor, *, k: int | None = None, floor: torch.Te
     index = n - size
     known, log_x, log_sum = tail_exponents(eigenvalues, floor)
     exponent = size / log_sum[:, index]
-    reached = known[:, index] & (size >= 2)
-    status = torch.where(reached, int(Status.OK), int(Status.FEW_EIGENVALUES))
-    status = torch.where(reached & ~(log_sum[:, index] > 1e-12), int(Status.DEGENERATE), status)
+    status = torch.where(log_sum[:, index] > 1e-12, int(Status.OK), int(Status.DEGENERATE))
+    status = torch.where(known[:, index] & (size >= 2), status, int(Status.FEW_EIGENVALUES))
     good = status == Status.OK
     tail = log_x[:, index:]
     count = torch.arange(size, 0, -1, dtype=torch.float64, device=tail.device) / size
     ks = ((-(tail - tail[:, :1]) * exponent[:, None]).exp() - count).abs().amax(1)
-    nan = float("nan")
-    return TailFit(
-        alpha=torch.where(good, 1 + exponent, nan),
-        xmin=torch.where(good, eigenvalues[:, index], nan),
-        ks=torch.where(good, ks, nan),
-        sigma=torch.where(good, exponent / size**0.5, nan),
-        n_tail=size * good.double(),
-        num_fitted=known.sum(1),
-        status=status,
-    )
+    values = (1 + exponent, eigenvalues[:, index], ks, exponent / size**0.5)
+    alpha, xmin, ks, sigma = (torch.where(good, value, float("nan")) for value in values)
+    return TailFit(alpha, xmin, ks, sigma, size * good.double(), known.sum(1), status)
 
 
 @dataclass(frozen=True)
 class FingerFit:
-    """A tail fitted without the largest eigenvalues where these are fingers.
-
-    Attributes:
-        tail: The fit that is kept.
-        num_fingers: `[B]` how many eigenvalues were left out.
-        raw_alpha: `[B]` alpha with all of them.
-    """
+    """The fit without fingers, how many largest eigenvalues were left out as such, and alpha with them, each `[B]`."""
 
     tail: TailFit
     num_fingers: torch.Tensor
@@ -89,13 +72,13 @@ def fit_without_fingers(
     first = best = fit_tail(eigenvalues, floor=floor, allow_short=weightwatcher)
     num_fingers = torch.zeros_like(first.alpha)
     searching = first.status == Status.OK
-    numbers = range(2, MAX_FINGERS) if weightwatcher else range(1, MAX_FINGERS + 1)
-    for removed in numbers:
+    for removed in range(2, MAX_FINGERS) if weightwatcher else range(1, MAX_FINGERS + 1):
         if removed >= eigenvalues.shape[1] - 1 or not bool(searching.any()):
             break
         clipped = fit_tail(eigenvalues[:, :-removed], floor=floor, allow_short=weightwatcher)
         accept = searching & (clipped.alpha + FINGER_DROP < first.alpha)
-        best = _where(accept, clipped, best)
+        pairs = zip(vars(clipped).values(), vars(best).values(), strict=True)
+        best = TailFit(*(torch.where(accept, new, old) for new, old in pairs))
         num_fingers = torch.where(accept, float(removed - 1 if weightwatcher else removed), num_fingers)
         searching = searching & ~accept
         if weightwatcher:
@@ -103,21 +86,9 @@ def fit_without_fingers(
     return FingerFit(best, num_fingers, first.alpha)
 
 
-def _where(condition: torch.Tensor, chosen: TailFit, other: TailFit) -> TailFit:
-    names = ("alpha", "xmin", "ks", "sigma", "n_tail", "num_fitted", "status")
-    return replace(
-        other, **{name: torch.where(condition, getattr(chosen, name), getattr(other, name)) for name in names}
-    )
-
-
 @dataclass(frozen=True)
 class SoftAlpha:
-    """An exponent averaged over candidate xmin.
-
-    Attributes:
-        alpha: `[B]` Σ w_i alpha_i.
-        spread: `[B]` √(Σ w_i (alpha_i − alpha)²), how far the candidates in question disagree.
-    """
+    """`[B]` alpha = Σ w_i alpha_i, and √(Σ w_i (alpha_i − alpha)²): how far the candidates in question disagree."""
 
     alpha: torch.Tensor
     spread: torch.Tensor

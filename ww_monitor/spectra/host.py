@@ -11,14 +11,12 @@ import torch
 
 from ww_monitor.spectra import lapack
 from ww_monitor.spectra.elements import Moments
+from ww_monitor.spectra.status import Rows, Status
 
-_TOGETHER = 1 << 18
-"""Elements of W up to which matrices are solved in one call: small ones share its overhead."""
-
-_ROW_CHUNK = 1 << 18
-"""Elements of W that are held in float64 at a time while the Gram matrix is summed, or an eighth of the Gram matrix
-where that is more: 2 MiB stay in a core's cache, and shorter products cost more (measured: those of a sixteenth 5 % of
-the Gram matrix at 2048)."""
+_TOGETHER = _ROW_CHUNK = 1 << 18
+"""Elements of W up to which matrices are solved in one call, whose overhead small ones share; and of a large W that are
+held in float64 at a time while the Gram matrix is summed, or an eighth of the Gram matrix where that is more: 2 MiB
+stay in a core's cache, and shorter products cost more (measured: of a sixteenth 5 % of the Gram matrix at 2048)."""
 
 _IN_PLACE_SIDE = 256
 """From this side on a copy of a Gram matrix costs more than a call of one's own."""
@@ -35,79 +33,81 @@ worker without touching any other thread."""
 
 
 @dataclass(frozen=True)
-class Solved:
-    """What the host finds of B matrices, not yet verified.
+class Eigenvalues(Rows):
+    """Spectra `[B, M]` float64, ascending and never negative; NaN where `status` (`[B]` int64 of `Status`) is not OK.
 
-    Attributes:
-        values: `[B, M]` ascending; ones where a matrix cannot be solved.
-        frobenius_sq: `[B]` ‖W‖²_F.
-        gram_sq: `[B]` ‖WᵀW‖²_F.
-        failed: `[B]` whether the solver gave up.
-        moments: Of the elements, where they have been taken in passing.
+    `frobenius_sq` is `[B]` ‖W‖²_F, summed over the elements in float64.
     """
 
     values: torch.Tensor
     frobenius_sq: torch.Tensor
-    gram_sq: torch.Tensor
-    failed: torch.Tensor
-    moments: Moments | None = None
+    status: torch.Tensor
 
 
-def solve(tall: torch.Tensor, library: Library) -> Solved:
-    """The spectra of `[B, N, M]` on the host, N ≥ M, any floating dtype."""
+def input_status(frobenius_sq: torch.Tensor) -> torch.Tensor:
+    """Status known before the solve: a sum of squares is finite exactly when every element is (and none overflows)."""
+    status = torch.where(frobenius_sq <= FLOOR_NORM, int(Status.ZERO), int(Status.OK))
+    return torch.where(torch.isfinite(frobenius_sq), status, int(Status.NOT_FINITE))
+
+
+def verified(
+    values: torch.Tensor, frobenius_sq: torch.Tensor, gram_sq: torch.Tensor, long_side: torch.Tensor | int
+) -> Eigenvalues:
+    """Check both moments of solved spectra `[B, M]` to 64·N roundings of the Gram matrix, blank what is not known.
+
+    Σλ must be ‖W‖²_F and Σλ² = ‖WᵀW‖²_F, both `[B]`: a solver that returns the diagonal keeps the trace.
+    """
+    values, tolerance = values.clamp(min=0.0), 64 * torch.finfo(torch.float64).eps * long_side
+    first = (values.sum(1) - frobenius_sq).abs() <= tolerance * frobenius_sq
+    second = (values.square().sum(1) - gram_sq).abs() <= tolerance * gram_sq
+    status = input_status(frobenius_sq)
+    status = torch.where((status == Status.OK) & ~(first & second), int(Status.SOLVER_FAILED), status)
+    return Eigenvalues(torch.where((status == Status.OK)[:, None], values, float("nan")), frobenius_sq, status)
+
+
+def solve(tall: torch.Tensor, library: Library = "numpy") -> tuple[Eigenvalues, Moments]:
+    """The spectra of `[B, N, M]` on the host, N ≥ M, any floating dtype; the moments are taken in passing."""
     together = max(1, _TOGETHER // (tall.shape[1] * tall.shape[2]))
     if len(tall) and together == 1:
         parts = [_solve_one(w, library) for w in tall]
     else:
         parts = [_solve_together(tall[b : b + together], library) for b in range(0, max(1, len(tall)), together)]
-    return parts[0] if len(parts) == 1 else _joined(parts)
+    solved, moments = zip(*parts, strict=True)
+    return Eigenvalues.joined(solved), Moments.joined(moments)
 
 
-def _joined(parts: list[Solved]) -> Solved:
-    moments = [part.moments for part in parts if part.moments is not None]
-    return Solved(
-        values=torch.cat([part.values for part in parts]),
-        frobenius_sq=torch.cat([part.frobenius_sq for part in parts]),
-        gram_sq=torch.cat([part.gram_sq for part in parts]),
-        failed=torch.cat([part.failed for part in parts]),
-        moments=Moments.joined(moments) if len(moments) == len(parts) else None,
-    )
-
-
-def _solve_one(w: torch.Tensor, library: Library) -> Solved:
+def _solve_one(w: torch.Tensor, library: Library) -> tuple[Eigenvalues, Moments]:
     """One matrix `[N, M]`; its elements are looked at while they are in the cache."""
-    m = w.shape[1]
+    n, m = w.shape
     gram, found = np.zeros((m, m)), []
     with np.errstate(all="ignore"):
-        for rows in _row_chunks(w):
-            found.append((rows.sum(), _squares(rows, library), rows.min(), rows.max(), np.count_nonzero(rows == 0)))
+        for stored, rows in _row_chunks(w):
+            zeros = np.count_nonzero(stored == 0)
+            found.append((rows.sum(), _squares(rows, library), stored.min(), stored.max(), zeros))
             if library == "torch":
                 torch.from_numpy(gram).addmm_(torch.from_numpy(rows.T), torch.from_numpy(rows))
             else:
                 lapack.add_gram(rows, gram)
-        total, squares, low, high, zeros = np.array(found).T
-        over_all = np.array([total.sum(), squares.sum(), low.min(), high.max(), zeros.sum()])
-        moments = Moments(*torch.split(torch.from_numpy(over_all), 1))
+        total, squares, low, high, none = np.array(found, dtype=np.float64).T
+        over_all = np.array([total.sum(), squares.sum(), low.min(), high.max(), none.sum()])
         gram_sq = _squares(gram, library)
         if library == "numpy":  # one triangle
             gram_sq = 2 * gram_sq - _squares(gram.diagonal(), library)
-    return _solve_grams(gram[None], moments.squares.numpy(), np.array([gram_sq]), library, moments)
+    solved = _solve_grams(gram[None], over_all[1:2], np.array([gram_sq]), n, library)
+    return solved, Moments(*torch.split(torch.from_numpy(over_all), 1))
 
 
-def _row_chunks(w: torch.Tensor) -> Iterator[np.ndarray]:
-    """Some rows at a time, in float64 and in one piece.
+def _row_chunks(w: torch.Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Some rows at a time, as what is quickest to compare and in float64 in one piece.
 
     numpy converts what it knows: the threads that torch would convert with go on spinning where BLAS needs the cores.
     """
-    n, m = w.shape
-    rows = max(_ROW_CHUNK // m, m // 8, 1)
     in_numpy = w.dtype in (torch.float64, torch.float32, torch.float16)
-    for start in range(0, n, rows):
-        part = w[start : start + rows]
+    for part in torch.split(w, max(_ROW_CHUNK // w.shape[1], w.shape[1] // 8, 1)):
         array = part.numpy() if in_numpy else part.double().numpy()
         chunk = array.astype(np.float64, order="K" if 1 in w.stride() else "C", copy=False)
         whole = chunk.flags.c_contiguous or chunk.flags.f_contiguous
-        yield chunk if whole else chunk.copy(order="K")
+        yield array if array.dtype == np.float32 else chunk, chunk if whole else chunk.copy(order="K")
 
 
 def _squares(array: np.ndarray, library: Library) -> float:
@@ -117,57 +117,47 @@ def _squares(array: np.ndarray, library: Library) -> float:
     return float(torch.dot(flat, flat))
 
 
-def _solve_together(tall: torch.Tensor, library: Library) -> Solved:
+def _solve_together(tall: torch.Tensor, library: Library) -> tuple[Eigenvalues, Moments]:
     """Small matrices `[B, N, M]` in one call each of product and solver."""
     a = torch.empty(tall.shape, dtype=torch.float64, device="cpu").copy_(tall)  # slices of a kernel lie scattered
     with np.errstate(all="ignore"):
         each = a.flatten(1).numpy()
         squares = np.einsum("bi,bi->b", each, each)  # one call: a library's own would cost more than a small matrix
         found = each.sum(1), squares, each.min(1), each.max(1), np.count_nonzero(each == 0, axis=1).astype(float)
-        moments = Moments(*map(torch.from_numpy, found))
         gram = torch.matmul(a.mT, a).numpy() if library == "torch" else np.matmul(a.mT.numpy(), a.numpy())
         flat = gram.reshape(len(gram), gram.shape[-1] ** 2)
-    return _solve_grams(gram, squares, np.einsum("bi,bi->b", flat, flat), library, moments)
+    solved = _solve_grams(gram, squares, np.einsum("bi,bi->b", flat, flat), tall.shape[1], library)
+    return solved, Moments(*map(torch.from_numpy, found))
 
 
-def solve_grams(gram: torch.Tensor, frobenius_sq: torch.Tensor) -> Solved:
-    """The spectra of Gram matrices `[B, M, M]` float64 that are given; overwritten."""
-    norms = frobenius_sq.numpy()
-    return _joined(
-        [
-            _solve_grams(one[None], norms[b : b + 1], np.array([_squares(one, "numpy")]), "numpy")
-            for b, one in enumerate(gram.numpy())
-        ]
+def solve_grams(gram: torch.Tensor, frobenius_sq: torch.Tensor, long_side: torch.Tensor) -> Eigenvalues:
+    """The spectra of Gram matrices `[B, M, M]` float64 of matrices with long sides `[B]`; overwritten."""
+    each = zip(gram.numpy(), frobenius_sq.numpy(), long_side.tolist(), strict=True)
+    return Eigenvalues.joined(
+        _solve_grams(one[None], norm.reshape(1), np.array([_squares(one, "numpy")]), int(n), "numpy")
+        for one, norm, n in each
     )
 
 
 def _solve_grams(
-    gram: np.ndarray, frobenius_sq: np.ndarray, gram_sq: np.ndarray, library: Library, moments: Moments | None = None
-) -> Solved:
+    gram: np.ndarray, frobenius_sq: np.ndarray, gram_sq: np.ndarray, long_side: int, library: Library
+) -> Eigenvalues:
     """Those that cannot be solved are made one first."""
     for b in np.flatnonzero(~((frobenius_sq > FLOOR_NORM) & (frobenius_sq < np.inf))):
         gram[b] = np.eye(gram.shape[-1])
-    values, failed = _eigvalsh(gram, library)
-    return Solved(
-        values=torch.from_numpy(values),
-        frobenius_sq=torch.from_numpy(frobenius_sq),
-        gram_sq=torch.from_numpy(gram_sq),
-        failed=torch.from_numpy(failed),
-        moments=moments,
-    )
+    values, first, second = map(torch.from_numpy, (_eigvalsh(gram, library), frobenius_sq, gram_sq))
+    return verified(values, first, second, long_side)
 
 
-def _eigvalsh(gram: np.ndarray, library: Library) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues `[B, M]`, and which matrices the solver gave up on (they have ones)."""
-    failed = np.zeros(len(gram), dtype=bool)
+def _eigvalsh(gram: np.ndarray, library: Library) -> np.ndarray:
+    """Eigenvalues `[B, M]`; NaN for a matrix that the solver gave up on."""
     if len(gram) == 1 or gram.shape[-1] < _IN_PLACE_SIDE:
         try:
-            return _lapack(gram, library), failed
+            return _lapack(gram, library)
         except (np.linalg.LinAlgError, RuntimeError):
             if len(gram) == 1:
-                return np.ones(gram.shape[:2]), ~failed
-    parts = [_eigvalsh(gram[b : b + 1], library) for b in range(len(gram))]
-    return np.concatenate([values for values, _ in parts]), np.concatenate([gave_up for _, gave_up in parts])
+                return np.full(gram.shape[:2], np.nan)
+    return np.concatenate([_eigvalsh(gram[b : b + 1], library) for b in range(len(gram))])
 
 
 def _lapack(gram: np.ndarray, library: Library) -> np.ndarray:

@@ -1,9 +1,8 @@
 """The few largest eigenvalues of Gram matrices without the others: what decides whether a matrix has outliers.
 
-One code for the host, a matrix at a time, and for a device, all matrices of a side together. The host iterates in
-float32, which only has to find directions, and computes their eigenvalues in float64; a device, whose float32 may be
-rounded further at the user's wish, iterates in float64 and is read once every some steps. Whatever is not settled
-within the bounds of this file is returned as not known, and the caller computes the whole spectrum.
+The host takes a matrix at a time and iterates in float32, which only has to find directions, whose eigenvalues it
+computes in float64. A device, whose float32 may be rounded further at the user's wish, iterates on all matrices of a
+side in float64 and is read once every some steps. For what is not known then the caller computes the whole spectrum.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from scipy.linalg import eigh
 
-from ww_monitor.spectra.device import accelerator_of
+from ww_monitor.spectra.device import read_together
 
 BLOCKS = (6, 16)
 """Start vectors of the first run, and of a second for matrices that have more outliers than the first can tell apart.
@@ -31,19 +30,16 @@ RELATIVE_ERROR = 1e-9
 """Relative distance from the threshold up to which an eigenvalue is left undecided."""
 
 _STOP = 1e-10
-"""Estimated relative error of λmax at which the iteration stops. Below the 1e-9 that is promised, because the estimate
+"""Estimated relative error of λmax at which the iteration stops: below the 1e-9 that is promised, because the estimate
 knows only the Ritz values that have appeared."""
 
-_FIRST_CHECK = 16
-_LONGEST_WAIT = 12
+_FIRST_CHECK, _LONGEST_WAIT = 16, 12
 """Steps before the first look at the Ritz values, and at most between two looks. Few matrices are settled earlier."""
 
 _NEIGHBOURS = 4
 """Ritz values that are looked at beside those that may be outliers: the error of λmax lies mostly along them."""
 
-_STEPS_SHARE = 16
-_LEAST_STEPS = 32
-_BASIS_SHARE = 0.75
+_STEPS_SHARE, _LEAST_STEPS, _BASIS_SHARE = 16, 32, 0.75
 """A sixteenth of the side is the limit of steps, or 32 where that is more, and the basis may have so much of the side:
 beyond, the whole spectrum is cheaper (at side 768 it takes as long as 57 steps in float64)."""
 
@@ -56,13 +52,7 @@ _ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class Outliers:
-    """What lies above the threshold, each field `[K]` on the host.
-
-    Attributes:
-        count: Number of eigenvalues above it.
-        largest: λmax, whether above it or not.
-        known: Whether count and λmax are certain; they mean nothing where not.
-    """
+    """Number of eigenvalues above the threshold and λmax, `[K]` on the host; they mean nothing where not `known`."""
 
     count: np.ndarray
     largest: np.ndarray
@@ -71,8 +61,7 @@ class Outliers:
 
 def read(tensor: torch.Tensor) -> np.ndarray:
     """The tensor on the host: the only place where shuffling waits for a device."""
-    accelerator = accelerator_of(tensor.device)
-    array: np.ndarray = (tensor.cpu() if accelerator is None else accelerator.read([tensor])[0]).numpy()
+    array: np.ndarray = read_together([tensor])[0].numpy()
     return array
 
 
@@ -114,7 +103,7 @@ def outliers(gram: torch.Tensor, *, threshold: float, seed: int, exact: Exact | 
         part = gram if len(open_) == len(gram) else gram[torch.from_numpy(open_).to(gram.device)]
         verdicts = _Run(part, block, seed, exact).verdicts(threshold)
         for k, verdict in zip(open_, verdicts, strict=True):
-            if verdict.known:
+            if verdict.to_go == 0:
                 result.count[k], result.largest[k], result.known[k] = verdict.above, verdict.largest, True
         open_ = open_[[verdict.above >= block for verdict in verdicts]]
         if not len(open_):
@@ -130,20 +119,9 @@ class _Verdict:
     largest: float = math.nan
     to_go: float = math.inf
 
-    @property
-    def known(self) -> bool:
-        return self.to_go == 0
-
 
 class _Run:
-    """Block Lanczos on all matrices at once.
-
-    Args:
-        gram: `[K, M, M]`.
-        block: Start vectors, the same for all matrices.
-        seed: Seed of the start vectors.
-        exact: As of `outliers`.
-    """
+    """Block Lanczos on all matrices `[K, M, M]` at once, from the same start vectors."""
 
     def __init__(self, gram: torch.Tensor, block: int, seed: int, exact: Exact | None) -> None:
         self.gram, self.block, self.steps, self.exact = gram, block, 0, exact
@@ -182,31 +160,28 @@ class _Run:
             self.basis[:, (step + 1) * b : (step + 2) * b], beside = _orthonormal(w)
             new.append(beside)
         blocks = read(torch.stack(new, 1))
-        for i, step in enumerate(range(self.steps, steps)):
-            here, after = slice(step * b, (step + 1) * b), slice((step + 1) * b, (step + 2) * b)
-            self.projected[:, here, here] = blocks[:, 2 * i]
-            self.projected[:, here, after] = blocks[:, 2 * i + 1]
-            self.projected[:, after, here] = blocks[:, 2 * i + 1].swapaxes(1, 2)
+        for at in range(self.steps * b, steps * b, b):  # eigh reads the lower triangle
+            own, beside_it = blocks[:, 2 * (at // b - self.steps)], blocks[:, 2 * (at // b - self.steps) + 1]
+            self.projected[:, at : at + b, at : at + b] = own
+            self.projected[:, at + b : at + 2 * b, at : at + b] = beside_it.swapaxes(1, 2)
         self.steps = steps
 
     def _judge(self, projected: np.ndarray, threshold: float) -> _Verdict:
         """Rayleigh–Ritz on the basis of one matrix: count, λmax, and whether another step would change them."""
         n = self.steps * self.block
-        beside = projected[n - self.block : n, n : n + self.block]
+        beside = projected[n : n + self.block, n - self.block : n]
         if not np.isfinite(projected[: n + self.block, : n + self.block]).all():
             return _Verdict()
         wanted = (max(0, n - self.block - _NEIGHBOURS), n - 1)
         values, vectors = eigh(projected[:n, :n], subset_by_index=wanted, driver="evr", check_finite=False)
         values, vectors = values[::-1], vectors[:, ::-1]
-        residuals = np.linalg.norm(beside.T @ vectors[-self.block :], axis=0)
+        residuals = np.linalg.norm(beside @ vectors[-self.block :], axis=0)
         above = int((values > threshold).sum())
         at_threshold = bool((np.abs(values - threshold) <= RELATIVE_ERROR * threshold).any())
         if above >= self.block or at_threshold or np.abs(beside.diagonal()).min() <= self.rounding * values[0]:
             return _Verdict(above)
-        converged, settled = (
-            _steps_to_certainty(values, r, above, threshold, self) for r in (0 * residuals, residuals)
-        )
-        if self.exact is None and converged > self.limit:
+        settled = _steps_to_certainty(values, residuals, above, threshold, self)
+        if self.exact is None and _steps_to_certainty(values, 0 * residuals, above, threshold, self) > self.limit:
             return _Verdict(above)  # the next eigenvalue is too near to the threshold
         gap = max(1.0 - values[min(self.block, len(values) - 1)] / values[0], 1e-6)
         excess = _error(values, residuals) / (_STOP * values[0])
@@ -265,8 +240,8 @@ def _orthonormal(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _steps_to_certainty(values: np.ndarray, residuals: np.ndarray, above: int, threshold: float, run: _Run) -> float:
     """Steps k after which another eigenvalue above the threshold is missed with a probability of `MISS`.
 
-    Such an eigenvalue has a vector in the basis that is orthogonal to the outliers' eigenvectors; the Ritz vectors
-    differ from these, which moves the next Ritz value by the second term at most.
+    Its vector in the basis is orthogonal to the outliers' eigenvectors; the Ritz vectors differ from these, which moves
+    the next Ritz value by the second term at most.
     """
     next_ = values[above] + float((residuals[:above] ** 2 / (values[:above] - values[above])).sum())
     distance = 1.0 - (next_ + (_ROUNDING * values[0] if run.exact else 0.0)) / threshold

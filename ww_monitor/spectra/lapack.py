@@ -29,16 +29,11 @@ _UNSCALED = (1e-140, 1e140)
 _BLOCK = 32
 """Columns that LAPACK's dsytrd reduces together, for each of which it wants M elements of workspace."""
 
-_LARGEST_INT = 1 << 30
-"""Elements that one call may count."""
-
 
 def add_gram(rows: np.ndarray, gram: np.ndarray) -> None:
     """Add rowsᵀ·rows to the upper triangle of `gram`; the other triangle is left as it is.
 
-    Args:
-        rows: `[N, M]` float64, contiguous by rows or by columns.
-        gram: `[M, M]` float64, contiguous by rows.
+    Both are float64: rows `[N, M]` contiguous by rows or by columns, `gram` `[M, M]` by rows.
 
     Raises:
         ValueError: if an array is of another kind: its memory would be misread.
@@ -54,7 +49,7 @@ def add_gram(rows: np.ndarray, gram: np.ndarray) -> None:
     by_rows = rows.flags.c_contiguous
     if rows.dtype != np.float64 or not (by_rows or rows.flags.f_contiguous):
         raise ValueError(f"add_gram: expected float64 rows in one piece, got {rows.dtype}, strides {rows.strides}")
-    one = _double(1.0)
+    one = ctypes.byref(ctypes.c_double(1.0))
     _routine(cython_blas, "dsyrk")(
         _LOWER, b"N" if by_rows else b"T", _int(m), _int(n), one, _at(rows), _int(m if by_rows else n), one, _at(gram),
         _int(m),
@@ -82,19 +77,17 @@ def eigvalsh(gram: np.ndarray, *, with_torch: bool = False) -> np.ndarray:
     if solve is None:
         found: np.ndarray = torch.linalg.eigvalsh(torch.from_numpy(gram), UPLO="U").numpy()
         return found
-    m, info = len(gram), ctypes.c_int64(0)
-    values = np.empty(m)
-
-    def call(work: np.ndarray, size: int, integers: np.ndarray) -> None:
+    m, info, integers = len(gram), ctypes.c_int64(0), np.empty(8, dtype=np.int64)
+    values, work, size = np.empty(m), np.empty(1), -1
+    for integer_size in (-1, len(integers)):  # the first call says which workspace it wants
         solve(
             b"N", _LOWER, _int(m), _at(gram), _int(m), _at(values), _at(work), _int(size), _at(integers),
-            _int(size if size < 0 else len(integers)), ctypes.byref(info),
+            _int(integer_size), ctypes.byref(info),
         )  # fmt: skip
-
-    asked, integers = np.empty(1), np.empty(8, dtype=np.int64)
-    call(asked, -1, integers)  # which workspace it wants
-    call(np.empty(int(asked[0])), int(asked[0]), integers)
-    _complain("dsyevd", info)
+        size = int(work[0])
+        work = np.empty(size) if integer_size < 0 else work
+    if info.value:
+        raise np.linalg.LinAlgError(f"dsyevd: gave up with info {info.value}")
     return values
 
 
@@ -106,15 +99,11 @@ def _eigvalsh_unscaled(gram: np.ndarray) -> np.ndarray:
         _LOWER, _int(m), _at(gram), _int(m), _at(values), _at(off_diagonal), _at(reflectors), _at(work),
         _int(work.size), ctypes.byref(info),
     )  # fmt: skip
-    _complain("dsytrd", info)
-    _routine(cython_lapack, "dsterf")(_int(m), _at(values), _at(off_diagonal), ctypes.byref(info))
-    _complain("dsterf", info)
-    return values
-
-
-def _complain(routine: str, info: ctypes.c_int64) -> None:
+    if not info.value:
+        _routine(cython_lapack, "dsterf")(_int(m), _at(values), _at(off_diagonal), ctypes.byref(info))
     if info.value:
-        raise np.linalg.LinAlgError(f"{routine}: gave up with info {info.value}")
+        raise np.linalg.LinAlgError(f"dsytrd or dsterf: gave up with info {info.value}")
+    return values
 
 
 def sum_of_squares(array: np.ndarray) -> float:
@@ -129,7 +118,7 @@ def sum_of_squares(array: np.ndarray) -> float:
     flat, step, dot = array.ravel(order="K"), _int(1), _routine(cython_blas, "ddot", ctypes.c_double)
     if flat.dtype != np.float64:
         raise ValueError(f"sum_of_squares: expected float64, got {flat.dtype}")
-    parts = (flat[start : start + _LARGEST_INT] for start in range(0, flat.size, _LARGEST_INT))
+    parts = (flat[start : start + (1 << 30)] for start in range(0, flat.size, 1 << 30))  # as many as a call counts
     return float(sum(dot(_int(part.size), _at(part), step, _at(part), step) for part in parts))
 
 
@@ -148,10 +137,6 @@ def _int(value: int) -> Any:
     return ctypes.byref(ctypes.c_int64(value))
 
 
-def _double(value: float) -> Any:
-    return ctypes.byref(ctypes.c_double(value))
-
-
 @lru_cache
 def _routine(module: ModuleType, name: str, result: Any = None) -> Callable[..., Any]:
     """The routine at the address that SciPy publishes; every argument is a pointer."""
@@ -161,12 +146,17 @@ def _routine(module: ModuleType, name: str, result: Any = None) -> Callable[...,
     return ctypes.CFUNCTYPE(result, *[ctypes.c_void_p] * callable_.signature.count("*"))(address)
 
 
-@lru_cache(maxsize=1)
 def _torch_dsyevd() -> Callable[..., Any] | None:
     """LAPACK's routine in torch's own library, where it can be found there."""
+    return of_torch("dsyevd_", None, *[ctypes.c_void_p] * 11)
+
+
+@lru_cache
+def of_torch(name: str, result: Any, *arguments: Any) -> Callable[..., Any] | None:
+    """A function of the libraries that torch is linked with, if it can be found in torch's own file."""
     for library in Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"):
-        routine = getattr(ctypes.CDLL(str(library)), "dsyevd_", None)
-        if routine is not None:
-            routine.argtypes, routine.restype = [ctypes.c_void_p] * 11, None
-            return routine  # type: ignore[no-any-return]
+        function = getattr(ctypes.CDLL(str(library)), name, None)
+        if function is not None:
+            function.restype, function.argtypes = result, arguments
+            return function  # type: ignore[no-any-return]
     return None

@@ -22,10 +22,8 @@ class Bulk:
 
     Attributes:
         variance: Variance of the entries of the random part, in the scale of the eigenvalues.
-        edge_min: Lower Marchenko–Pastur edge, variance · (√N − √M)².
-        edge_max: Upper edge, variance · (√N + √M)².
-        threshold: Eigenvalue above which one counts as a spike.
-        num_spikes: Eigenvalues above the threshold, int64.
+        edge_min: Lower Marchenko–Pastur edge, variance · (√N − √M)²; `edge_max` · (√N + √M)².
+        threshold: Eigenvalue above which one counts as a spike; `num_spikes` of them, int64.
         p_value: Probability that the random part alone has an eigenvalue as large as λmax.
     """
 
@@ -82,21 +80,14 @@ def bulk(
     largest_remaining = eigenvalues.flip(1)[:, : len(removed)]
     is_spike = (largest_remaining > threshold) & (removed <= slices * m_side / 2)
     num_spikes = torch.where(is_spike, removed + 1, 0.0).amax(1).clamp(max=len(removed) - 1).long()
-
-    def at_count(field: torch.Tensor) -> torch.Tensor:
-        return field.expand_as(variance).gather(1, num_spikes[:, None])[:, 0]
-
-    sigma_sq = at_count(variance)
-    deviate = (eigenvalues[:, -1] / sigma_sq - at_count(centre)) / at_count(scale)
+    fields = (field.expand_as(variance) for field in (variance, centre, scale, threshold))
+    sigma_sq, centre, scale, threshold = (field.gather(1, num_spikes[:, None])[:, 0] for field in fields)
+    deviate = (eigenvalues[:, -1] / sigma_sq - centre) / scale
     p_value = -torch.expm1(slices * torch.log1p(-tracy_widom_sf(deviate)))
-    return Bulk(
-        variance=sigma_sq,
-        edge_min=sigma_sq * (n_side.sqrt() - m_side.sqrt())[:, 0].square(),
-        edge_max=sigma_sq * (n_side.sqrt() + m_side.sqrt())[:, 0].square(),
-        threshold=at_count(threshold),
-        num_spikes=torch.where(sigma_sq > 0, num_spikes, 0),
-        p_value=torch.where(sigma_sq > 0, p_value, float("nan")),
-    )
+    known, root_n, root_m = sigma_sq > 0, n_side.sqrt()[:, 0], m_side.sqrt()[:, 0]
+    edges = sigma_sq * (root_n - root_m).square(), sigma_sq * (root_n + root_m).square()
+    num_spikes, p_value = torch.where(known, num_spikes, 0), torch.where(known, p_value, float("nan"))
+    return Bulk(sigma_sq, *edges, threshold, num_spikes, p_value)
 
 
 def per_matrix(significance: float, matrices: int) -> float:
@@ -110,9 +101,7 @@ def johnstone(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, 
     Source: Johnstone 2001 (Annals of Statistics 29, theorem 1.1). Real Gaussian entries; the law is approached from
     M ≈ 5 on, and universal for entries with four moments.
 
-    Args:
-        rows: N, any shape.
-        columns: M ≤ N, broadcastable with `rows`.
+    `rows` are N, of any shape, `columns` M ≤ N.
     """
     root_n, root_m = (rows - 1).clamp(min=0.5).sqrt(), columns.clamp(min=0.5).sqrt()
     return (root_n + root_m).square(), (root_n + root_m) * (1 / root_n + 1 / root_m) ** (1 / 3)
@@ -124,31 +113,27 @@ _GRID_LOW, _GRID_HIGH, _GRID_STEP = -8.0, 60.0, 0.0025
 def tracy_widom_sf(s: torch.Tensor) -> torch.Tensor:
     """P(TW₁ > s), the upper tail of the Tracy–Widom law for real matrices, to 1e-6 relative.
 
-    Interpolated in log P from `tracy_widom_sf_exact`: a cubic spline over steps of 0.2 to 1, then linearly
-    over steps of 0.0025; 1 below s = −8 and constant (4e-137) above s = 60. NaN stays NaN.
+    Interpolated in log P from `tracy_widom_sf_exact`: by a cubic spline over steps of 0.2 to 1, then linearly over
+    0.0025; 1 below s = −8 and constant (4e-137) above s = 60. NaN stays NaN.
 
     >>> [round(p, 4) for p in tracy_widom_sf(torch.tensor([0.9793, 2.0234, 3.2724])).tolist()]
     [0.05, 0.01, 0.001]
     """
-    log_sf = _log_sf_on(s.device)
+    log_sf = _log_sf(s.device)
     position = ((s.double() - _GRID_LOW) / _GRID_STEP).clamp(0, len(log_sf) - 1.001)
     left = torch.nan_to_num(position).long()
     fraction = position - left
     return torch.exp(log_sf[left] * (1 - fraction) + log_sf[left + 1] * fraction)
 
 
+@lru_cache(maxsize=256)
 def tracy_widom_quantile(p: float) -> float:
     """The s with P(TW₁ > s) = p, for 1e-136 < p < 1.
 
     >>> round(tracy_widom_quantile(0.01), 3)
     2.023
     """
-    return _quantile(float(p))
-
-
-@lru_cache(maxsize=256)
-def _quantile(p: float) -> float:
-    log_sf = _log_sf_grid()
+    log_sf = _log_sf(torch.device("cpu"))
     target = np.log(p) if p > 0 else -np.inf
     if not float(log_sf[-1]) < target < float(log_sf[0]):
         raise ValueError(f"tracy_widom_quantile: p must be between 1e-136 and 1; got {p!r}")
@@ -160,13 +145,10 @@ def _quantile(p: float) -> float:
 
 
 @lru_cache
-def _log_sf_on(device: torch.device) -> torch.Tensor:
-    """The grid where it is needed: a device would wait for a copy at every call."""
-    return _log_sf_grid().to(device)
-
-
-@lru_cache(maxsize=1)
-def _log_sf_grid() -> torch.Tensor:
+def _log_sf(device: torch.device) -> torch.Tensor:
+    """The grid, kept where it is needed: a device would wait for a copy at every call."""
+    if device.type != "cpu":
+        return _log_sf(torch.device("cpu")).to(device)
     ranges = ((_GRID_LOW, 8.0, 0.2), (8.0, 20.0, 0.5), (20.0, _GRID_HIGH + 1.5, 1.0))
     knots = np.concatenate([np.arange(*part) for part in ranges])
     spline = CubicSpline(knots, np.log(tracy_widom_sf_exact(knots, nodes=32)))
@@ -183,9 +165,6 @@ def tracy_widom_sf_exact(s: np.ndarray, *, nodes: int = 64) -> np.ndarray:
     Args:
         s: `[K]` points.
         nodes: Quadrature nodes on (s, max(16, s + 16)).
-
-    Returns:
-        `[K]` probabilities.
     """
     node, weight = np.polynomial.legendre.leggauss(nodes)
     result = np.empty(len(s))

@@ -17,13 +17,7 @@ DRAWS = 40
 
 @dataclass(frozen=True)
 class NullBand:
-    """5, 50 and 95 % points of a Gaussian matrix's fit.
-
-    Attributes:
-        alpha: Points of the distribution of alpha.
-        ks: Points of the distribution of the Kolmogorov–Smirnov distance.
-        lambda_max: Of λmax, for entries of unit variance.
-    """
+    """5, 50 and 95 % points of alpha, of the Kolmogorov–Smirnov distance and of λmax for entries of unit variance."""
 
     alpha: tuple[float, float, float]
     ks: tuple[float, float, float]
@@ -35,26 +29,21 @@ def null_band(long_side: int, short_side: int, slices: int = 1, *, draws: int = 
     """Quantiles over Gaussian matrices of one shape, computed once a shape.
 
     Args:
-        long_side: N, the long side of the matrix.
+        long_side: N.
         short_side: M ≤ N.
         slices: Number of matrices whose eigenvalues are pooled.
         draws: Number of random spectra behind the band.
         seed: Of a private generator.
     """
     generator = np.random.Generator(np.random.PCG64([seed, long_side, short_side, slices]))
-    rows = [
-        np.sort(np.concatenate([wishart_eigenvalues(long_side, short_side, generator) for _ in range(slices)]))
-        for _ in range(draws)
-    ]
-    spectra = torch.from_numpy(np.stack(rows))
+    each = [[wishart_eigenvalues(long_side, short_side, generator) for _ in range(slices)] for _ in range(draws)]
+    spectra = torch.from_numpy(np.sort(np.array(each).reshape(draws, -1)))
     fit = fit_tail(spectra)
 
     def points(values: torch.Tensor) -> tuple[float, float, float]:
         known = values[~torch.isnan(values)].numpy()
-        if len(known) == 0:
-            return (float("nan"),) * 3
-        low, middle, high = np.quantile(known, [0.05, 0.5, 0.95])
-        return float(low), float(middle), float(high)
+        low, middle, high = np.quantile(known, [0.05, 0.5, 0.95]).tolist() if len(known) else [float("nan")] * 3
+        return low, middle, high
 
     return NullBand(points(fit.alpha), points(fit.ks), points(spectra[:, -1]))
 
@@ -64,11 +53,6 @@ def wishart_eigenvalues(long_side: int, short_side: int, generator: np.random.Ge
 
     They are the squared singular values of the M × M lower bidiagonal matrix with χ_N, χ_{N−1}, …, χ_{N−M+1} on the
     diagonal and χ_{M−1}, …, χ_1 below it. Source: Dumitriu & Edelman 2002 (J. Math. Phys. 43), β = 1.
-
-    Args:
-        long_side: N, the long side of the matrix.
-        short_side: M, the short side of the matrix.
-        generator: Where the random numbers come from.
     """
     diagonal = np.sqrt(generator.chisquare(long_side - np.arange(short_side)))
     below = np.sqrt(generator.chisquare(np.arange(short_side - 1, 0, -1))) if short_side > 1 else np.empty(0)

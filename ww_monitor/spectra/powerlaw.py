@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
 from ww_monitor.spectra.scan import best_candidates
-from ww_monitor.spectra.status import Status
+from ww_monitor.spectra.status import Rows, Status
 
-SMALL_SAMPLE = 20
-"""Fewer eigenvalues than this get the bias-corrected exponent and a shortest tail (weightwatcher 0.7.7)."""
-
-SMALL_SAMPLE_TAIL = 8
-"""Shortest tail of a small sample (weightwatcher 0.7.7)."""
+SMALL_SAMPLE, SMALL_SAMPLE_TAIL = 20, 8
+"""Fewer eigenvalues than this get the bias-corrected exponent and a tail of at least so many (weightwatcher 0.7.7)."""
 
 
 @dataclass(frozen=True)
-class TailFit:
+class TailFit(Rows):
     """Power-law tails of B spectra, each field `[B]`; NaN (`n_tail` 0) where `status` is not OK.
 
     Attributes:
@@ -39,15 +35,6 @@ class TailFit:
     num_fitted: torch.Tensor
     status: torch.Tensor
 
-    def row(self, b: int) -> TailFit:
-        """The fit of spectrum b alone, fields `[1]`."""
-        return TailFit(*(getattr(self, field.name)[b : b + 1] for field in fields(self)))
-
-    @classmethod
-    def join(cls, fits: Sequence[TailFit]) -> TailFit:
-        """Several fits as one batch."""
-        return cls(*(torch.cat([getattr(fit, field.name) for fit in fits]) for field in fields(cls)))
-
 
 def fit_tail(eigenvalues: torch.Tensor, *, floor: torch.Tensor | float = 0.0, allow_short: bool = False) -> TailFit:
     """Alpha = 1 + n/Σ ln(λ_j/xmin) over λ_j ≥ xmin, with the xmin that minimises the Kolmogorov–Smirnov distance.
@@ -63,9 +50,6 @@ def fit_tail(eigenvalues: torch.Tensor, *, floor: torch.Tensor | float = 0.0, al
         allow_short: Fit a sample of 2 to 7 eigenvalues as a whole, as weightwatcher does, instead of giving
             `few_eigenvalues`.
 
-    Returns:
-        One tail a row.
-
     >>> x = (1 - (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000) ** (-1 / (3 - 1))   # quantiles of x^-3
     >>> round(fit_tail(x[None]).alpha.item(), 2)
     3.0
@@ -79,43 +63,25 @@ def fit_tail(eigenvalues: torch.Tensor, *, floor: torch.Tensor | float = 0.0, al
     alpha = 1 + (tail_size - small.double()) / log_sum
     shortest = torch.where(small, SMALL_SAMPLE_TAIL, 2)
     if allow_short:
-        shortest = torch.where(
-            small & (num_fitted[:, None] < SMALL_SAMPLE_TAIL), num_fitted[:, None].clamp(min=2), shortest
-        )
+        shortest = shortest.minimum(num_fitted[:, None].clamp(min=2))
     candidate = known & (tail_size >= shortest) & (log_sum > 1e-12) & torch.isfinite(alpha)
 
     best, ks = best_candidates(log_x, torch.where(candidate, alpha - 1, 0.0), candidate)
 
-    def at_best(field: torch.Tensor) -> torch.Tensor:
-        return field.gather(1, best[:, None])[:, 0]
-
+    fields = (alpha, tail_size.expand(batch, n), eigenvalues)
+    best_alpha, n_tail, xmin = (field.gather(1, best[:, None])[:, 0] for field in fields)
     found = candidate.any(1)
-    enough = num_fitted >= shortest[:, 0]
-    status = torch.where(
-        found, int(Status.OK), torch.where(enough, int(Status.DEGENERATE), int(Status.FEW_EIGENVALUES))
-    )
-    best_alpha = torch.where(found, at_best(alpha), float("nan"))
-    n_tail = torch.where(found, at_best(tail_size.expand(batch, n)), 0.0)
-    return TailFit(
-        alpha=best_alpha,
-        xmin=torch.where(found, at_best(eigenvalues), float("nan")),
-        ks=torch.where(found, ks, float("nan")),
-        sigma=(best_alpha - 1) / n_tail.sqrt(),
-        n_tail=n_tail,
-        num_fitted=num_fitted,
-        status=status,
-    )
+    status = torch.where(num_fitted >= shortest[:, 0], int(Status.DEGENERATE), int(Status.FEW_EIGENVALUES))
+    status = torch.where(found, int(Status.OK), status)
+    best_alpha, xmin, ks = (torch.where(found, value, float("nan")) for value in (best_alpha, xmin, ks))
+    n_tail = torch.where(found, n_tail, 0.0)
+    return TailFit(best_alpha, xmin, ks, (best_alpha - 1) / n_tail.sqrt(), n_tail, num_fitted, status)
 
 
 def tail_exponents(
     eigenvalues: torch.Tensor, floor: torch.Tensor | float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return λ > floor, ln(λ/λmax) and Σ_{j ≥ i} ln(λ_j/λ_i) for every i, each `[B, n]`; 0 logs below the floor.
-
-    Args:
-        eigenvalues: `[B, n]` float64, ascending.
-        floor: Scalar or `[B]`.
-    """
+    """Return λ > floor, ln(λ/λmax) and Σ_{j ≥ i} ln(λ_j/λ_i) for every i, each `[B, n]`; 0 logs below the floor."""
     known = eigenvalues > torch.as_tensor(floor, dtype=torch.float64, device=eigenvalues.device).reshape(-1, 1)
     log_x = torch.where(known, eigenvalues, 1.0).log()
     log_x = torch.where(known, log_x - log_x[:, -1:], 0.0)

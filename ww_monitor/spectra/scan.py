@@ -1,21 +1,16 @@
 """The scan over candidate xmin: the candidate with the smallest Kolmogorov–Smirnov distance, always the exact one.
 
-Two ways to one answer: on the host a branch and bound that evaluates a few of the n candidates in full, on an
-accelerator every candidate of a whole batch at once.
+On the host a branch and bound evaluates a few of the n candidates in full, an accelerator all of a batch at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 
-_CHUNK = 1 << 20
-"""Elements of the candidate × eigenvalue array that the host holds at a time (8 MiB in float64: it stays in cache)."""
-
-_DEVICE_CHUNK = 1 << 23
-"""The same on a device (64 MiB), where few large operations cost less than many."""
+_CHUNK, _DEVICE_CHUNK = 1 << 20, 1 << 23
+"""Elements of the candidate × eigenvalue array that the host holds at a time (8 MiB in float64: it stays in cache), and
+a device (64 MiB), where few large operations cost less than many."""
 
 _ANCHORS = 64
 """Ranks at which every candidate is bounded from below before any is evaluated in full."""
@@ -54,31 +49,18 @@ def best_candidates(
 def ks_distances(log_x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
     """D_i = max_{j ≥ i} |m_j/m_i − (λ_j/λ_i)^-(alpha_i − 1)| for every i, m_i = number of points from i on.
 
-    Args:
-        log_x: `[B, n]` ln λ, ascending.
-        exponent: `[B, n]` alpha_i − 1.
-
-    Returns:
-        `[B, n]`.
+    All are `[B, n]`: D, ln λ, ascending, and the exponents alpha − 1.
     """
     batch, n = log_x.shape
     tail_size = torch.arange(n, 0, -1, dtype=log_x.dtype, device=log_x.device)
-    distances = torch.empty_like(log_x)
-    for start, stop in _candidate_chunks(batch, n, _CHUNK if log_x.device.type == "cpu" else _DEVICE_CHUNK):
+    distances, stop, chunk = torch.empty_like(log_x), 0, _CHUNK if log_x.device.type == "cpu" else _DEVICE_CHUNK
+    while stop < n:  # ranges of candidates whose `[B, candidates, n − start]` array fits the chunk size
+        start, stop = stop, min(n, stop + max(1, chunk // (batch * (n - stop))))
         model = (log_x[:, start:stop, None] - log_x[:, None, start:]).mul_(exponent[:, start:stop, None]).exp_()
         deviation = model.sub_(tail_size[start:] / tail_size[start:stop, None]).abs_()
         below = torch.ones(stop - start, n - start, dtype=torch.bool, device=log_x.device).tril(-1)
         distances[:, start:stop] = deviation.masked_fill_(below, 0.0).amax(2)
     return distances
-
-
-def _candidate_chunks(batch: int, n: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Ranges of candidates whose `[B, candidates, n − start]` array fits the chunk size."""
-    start = 0
-    while start < n:
-        stop = min(n, start + max(1, chunk // (batch * (n - start))))
-        yield start, stop
-        start = stop
 
 
 def _branch_and_bound(log_x: np.ndarray, exponent: np.ndarray, candidate: np.ndarray) -> tuple[int, float]:

@@ -10,6 +10,7 @@ import torch
 
 from ww_monitor.errors import InvalidArgument
 from ww_monitor.spectra.device import accelerator_of
+from ww_monitor.spectra.eigenvalues import tall_of
 from ww_monitor.spectra.elements import Elements
 
 CACHED_BYTES = 256 << 20
@@ -17,11 +18,13 @@ CACHED_BYTES = 256 << 20
 4096 × 4096. Drawing one takes longer than the iteration that it serves, so a matrix looked at again and again should
 find its own. Our choice."""
 
-_CHUNK = 1 << 16
-"""Entries that the host holds in float64 at a time: half a MiB stays in a core's cache."""
+DRAW_COPIES = 10
+"""Bytes that a device takes to draw a permutation, over its own: torch sorts random keys of 8 bytes and the places with
+them, which are there as they were, sorted, and as workspace (our estimate; not measured)."""
 
-_BLOCK = 128
-"""Columns of a Gram matrix that are made together (measured: 15 ms at 3072 × 768 where the whole product takes 24)."""
+_CHUNK, _BLOCK = 1 << 16, 128
+"""Entries that the host holds in float64 at a time (half a MiB stays in a core's cache), and columns of a Gram matrix
+that are made together (measured: 15 ms at 3072 × 768 where the whole product takes 24)."""
 
 
 def on_host(tensor: torch.Tensor) -> bool:
@@ -59,11 +62,16 @@ def stream(seed: int, replica: int) -> int:
     return (seed * 1_000_003 + replica) % (1 << 63)
 
 
-def order_for(matrix: torch.Tensor, *, seed: int, replica: int) -> torch.Tensor:
-    """`[N·M]` on the matrix's device; one that shuffles draws it there, with the same law and other numbers."""
-    if on_host(matrix):
-        return permutation(matrix.numel(), seed=seed, replica=replica)
-    return _draw(matrix.numel(), stream(seed, replica), matrix.device)
+def draw(size: int, seed: int, device: torch.device) -> torch.Tensor:
+    """A permutation drawn on a device: with the law of the host's, and other numbers."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    dtype = torch.int32 if size < 1 << 31 else torch.int64
+    return torch.randperm(size, generator=generator, dtype=dtype, device=device)
+
+
+def bytes_to_draw(size: int) -> int:
+    """What a device takes to draw one."""
+    return DRAW_COPIES * size * (4 if size < 1 << 31 else 8)
 
 
 class _Cache:
@@ -84,76 +92,58 @@ class _Cache:
             if (size, seed) in self._kept:
                 self._kept.move_to_end((size, seed))
                 return self._kept[size, seed]
-        drawn = _draw(size, seed, torch.device("cpu"))
-        with self._lock:
-            if drawn.nbytes <= self._limit:
+        drawn = draw(size, seed, torch.device("cpu"))
+        if drawn.nbytes <= self._limit:
+            with self._lock:
                 self._kept[size, seed] = drawn
-                self._shrink()
+        self.limit(self._limit)
         return drawn
 
     def limit(self, nbytes: int) -> None:
         with self._lock:
             self._limit = nbytes
-            self._shrink()
-
-    def _shrink(self) -> None:
-        while sum(order.nbytes for order in self._kept.values()) > self._limit:
-            self._kept.popitem(last=False)
+            while sum(order.nbytes for order in self._kept.values()) > nbytes:
+                self._kept.popitem(last=False)
 
 
 _CACHE = _Cache()
 
 
-def _draw(size: int, seed: int, device: torch.device) -> torch.Tensor:
-    generator = torch.Generator(device=device).manual_seed(seed)
-    dtype = torch.int32 if size < 1 << 31 else torch.int64
-    return torch.randperm(size, generator=generator, dtype=dtype, device=device)
-
-
 def mixed(matrices: Sequence[torch.Tensor], order: torch.Tensor) -> torch.Tensor:
     """`[K, N, M]` with the entries of each in this order."""
-    shape = matrices[0].shape
+    shape, order = matrices[0].shape, order.to(matrices[0].device)
     return torch.stack([one.reshape(-1).index_select(0, order).view(shape) for one in matrices])
 
 
 def gram_of_shuffled(matrices: Sequence[torch.Tensor], stats: Elements, order: torch.Tensor) -> torch.Tensor:
     """AᵀA `[K, M, M]` of the short side, A = (shuffled W − mean)/σ, float64, summed over some rows at a time.
 
-    Args:
-        matrices: K of one shape and device.
-        stats: What `elements` gives for these matrices.
-        order: A permutation of their entries.
+    The matrices are of one shape and device, the permutation is there or on the host.
     """
-    by_rows = _tall(order.view(matrices[0].shape))
+    by_rows = tall_of(order.view(matrices[0].shape))
     short_side, device = by_rows.shape[1], matrices[0].device
     flat = [one.reshape(-1) for one in matrices]
     mean = stats.mean.to(device)[:, None]
     gram = torch.zeros(len(flat), short_side, short_side, dtype=torch.float64, device=device)
     for start in range(0, len(by_rows), short_side):  # as large as the Gram matrices
-        part = by_rows[start : start + short_side].reshape(-1)
+        part = by_rows[start : start + short_side].reshape(-1).to(device)
         rows = torch.stack([one.index_select(0, part) for one in flat]).double().sub_(mean)
         rows = rows.view(len(flat), -1, short_side)
         gram.baddbmm_(rows.mT, rows)
     return gram.mul_(stats.std.to(device).square().reciprocal()[:, None, None])
 
 
-class Rows:
-    """A = (shuffled W − mean)/σ on the host, as many rows as columns or more.
-
-    Args:
-        matrix: W.
-        stats: Its `elements`, one row.
-        order: A permutation of its entries.
-    """
+class Shuffled:
+    """A = (shuffled W − mean)/σ of one matrix on the host, as many rows as columns or more."""
 
     def __init__(self, matrix: torch.Tensor, stats: Elements, order: torch.Tensor) -> None:
-        self._mixed = _tall(matrix.reshape(-1).index_select(0, order).view(matrix.shape))
+        self._rows = tall_of(mixed([matrix], order)[0])
         self._mean, self._std = float(stats.mean), float(stats.std)
 
     def gram(self) -> torch.Tensor:
         """AᵀA `[M, M]` in float32, from entries rounded once: good for directions and the first five digits."""
-        exact = self._mixed.dtype == torch.float64 or abs(self._mean) > self._std
-        rows = self._mixed.double() if exact else self._mixed.float()
+        exact = self._rows.dtype == torch.float64 or abs(self._mean) > self._std
+        rows = self._rows.double() if exact else self._rows.float()
         rows = rows.sub(self._mean).mul_(1.0 / self._std).float()
         gram = torch.empty(2 * rows.shape[1:], dtype=torch.float32, device="cpu")
         for start in range(0, len(gram), _BLOCK):  # each product once: a little over half of them
@@ -165,12 +155,7 @@ class Rows:
     def image(self, vectors: torch.Tensor) -> torch.Tensor:
         """V AᵀA `[b, M]` of `[b, M]`, in float64."""
         image = torch.zeros_like(vectors)
-        at_once = max(1, _CHUNK // self._mixed.shape[1])
-        for start in range(0, len(self._mixed), at_once):
-            rows = self._mixed[start : start + at_once].double().sub_(self._mean)
+        for part in torch.split(self._rows, max(1, _CHUNK // self._rows.shape[1])):
+            rows = part.double().sub_(self._mean)
             image.addmm_((vectors @ rows.mT).div_(self._std), rows)
         return image / self._std
-
-
-def _tall(matrix: torch.Tensor) -> torch.Tensor:
-    return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT

@@ -1,8 +1,12 @@
-"""Why a number is not known."""
+"""What all numbers of B matrices share: rows that are taken and joined, and why one is not known."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from typing import TypeVar
+
+import torch
 
 
 class Status(IntEnum):
@@ -23,3 +27,20 @@ class Status(IntEnum):
     def label(self) -> str:
         """The name in lower case, as it stands in a snapshot."""
         return self.name.lower()
+
+
+R = TypeVar("R", bound="Rows")
+
+
+class Rows:
+    """Base of dataclasses whose fields are tensors with a row for each matrix."""
+
+    def take(self: R, which: torch.Tensor | Sequence[int] | slice) -> R:
+        """Some of the rows."""
+        return type(self)(*(field[which] for field in vars(self).values()))
+
+    @classmethod
+    def joined(cls: type[R], parts: Iterable[R]) -> R:
+        """The rows of several, one after the other."""
+        first, *rest = each = list(parts)
+        return cls(*map(torch.cat, zip(*(vars(one).values() for one in each), strict=True))) if rest else first

@@ -11,10 +11,10 @@ _NAN = float("nan")
 def cka(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Linear CKA without centring, ‖AᵀB‖²_F / (‖AᵀA‖_F ‖BᵀB‖_F): the cosine between the Gram matrices AAᵀ and BBᵀ.
 
-    A similarity in [0, 1], 1 also for B = c·AQ with Q orthogonal: the rows (output units) are the examples and the
-    basis of the inputs does not count. Two unrelated Gaussian matrices have columns/(rows + columns), not 0.
-    Source: Kornblith, Norouzi, Lee & Hinton 2019 (ICML, arXiv 1905.00414, eq. 4), left uncentred because a weight
-    matrix has no mean to remove. weightwatcher 0.7.7 gives the square root of this and calls it a distance.
+    A similarity in [0, 1], 1 also for B = c·AQ with Q orthogonal: the rows (output units) are the examples, the basis
+    of the inputs does not count. Unrelated Gaussian matrices have columns/(rows + columns), not 0. Source: Kornblith et
+    al. 2019 (ICML, arXiv 1905.00414, eq. 4), uncentred because a weight matrix has no mean to remove. weightwatcher
+    0.7.7 gives the square root of this and calls it a distance.
 
     Args:
         a: `[R, N, M]` float64.
@@ -28,13 +28,11 @@ def cka(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     tensor([0.7071], dtype=torch.float64)
     """
     if a.shape[1] >= a.shape[2]:
-        cross = (a.mT @ b).square().sum((1, 2))
-        own = [torch.linalg.matrix_norm(x.mT @ x) for x in (a, b)]
+        cross, grams = (a.mT @ b).square().sum((1, 2)), [x.mT @ x for x in (a, b)]
     else:
         grams = [x @ x.mT for x in (a, b)]
         cross = (grams[0] * grams[1]).sum((1, 2))
-        own = [torch.linalg.matrix_norm(gram) for gram in grams]
-    similarity = cross / (own[0] * own[1])
+    similarity = cross / (torch.linalg.matrix_norm(grams[0]) * torch.linalg.matrix_norm(grams[1]))
     return torch.where(torch.isfinite(similarity), similarity.clamp(0.0, 1.0), _NAN)
 
 
@@ -69,22 +67,17 @@ def subspace(weights: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _leading(gram: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest eigenvalues `[R, k]`, descending, and their vectors `[R, M, k]`."""
-    values, vectors = _leading_on_host(gram, k) if gram.device.type == "cpu" else _leading_batched(gram, k)
-    return values.flip(1), vectors.flip(2)
+    """The k largest eigenvalues `[R, k]`, descending, and their vectors `[R, M, k]`.
 
-
-def _leading_batched(gram: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    values, vectors = torch.linalg.eigh(gram)
-    return values[:, -k:], vectors[:, :, -k:]
-
-
-def _leading_on_host(gram: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """LAPACK's solver for a range of eigenvalues: four times as fast as all vectors at M = 1024 and k = 8."""
+    On the host by LAPACK's solver for a range: four times as fast as all vectors at M = 1024 and k = 8.
+    """
+    if gram.device.type != "cpu":
+        values, vectors = torch.linalg.eigh(gram)
+        return values[:, -k:].flip(1), vectors[:, :, -k:].flip(2)
     indices = [gram.shape[1] - k, gram.shape[1] - 1]
     solved = [scipy.linalg.eigh(one.numpy(), subset_by_index=indices, driver="evr") for one in gram]
-    values, vectors = zip(*solved, strict=True)
-    return torch.stack([*map(torch.from_numpy, values)]), torch.stack([*map(torch.from_numpy, vectors)])
+    on_host = (torch.stack([*map(torch.from_numpy, found)]) for found in zip(*solved, strict=True))
+    return next(on_host).flip(1), next(on_host).flip(2)
 
 
 def numerical_floor(
@@ -104,7 +97,7 @@ def numerical_floor(
         largest: `[B]` λmax.
         mean_square: `[B]` mean of the squared entries.
         long_side: N, a number or `[B]`.
-        short_side: M, the short side of the matrix.
+        short_side: M.
         eps: Rounding unit of the storage precision, a number or `[B]`.
     """
     rounding = eps**2 / 12 * mean_square * (long_side**0.5 + short_side**0.5) ** 2
@@ -132,9 +125,7 @@ def overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 def rotation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """1 − ‖UᵀV‖²_F / k, the mean squared sine of the principal angles: 0 = the same subspace, 1 = an orthogonal one.
 
-    Args:
-        first: See `overlap`.
-        second: See `overlap`.
+    Arguments and result as those of `overlap`.
 
     >>> axes = torch.eye(4, dtype=torch.float64)[None]
     >>> rotation(axes[:, :, :2], axes[:, :, 1:3])

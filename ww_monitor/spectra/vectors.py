@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ww_monitor.spectra.eigenvalues import tall_of
+
 VECTOR_METRICS = ("vec_entropy", "loc_ratio", "part_ratio")
 """Rows of what `vector_metrics` returns."""
 
@@ -24,8 +26,7 @@ def vector_metrics(slices: torch.Tensor) -> np.ndarray:
     Returns:
         `[3, R, M]`, the vectors in the order of ascending eigenvalues.
     """
-    w = slices.double()
-    tall = w if w.shape[1] >= w.shape[2] else w.mT
+    tall = tall_of(slices.double())
     vectors = np.abs(np.linalg.eigh((tall.mT @ tall).cpu().numpy())[1])
     entropy = [[_entropy(vector) for vector in vectors_of_slice.T] for vectors_of_slice in vectors]
     localization = vectors.sum(1) / vectors.max(1)

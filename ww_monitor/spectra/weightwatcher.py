@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,15 +24,12 @@ _BANDWIDTH, _GRID_POINTS, _LEAST_DENSITY = 0.1, 1000, 0.01
 
 @dataclass(frozen=True)
 class DensityFit:
-    """A Marchenko–Pastur law fitted to a kernel density.
+    """A Marchenko–Pastur law fitted to a kernel density; its edges are in the scale of the eigenvalues.
 
     Attributes:
-        sigma: Fitted standard deviation, of entries rescaled so that the mean eigenvalue is 1.
-        bulk_min: Lower edge in the scale of the eigenvalues.
-        bulk_max: Upper edge in the scale of the eigenvalues.
+        sigma: Fitted standard deviation, of entries rescaled (by `w_scale`) so that the mean eigenvalue is 1.
         num_spikes: Eigenvalues above the upper edge plus its Tracy–Widom slack.
         mp_softrank: Upper edge over λmax.
-        w_scale: Factor that the entries were rescaled by.
     """
 
     sigma: float
@@ -51,8 +49,8 @@ def fit_density(eigenvalues: np.ndarray, *, long_side: int, short_side: int) -> 
 
     Args:
         eigenvalues: `[n]` ascending.
-        long_side: N, the long side of the matrix.
-        short_side: M, the short side of the matrix.
+        long_side: N.
+        short_side: M.
 
     Returns:
         The fit, or `None` where nothing can be fitted.
@@ -68,16 +66,15 @@ def fit_density(eigenvalues: np.ndarray, *, long_side: int, short_side: int) -> 
     kept = density > _LEAST_DENSITY
     if not kept.any():
         return None
-    cost = _quarter_circle_cost if ratio == 1 else _marchenko_pastur_cost
     first = math.sqrt(x.max()) / (1 + ratio**-0.5)
     candidates = np.arange(0.05 * first, 2.0 * first, 0.01 * first)
-    costs = cost(candidates, grid[kept], density[kept], ratio)
-    best = candidates[int(np.argmin(costs))]
+    one_cost = partial(_cost, grid=grid[kept], density=density[kept], ratio=ratio)
+    best = candidates[int(np.argmin(one_cost(candidates)))]
 
-    def one_cost(s: np.ndarray) -> float:
-        return float(cost(np.ravel(s)[:1], grid[kept], density[kept], ratio)[0])
+    def cost_of(s: np.ndarray) -> float:
+        return float(one_cost(np.ravel(s)[:1])[0])
 
-    sigma = float(fmin(one_cost, [best], disp=False)[0])
+    sigma = float(fmin(cost_of, [best], disp=False)[0])
     upper, lower = (sigma * (1 + ratio**-0.5)) ** 2, (sigma * (1 - ratio**-0.5)) ** 2
     slack = math.sqrt(ratio**-0.5 * upper ** (2 / 3) * short_side ** (-2 / 3))
     return DensityFit(
@@ -86,13 +83,7 @@ def fit_density(eigenvalues: np.ndarray, *, long_side: int, short_side: int) -> 
 
 
 def triangular_density(points: np.ndarray, grid: np.ndarray, width: float) -> np.ndarray:
-    """d(g) = Σ_i max(0, 1 − |x_i − g|/h)/(n h), exact from prefix sums.
-
-    Args:
-        points: `[n]` ascending x.
-        grid: `[G]` g.
-        width: h, in the unit of the points.
-    """
+    """d(g) = Σ_i max(0, 1 − |x_i − g|/h)/(n h), h the width, for `[n]` ascending x and `[G]` g, from prefix sums."""
     prefix = np.concatenate([[0.0], np.cumsum(points)])
     low, middle, high = (np.searchsorted(points, edge) for edge in (grid - width, grid, grid + width))
     left = (middle - low) - ((middle - low) * grid - (prefix[middle] - prefix[low])) / width
@@ -100,45 +91,32 @@ def triangular_density(points: np.ndarray, grid: np.ndarray, width: float) -> np
     return np.asarray((left + right) / (len(points) * width))
 
 
-def _marchenko_pastur_cost(sigma: np.ndarray, grid: np.ndarray, density: np.ndarray, ratio: float) -> np.ndarray:
+def _cost(sigma: np.ndarray, grid: np.ndarray, density: np.ndarray, ratio: float) -> np.ndarray:
+    """Σ_g (f(g; σ) − d(g))² for each σ: f is the quarter circle where N = M, else the Marchenko–Pastur law."""
     s = sigma[:, None]
     low, high = (s * (1 - ratio**-0.5)) ** 2, (s * (1 + ratio**-0.5)) ** 2
-    with np.errstate(all="ignore"):
-        law = np.nan_to_num(ratio / (2 * np.pi * s * s * grid) * np.sqrt((high - grid) * (grid - low)))
     mode, top = grid[np.argmax(density)], grid.max()
     outside = ((high < mode) | (high > top) | (low > mode))[:, 0]
-    return np.where(outside, 1e6 * len(grid), ((law - density) ** 2).sum(1))
-
-
-def _quarter_circle_cost(sigma: np.ndarray, grid: np.ndarray, density: np.ndarray, ratio: float) -> np.ndarray:
-    s = sigma[:, None]
     with np.errstate(all="ignore"):
-        law = np.nan_to_num(np.sqrt(4 - grid**2) / (np.pi * s * s))
-    return np.asarray(((law - density) ** 2).sum(1))
+        if ratio == 1:
+            law = np.sqrt(4 - grid**2) / (np.pi * s * s)
+        else:
+            law = ratio / (2 * np.pi * s * s * grid) * np.sqrt((high - grid) * (grid - low))
+    costs = ((np.nan_to_num(law) - density) ** 2).sum(1)
+    return np.where(outside & (ratio != 1), 1e6 * len(grid), costs)
 
 
 @dataclass(frozen=True)
 class Randomized:
-    """Spectra of element-wise shuffled slices, ascending.
-
-    Attributes:
-        pooled: Over five replicas, or one from 100 eigenvalues on.
-        single: Of a further replica.
-    """
+    """Ascending spectra of shuffled slices: over five replicas (one from 100 eigenvalues on), and of a further one."""
 
     pooled: np.ndarray
     single: np.ndarray
 
 
 def randomize(slices: torch.Tensor, *, seed: int) -> Randomized:
-    """Eigenvalues of each slice with its entries shuffled, five times (once from 100 eigenvalues on) and once more.
-
-    Args:
-        slices: `[R, N, M]` of one layer.
-        seed: Seed of the private generator; weightwatcher draws from numpy's global stream instead.
-    """
-    num_eigenvalues = slices.shape[0] * min(slices.shape[1:])
-    replicas = 5 if num_eigenvalues < 100 else 1
+    """Eigenvalues of slices `[R, N, M]` with their entries shuffled, by a private generator and not numpy's global."""
+    replicas = 5 if slices.shape[0] * min(slices.shape[1:]) < 100 else 1
 
     def draw(replica: int) -> np.ndarray:
         flat = slices.double().flatten(1)
@@ -154,11 +132,7 @@ def spectral_distance(first: np.ndarray, second: np.ndarray) -> float:
     """√((KL(p‖m) + KL(q‖m))/2) with p, q the sorted eigenvalues over their sums and m their mean: `rand_distance`.
 
     Not a distance between densities: the j-th smallest eigenvalues are compared as if they were probabilities of
-    one category. The radicand is clamped at 0, where weightwatcher gives NaN for equal spectra.
-
-    Args:
-        first: `[n]` ascending.
-        second: `[n]` ascending.
+    one category. The radicand is clamped at 0, where weightwatcher gives NaN for equal spectra. Both are `[n]`.
     """
     with np.errstate(all="ignore"):
         p, q = first / first.sum(), second / second.sum()

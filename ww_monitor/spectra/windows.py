@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from ww_monitor.spectra.eigenvalues import tall_of
+
 
 def windows(matrices: torch.Tensor, aspect_ratio: float) -> torch.Tensor:
     """Cut N × M into the fewest evenly spaced windows of long side / short side = `aspect_ratio` that cover it.
 
-    A matrix longer than that keeps its short side M and is cut along N, one that is squarer keeps N and is cut along
-    M. The eigenvalues of the windows are then pooled: the exponent of a whole matrix depends on its aspect ratio, that
-    of its windows does not. Source: Hu et al. 2025 (FARMS, arXiv 2506.06280); even spacing instead of a fixed stride,
-    so that every entry counts, is our choice.
+    A longer matrix keeps its short side M and is cut along N, a squarer one keeps N and is cut along M. The eigenvalues
+    of the windows are then pooled: the exponent of a matrix depends on its aspect ratio. Source: Hu et al. 2025 (FARMS,
+    arXiv 2506.06280); even spacing instead of a fixed stride, so that every entry counts, is our choice.
 
     Args:
         matrices: `[R, rows, columns]`.
@@ -23,7 +24,7 @@ def windows(matrices: torch.Tensor, aspect_ratio: float) -> torch.Tensor:
     >>> windows(torch.zeros(1, 100, 30), 1.0).shape
     torch.Size([4, 30, 30])
     """
-    tall = matrices if matrices.shape[1] >= matrices.shape[2] else matrices.mT
+    tall = tall_of(matrices)
     n, m = tall.shape[1:]
     if n >= aspect_ratio * m:
         return torch.cat([tall[:, a:b] for a, b in _spans(n, max(m, round(aspect_ratio * m)))])

@@ -4,59 +4,60 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
+import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ww_monitor.errors import MissingDependency, WWMonitorError
+from ww_monitor.errors import InvalidArgument, MissingDependency, SpectralWarning, WWMonitorError
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.walk.parts import Split, check_split
-from ww_monitor.walk.state_dict import Scaling, Unread, unread, walk_unread
+from ww_monitor.walk.archives import check_sizes, content_of, is_script, load
+from ww_monitor.walk.containers import choose, of_others
+from ww_monitor.walk.folders import KERAS, RECOGNISED, TORCH, Files, check_regular, weight_files
+from ww_monitor.walk.parts import Split, check_split, joined
+from ww_monitor.walk.script import script_weights
+from ww_monitor.walk.state_dict import Scaling, walk_unread
+from ww_monitor.walk.unread import Unread, unread
 
-_TORCH = (".bin", ".pt", ".pth", ".th", ".ckpt")
-_KERAS = (".keras", ".h5")
-_INSIDE = ("state_dict", "model_state_dict", "model_state", "model")  # where checkpoints keep the weights
-_IN_FOLDER = (  # the first that finds something counts
-    "model*.safetensors",
-    "pytorch_model*.bin",
-    "adapter_model*.safetensors",
-    "adapter_model*.bin",
-)
-_RECOGNISED = (
-    f"a .safetensors file, a torch file ({', '.join(_TORCH)}), a Keras file ({', '.join(_KERAS)}), "
-    f"or a directory with {', '.join(_IN_FOLDER)}"
-)
+_MOST_LISTED = 8
+_MOST_CONFIG = 16 << 20  # bytes of an adapter_config.json, which has some thousand
 
 
-def walk_files(path: str | Path, *, split: Split | None = None) -> Iterator[Matrix | Skipped]:
+def walk_files(path: str | Path, *, split: Split | None = None, part: str = "") -> Iterator[Matrix | Skipped]:
     """The weight matrices of a checkpoint, and what was left out with the reason.
 
     Shapes come from the header, numbers are read when `Matrix.load` is called. What names and shapes mean is told in
-    `walk_state_dict`.
+    `walk_state_dict`. A choice that was made is said in a `SpectralWarning`: between several state dicts, between the
+    checkpoints of a run, or that a file is a part of a model only.
 
     Args:
-        path: A `.safetensors` file; a `.bin`, `.pt`, `.pth`, `.th` or `.ckpt` file, read with
-            `torch.load(weights_only=True)`; a `.keras` or `.h5` file, which Keras loads as a whole in its safe mode; or
-            a directory with `model*.safetensors`, `pytorch_model*.bin` (both also in shards) or the `adapter_model` of
-            a LoRA, whose scaling is read from `adapter_config.json`.
+        path: A `.safetensors` file; a `.bin`, `.pt`, `.pth`, `.th`, `.ckpt` or `.pth.tar` file, read with
+            `torch.load(weights_only=True)`, or an archive of TorchScript, whose weights alone are read; a `.keras` or
+            `.h5` file, which Keras loads as a whole in its safe mode, or a `.weights.h5`; the index of shards; or a
+            directory with such weights (also of diffusers, of Llama's and Mistral's `consolidated`, or of a LoRA,
+            whose scaling is read from `adapter_config.json`), or with the checkpoints of a run, of which the newest
+            counts.
         split: As for `walk_state_dict`.
+        part: As for `walk_state_dict`.
 
     Returns:
         A `Matrix` for every weight, a `Skipped` for every other tensor of two or more dimensions.
 
     Raises:
-        FileNotFoundError: if nothing is there, or a shard is missing.
-        WWMonitorError: if what is there is no checkpoint of these kinds, is damaged, or holds pickled objects.
+        FileNotFoundError: if nothing is there, or a shard is missing (`ww_monitor.errors.NoSuchFile`).
+        WWMonitorError: if what is there is no checkpoint of these kinds, is damaged, holds pickled objects, or has no
+            weight matrix, with what it has.
         MissingDependency: if a package is needed to read it.
-        InvalidArgument: if `split` is malformed.
+        InvalidArgument: if `split` is malformed, or there is no such `part`.
 
     >>> import tempfile, torch
     >>> folder = tempfile.TemporaryDirectory()
@@ -66,54 +67,71 @@ def walk_files(path: str | Path, *, split: Split | None = None) -> Iterator[Matr
     >>> folder.cleanup()
     """
     check_split("walk_files", split)
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"walk_files: no file or directory {str(path)!r}; looked for {_RECOGNISED}")
-    if path.suffix.lower() in _KERAS and path.is_file():
-        from ww_monitor.walk.keras import load_keras_file, walk_keras
-
-        return walk_keras(load_keras_file(path), split=split)
-    files = _weight_files(path) if path.is_dir() else [path]
-    tensors = {key: value for file in files for key, value in _read_file(file).items()}
-    return walk_unread(tensors, split, _lora_scaling(files[0].parent))
-
-
-# --- which files
+    with _named(path):
+        files = weight_files(Path(path))
+        if files.said:
+            warnings.warn(files.said, SpectralWarning, stacklevel=2)
+        items = list(_items(files, split, part))
+        if not any(isinstance(item, Matrix) for item in items):
+            skipped = [f"{item.name} {item.shape} ({item.reason})" for item in items if isinstance(item, Skipped)]
+            raise _without_weights(path, skipped)
+    return iter(items)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The weight files of a directory: the one in one piece, else the shards of the index, else all there are."""
-    for pattern in _IN_FOLDER:
-        whole = folder / pattern.replace("*", "")
-        if whole.is_file():
-            return [whole]
-        indices = sorted(folder.glob(f"{pattern}.index.json"))
-        files = sorted(folder.glob(pattern))
-        if indices:
-            files = [folder / name for name in _shards(indices[0])]
-        for file in files:
-            if not file.is_file():
-                raise FileNotFoundError(f"walk_files: {indices[0].name} names {file.name!r}, which is not in {folder}")
-        if files:
-            return files
-    raise WWMonitorError(f"walk_files: expected weights in {str(folder)!r}, found none; use {_RECOGNISED}")
+def _without_weights(path: object, held: list[str]) -> WWMonitorError:
+    more = [f"and {len(held) - _MOST_LISTED} more"] * (len(held) > _MOST_LISTED)
+    listed = "; ".join(held[:_MOST_LISTED] + more) or "nothing"
+    return WWMonitorError(f"walk_files: expected weight matrices in {path}; got {listed}")
 
 
-def _shards(index: Path) -> list[str]:
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Whatever goes wrong with a file is an error of this package that names it."""
     try:
-        return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise WWMonitorError(f"walk_files: expected a `weight_map` from tensors to files in {index}") from error
+        yield
+    except (WWMonitorError, SpectralWarning):  # the warning where a filter makes an error of it
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:500]}"
+        raise WWMonitorError(f"walk_files: {path} could not be read: {reason}") from error
 
 
-def _read_file(path: Path) -> Mapping[str, Unread]:
-    """What one file holds, by name."""
-    suffix = path.suffix.lower()
-    if suffix == ".safetensors":
-        return _safetensors(path)
-    if suffix in _TORCH:
-        return _torch_file(path)
-    raise WWMonitorError(f"walk_files: expected {_RECOGNISED}; got {path.name!r}")
+def _items(files: Files, split: Split | None, part: str) -> Iterator[Matrix | Skipped]:
+    """What one model has, in one file or several."""
+    first = files.paths[0]
+    if first.name.lower().endswith(KERAS):
+        from ww_monitor.walk.hdf5 import walk_keras_file
+
+        if len(files.paths) > 1 or part:
+            raise InvalidArgument(f"walk_files: expected one Keras file, and no part; got {part!r}, {first} and others")
+        return walk_keras_file(first, split)
+    tensors: dict[str, Unread] = {}
+    skipped: list[Skipped] = []
+    for file in files.paths:
+        found, left_out = _read_file(file, part)
+        twice = "" if files.indexed else next((key for key in found if key in tensors), "")
+        if twice:
+            raise WWMonitorError(
+                f"walk_files: expected parts of one model; got {twice!r} in {file} too: pieces of one tensor, or two "
+                "models; give one of the files"
+            )
+        tensors.update(found)
+        skipped += left_out
+    if not any(len(value.shape) > 1 for value in tensors.values()):
+        raise _without_weights(first, [f"{name} {value.shape}" for name, value in tensors.items()])
+    return chain(walk_unread(tensors, split, _lora_scaling(first.parent)), skipped)
+
+
+def _read_file(path: Path, part: str) -> tuple[Mapping[str, Unread], Iterable[Skipped]]:
+    """What one file holds, by name, and its entries that are no tensors."""
+    name = check_regular(path).name.lower()
+    if name.endswith(TORCH) and not is_script(path):
+        return _torch_file(path, part)
+    if name.endswith((".safetensors", *TORCH)):
+        if part:
+            raise InvalidArgument(f"walk_files: part chooses between several state dicts; {path} has one; got {part!r}")
+        return (_safetensors(path) if name.endswith(".safetensors") else script_weights(path)), ()
+    raise WWMonitorError(f"walk_files: expected {RECOGNISED}; got {path.name!r} in {path.parent}")
 
 
 # --- safetensors
@@ -139,9 +157,9 @@ def _safetensors(path: Path) -> dict[str, Unread]:
 
 
 def _dtype(header: Any) -> torch.dtype | None:
-    """As torch reads no row of it; `None` for a type that torch lacks, and for a scalar, which has no rows."""
+    """As torch reads no row of it, or the number that a scalar is; `None` for a type that torch lacks."""
     try:
-        dtype: torch.dtype = header[:0].dtype
+        dtype: torch.dtype = (header[:0] if header.get_shape() else header[...]).dtype
         return dtype
     except Exception:  # noqa: BLE001 - an unknown type raises an error of safetensors, of torch, or another
         return None
@@ -159,45 +177,29 @@ def _from_safetensors(path: Path, key: str) -> Tensor:
 # --- torch.save
 
 
-def _torch_file(path: Path) -> dict[str, Unread]:
-    """The tensors of a torch file. A file of torch >= 1.6 is mapped, and mapped anew for every tensor that is read."""
-    found = _torch_load(path)
+def _torch_file(path: Path, part: str) -> tuple[dict[str, Unread], Iterable[Skipped]]:
+    """The tensors of a torch file. An archive is mapped, and mapped anew for every tensor that is read."""
+    content = content_of(path)
+    chosen = choose(content, part, f"walk_files: {path}")
+    if chosen.said:
+        warnings.warn(chosen.said, SpectralWarning, stacklevel=5)
+    found = {}
     mapped = zipfile.is_zipfile(path)
-    read = (lambda key: _torch_load(path)[key]) if mapped else found.__getitem__
-    described = {key: unread(tensor, partial(read, key)) for key, tensor in found.items()}
-    # one address may be mapped again for another file, whose tensors are not tied to these
-    return {key: replace(item, identity=(path, item.identity)) for key, item in described.items()}
+    for prefix, one in chosen.state_dicts.items():
+        check_sizes(one.tensors, path)
+        for name, tensor in one.tensors.items():
+            read = partial(_from_archive, path, one.path, name) if mapped else tensor.detach
+            described = unread(tensor, read)
+            # one address may be mapped again for another file, whose tensors are not tied to these
+            found[joined(prefix, name)] = replace(described, identity=(path, described.identity))
+    return found, of_others(chosen)
 
 
-def _torch_load(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise WWMonitorError(
-            f"walk_files: {path} is damaged or holds pickled Python objects, which can run any code when they are "
-            f"loaded, and is not read; save the model's state_dict() alone and read that: {_first_line(error)}"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise WWMonitorError(f"walk_files: {path} is no readable torch file: {_first_line(error)}") from error
-    return _tensors(content, path)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _tensors(content: object, path: Path) -> dict[str, Tensor]:
-    """The named tensors of a checkpoint, out of the mapping that training scripts and Lightning put around them."""
-    inner = content
-    while isinstance(inner, Mapping):
-        content, inner = inner, next((inner[key] for key in _INSIDE if isinstance(inner.get(key), Mapping)), None)
-    found = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
-    if not found:
-        raise WWMonitorError(
-            f"walk_files: expected a mapping from names to tensors in {path}, alone or under one of "
-            f"{', '.join(map(repr, _INSIDE))}; got {type(content).__name__}"
-        )
-    return found
+def _from_archive(path: Path, keys: tuple[Any, ...], name: str) -> Tensor:
+    inner = load(path, mapped=True)
+    for key in keys:
+        inner = inner[key]
+    return next(value for key, value in inner.items() if str(key) == name and isinstance(value, Tensor))
 
 
 # --- adapters
@@ -208,6 +210,8 @@ def _lora_scaling(folder: Path) -> Scaling | None:
     file = folder / "adapter_config.json"
     if not file.is_file():
         return None
+    if check_regular(file).stat().st_size > _MOST_CONFIG:
+        raise WWMonitorError(f"walk_files: expected a configuration of at most {_MOST_CONFIG} bytes, got {file}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         patterns, alpha = dict(config.get("alpha_pattern") or {}), float(config["lora_alpha"])
@@ -216,7 +220,19 @@ def _lora_scaling(folder: Path) -> Scaling | None:
     root = bool(config.get("use_rslora"))
 
     def scaling(name: str, rank: int) -> float:
-        own = next((a for pattern, a in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", name)), alpha)
+        own = next((a for pattern, a in patterns.items() if _matches(pattern, name, file)), alpha)
         return float(own) / (math.sqrt(rank) if root else rank)
 
     return scaling
+
+
+def _matches(pattern: str, name: str, file: Path) -> bool:
+    """Whether a pattern of PEFT's configuration is for a module; one that might take long is refused.
+
+    Raises:
+        WWMonitorError: if steps back over every repetition could be more than ten million.
+    """
+    repeated = len(re.findall(r"[*+?]|\{", pattern))
+    if re.search(r"[)*+?}]\s*[*+{]", pattern) or len(name) ** (repeated + 1) > 10**7:
+        raise WWMonitorError(f"walk_files: expected patterns of few repetitions in {file}; got {pattern[:100]!r}")
+    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None

@@ -189,7 +189,10 @@ def _known(model: Any, split: Split | None) -> Iterator[Matrix | Skipped]:
             seen[id(variable)] = name
             of_name = infer_role(name, kind) if role is None else role
             load, frozen = partial(_read, layer, attribute), not layer.trainable_weights
-            yield from (replace(matrix(name, kind, part, shape, load, of_name), frozen=frozen) for part in parts)
+            inputs_first = "Transpose" not in type(layer).__name__  # whose kernels are [*k, outputs, inputs]
+            for part in parts:
+                item = matrix(name, kind, part, shape, load, of_name)
+                yield replace(item, frozen=frozen, inputs_first=inputs_first)
 
 
 def _others(model: Any) -> Iterator[Skipped]:
@@ -253,10 +256,10 @@ def _summed_axes(equation: str) -> int:
 def _read(layer: Any, attribute: str) -> Tensor:
     """The weight a layer computes with now: a variable's value, or the tensor that LoRA makes of it."""
     weight = getattr(layer, attribute)  # with LoRA a property that adds the factors, and so no variable
-    return _to_torch(getattr(weight, "value", weight))
+    return to_torch(getattr(weight, "value", weight))
 
 
-def _to_torch(value: Any) -> Tensor:
+def to_torch(value: Any) -> Tensor:
     """A tensor of any backend as a torch tensor on the same memory; one that JAX has on several devices is gathered."""
     if isinstance(value, Tensor):
         return value.detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -16,22 +16,26 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ww_monitor.kind import Kind
 from ww_monitor.walk.parts import unfit
+from ww_monitor.walk.quantized import Codes, codes_in, companions, read_codes
 from ww_monitor.walk.sharded import like_whole, read_whole
 
 
 def read_dense(module: nn.Module, attribute: str) -> Tensor:
     """The weight the module computes with, gathered if partitioned, dequantised where tensor or module offers it."""
     stored, compute, _ = _source(module, attribute)
-    return read_whole(stored, partial(_read_dense, module, compute))
+    return read_whole(stored, partial(_read_dense, module, attribute, compute))
 
 
-def _read_dense(module: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+def _read_dense(module: nn.Module, attribute: str, compute: Callable[[], Tensor]) -> Tensor:
     tensor = compute()
-    return _dequantized(module, tensor) if is_packed(module, tensor) else tensor
+    if is_packed(module, tensor):
+        return _dequantized(module, tensor)
+    codes = codes_in(module, attribute, tensor)
+    return read_codes(module, attribute, tensor, codes) if isinstance(codes, Codes) else tensor
 
 
 def _dequantized(module: nn.Module, packed: Tensor) -> Tensor:
-    dense: Tensor = (packed if _offers_dequantize(packed) else module).dequantize()  # type: ignore[operator]
+    dense: Tensor = (packed if offers_dequantize(packed) else module).dequantize()  # type: ignore[operator]
     return dense
 
 
@@ -39,13 +43,30 @@ def is_packed(module: nn.Module, stored: Tensor) -> bool:
     """Whether a tensor is quantised and it or its module offers to dequantise it."""
     if is_lazy(stored):
         return False
-    return _offers_dequantize(stored) or (not stored.is_floating_point() and _offers_dequantize(module))
+    return offers_dequantize(stored) or (not stored.is_floating_point() and offers_dequantize(module))
 
 
-def dequantized_shape(module: nn.Module, stored: Tensor) -> tuple[int, ...] | None:
-    """The shape of the weight behind a quantised tensor; `None` if it is none, or nobody offers to dequantise it."""
+def is_coded(module: nn.Module, attribute: str, stored: Tensor) -> bool:
+    """Whether a weight is quantised, and is read: by its class, or by a layout of scales that is known."""
+    return is_packed(module, stored) or (not is_lazy(stored) and isinstance(codes_in(module, attribute, stored), Codes))
+
+
+def refusal(module: nn.Module, attribute: str, stored: Tensor) -> str:
+    """Why the codes of a quantised weight are not read, or `""`."""
+    codes = "" if is_lazy(stored) else codes_in(module, attribute, stored)
+    return codes if isinstance(codes, str) else ""
+
+
+def scales_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names of scales and zero points → the codes they belong to."""
+    coded = [name for name, tensor in tensors.items() if not is_lazy(tensor) and codes_in(module, name, tensor)]
+    return {scale: name for name in coded for scale in companions(name, tensors) if scale != name}
+
+
+def dequantized_shape(module: nn.Module, attribute: str, stored: Tensor) -> tuple[int, ...] | None:
+    """The shape of the weight behind a quantised tensor; `None` if it is none, or nobody knows to dequantise it."""
     if not is_packed(module, stored):
-        return None
+        return tuple(stored.shape) if is_coded(module, attribute, stored) else None
     if stored.is_floating_point():  # a tensor class that behaves like the weight it stands for
         return tuple(stored.shape)
     features = getattr(module, "out_features", None), getattr(module, "in_features", None)
@@ -54,7 +75,7 @@ def dequantized_shape(module: nn.Module, stored: Tensor) -> tuple[int, ...] | No
     return tuple(_dequantized(module, stored).shape)
 
 
-def _offers_dequantize(owner: Tensor | nn.Module) -> bool:
+def offers_dequantize(owner: Tensor | nn.Module) -> bool:
     """Whether a class of its own brings `dequantize`; plain tensors have a method of that name which is none."""
     if isinstance(owner, Tensor):
         return owner.is_quantized or getattr(type(owner), "dequantize", None) is not Tensor.dequantize
@@ -74,7 +95,7 @@ def stand_in(module: nn.Module, attribute: str) -> Tensor | None:
 def sources(module: nn.Module, attribute: str) -> tuple[list[Tensor], bool]:
     """The tensors that a weight is made of, and whether it is more than the one of them as it is."""
     stored, _, computed = _source(module, attribute)
-    return stored, computed or any(is_packed(module, tensor) for tensor in stored)
+    return stored, computed or any(is_coded(module, attribute, tensor) for tensor in stored)
 
 
 def _source(module: nn.Module, attribute: str) -> tuple[list[Tensor], Callable[[], Tensor], bool]:

@@ -23,6 +23,7 @@ def walk_source(
     experts: Literal["separate", "pooled"] = "separate",
     lora: Sequence[str] = ("base", "delta"),
     layout: Layout | None = None,
+    part: str = "",
 ) -> Iterator[Matrix | Skipped]:
     """The weight matrices of a torch module, a Keras model, a mapping from names to tensors, or a checkpoint on disk.
 
@@ -33,10 +34,13 @@ def walk_source(
         lora: Which of `"base"`, `"delta"` and `"merged"` to give for a layer with adapters; torch modules only
             (a Keras layer gives its merged weight).
         layout: For a plan; see `ww_monitor.walk.torch.walk`. Torch modules only.
+        part: Which of several state dicts to read; mappings and checkpoints only.
 
     Raises:
         InvalidArgument: if `source` or an option is none of these.
     """
+    if part and not isinstance(source, (Mapping, str, Path)):
+        raise InvalidArgument(f"ww_monitor: part is for mappings and files; got {part!r} with {type(source).__name__}")
     keras = sys.modules.get("keras")  # whoever has a Keras model has imported it
     if keras is not None and isinstance(source, keras.layers.Layer):  # on its torch backend also an nn.Module
         from ww_monitor.walk.keras import walk_keras
@@ -49,11 +53,11 @@ def walk_source(
     if isinstance(source, Mapping):
         from ww_monitor.walk.state_dict import walk_state_dict
 
-        return walk_state_dict(source, split=split)
+        return walk_state_dict(source, split=split, part=part)
     if isinstance(source, (str, Path)):
         from ww_monitor.walk.files import walk_files
 
-        return walk_files(source, split=split)
+        return walk_files(source, split=split, part=part)
     raise InvalidArgument(
         "ww_monitor: model must be a torch.nn.Module, a Keras model, a mapping from names to tensors, or a path; "
         f"got {type(source).__name__}"

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 
-import torch
 from torch import Tensor
 
-from ww_monitor.errors import InvalidArgument
+from ww_monitor.errors import InvalidArgument, SpectralWarning
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import fused, parts
+from ww_monitor.walk.containers import choose, of_others
 from ww_monitor.walk.lora import low_rank
+from ww_monitor.walk.packed import readable
 from ww_monitor.walk.parts import KERNEL, WHOLE, WRAPPERS, Part, Split
-from ww_monitor.walk.reading import identity, tied_to
+from ww_monitor.walk.reading import tied_to
 from ww_monitor.walk.roles import infer_role
+from ww_monitor.walk.unread import Unread, unread
 
 _EMBEDDING = re.compile(r"(.*_)?(embed(ding)?s?|emb|wte|wpe)(_(?!out).*)?|[a-z]*embed", re.IGNORECASE)
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
@@ -25,28 +29,13 @@ _LORA = re.compile(r"(?P<name>.*)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\
 _COMPUTED = re.compile(r"(.*\.)?(parametrizations\..*|weight\w*_(orig|g|v))")
 
 
-@dataclass(frozen=True)
-class Unread:
-    """A tensor that is not read yet: what is known of it, and how it is read.
-
-    Attributes:
-        shape: Shape in which the weight is stored.
-        dtype: Its dtype, or `None` for one that is not read.
-        read: Returns the tensor.
-        identity: What it has in common with a tied tensor, or `None` where that is not known.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
-    read: Callable[[], Tensor]
-    identity: object = None
-
-
 Scaling = Callable[[str, int], float]
 """Name of the adapted module and rank → the scaling s of its delta s·B·A."""
 
 
-def walk_state_dict(tensors: Mapping[str, Tensor], *, split: Split | None = None) -> Iterator[Matrix | Skipped]:
+def walk_state_dict(
+    tensors: Mapping[str, Tensor], *, split: Split | None = None, part: str = ""
+) -> Iterator[Matrix | Skipped]:
     """The weight matrices among named tensors, in their order, and what was left out with the reason.
 
     Without module classes, names and shapes must tell: `*.weight` of two dimensions is dense, or an embedding if its
@@ -59,12 +48,16 @@ def walk_state_dict(tensors: Mapping[str, Tensor], *, split: Split | None = None
         tensors: A state dict; the prefixes of data parallel and of `torch.compile` leave no mark on the names.
         split: Globs on the names of dense weights, each with the number of equal parts or the sizes of the parts that
             its first axis is cut into, named `.0`, `.1`, …; the first match counts, and 1 keeps a fused weight whole.
+        part: Which of several state dicts one in another to read, by its path (`"generator"`, `"model.ema"`). Without
+            it all are read, their names with that path in front, but for a moving average of another; a
+            `SpectralWarning` says so.
 
     Returns:
-        A `Matrix` for every weight, a `Skipped` for every other tensor of two or more dimensions.
+        A `Matrix` for every weight, a `Skipped` for every other tensor of two or more dimensions and for what is none.
 
     Raises:
-        InvalidArgument: if `tensors` is no mapping from names to tensors, or `split` is malformed.
+        InvalidArgument: if `tensors` is no mapping, has no tensors of two or more dimensions beside what is no tensor,
+            has no such `part`, or `split` is malformed.
 
     >>> import torch
     >>> tensors = {"fc.weight": torch.zeros(4, 8), "fc.bias": torch.zeros(4), "conv.weight": torch.zeros(6, 4, 3, 3)}
@@ -74,26 +67,24 @@ def walk_state_dict(tensors: Mapping[str, Tensor], *, split: Split | None = None
     parts.check_split("walk_state_dict", split)
     if not isinstance(tensors, Mapping):
         raise InvalidArgument(f"walk_state_dict: tensors must be a mapping; got {type(tensors).__name__}")
-    # what modules put there by `get_extra_state` may be any object, and is no weight
-    tensors = {key: value for key, value in tensors.items() if not key.endswith("_extra_state")}
-    wrong = next((key for key, value in tensors.items() if not isinstance(value, Tensor)), None)
-    if wrong is not None:
-        raise InvalidArgument(
-            f"walk_state_dict: every value must be a tensor; got {type(tensors[wrong]).__name__} for {wrong!r}"
-        )
-    return walk_unread({key: unread(tensor, tensor.detach) for key, tensor in tensors.items()}, split)
-
-
-def unread(tensor: Tensor, read: Callable[[], Tensor]) -> Unread:
-    """The description of a tensor that `read` reads."""
-    return Unread(tuple(tensor.shape), tensor.dtype, read, identity(tensor))
+    if not tensors and not part:
+        return iter(())
+    chosen = choose(tensors, part, "walk_state_dict")
+    if chosen.said:
+        warnings.warn(chosen.said, SpectralWarning, stacklevel=2)
+    found = {
+        parts.joined(prefix, name): unread(tensor, tensor.detach)
+        for prefix, one in chosen.state_dicts.items()
+        for name, tensor in one.tensors.items()
+    }
+    return chain(walk_unread(found, split), of_others(chosen))
 
 
 def walk_unread(
     tensors: Mapping[str, Unread], split: Split | None = None, scaling: Scaling | None = None
 ) -> Iterator[Matrix | Skipped]:
     """`walk_state_dict` of tensors that are not read yet, with the scaling of LoRA deltas (1 if it is not known)."""
-    tensors = _cleaned(tensors)
+    tensors = readable(_cleaned(tensors))
     seen: dict[object, str] = {}
     for key, value in tensors.items():
         if len(value.shape) < 2:
@@ -129,13 +120,22 @@ def _items(
         yield from _delta(key, factor, tensors, scaling)
         return
     kind, cuts, reason = _meaning(key, value, tensors, split)
-    unread = "a storage type that is not read"
-    reason = reason or (unread if value.dtype is None else parts.unfit(value.dtype, value.shape, kind))
+    unknown = "a storage type that is not read"
+    reason = value.reason or reason or (unknown if value.dtype is None else parts.unfit(value.dtype, value.shape, kind))
     if reason:
         yield Skipped(_name(key), kind, value.shape, reason)
         return
     name = key.rpartition(".")[0] if kind is Kind.ATTENTION else _name(key)
-    yield from (parts.matrix(name, kind, part, value.shape, value.read, infer_role(name, kind)) for part in cuts)
+    for part in cuts:
+        item = parts.matrix(name, kind, part, value.shape, value.read, infer_role(name, kind))
+        yield replace(item, inputs_first=_inputs_first(name, value.shape))
+
+
+def _inputs_first(path: str, shape: Sequence[int]) -> bool:
+    """Whether a weight of GPT-2's names is stored [in, out]: it has more outputs than inputs, or in `c_proj` fewer."""
+    last, rows, columns = path.rpartition(".")[2], shape[0], shape[1]
+    more = (last in ("c_attn", "c_fc") and columns > rows) or (last == "c_proj" and rows > columns)
+    return len(shape) == 2 and more
 
 
 def _meaning(

@@ -197,7 +197,7 @@ def _weights(module: nn.Module, path: str) -> Iterator[_Weight]:
         yield _Weight("weight", Kind.DENSE, None, axis=1)
     elif kind := next((kind for kind, known in _KINDS.items() if isinstance(module, known)), None):
         fixed = None if isinstance(module, nn.Linear) else KERNEL if kind is Kind.CONV else WHOLE
-        yield _Weight("weight", kind, fixed)
+        yield _Weight("weight", kind, fixed, axis=int(kind is Kind.CONV and bool(module.transposed)))
     else:
         yield from _bare_weights(module, path)
 
@@ -223,7 +223,7 @@ def _bare_weights(module: nn.Module, path: str) -> Iterator[_Weight]:
         if is_lazy(tensor):
             continue
         size = reading.shape(like_whole(tensor))
-        if attribute in _PACKED and reading.is_packed(module, tensor):
+        if attribute in _PACKED and reading.is_coded(module, attribute, tensor):
             yield _Weight(attribute, Kind.DENSE, None, stem="")
         elif isinstance(tensor, Parameter) and tensor.is_floating_point():
             routes = attribute == "weight" and len(size) == 2 and _ROUTER.search(class_name)
@@ -258,10 +258,11 @@ def _cut_weight(module: nn.Module, path: str, weight: _Weight, this: _Walk) -> l
         if like is None:
             absent = Skipped(name, weight.kind, (), "no weight tensor in the module: packed or sharded elsewhere")
             return [absent] if attribute == "weight" else []
-        dense = reading.dequantized_shape(module, like)
+        dense = reading.dequantized_shape(module, attribute, like)
         size = dense or reading.shape(like)
         key = this.identity(module, reading.own_tensors(module).get(attribute))
-        reason = "" if dense else reading.defect(like, weight.kind, planned=this.layout is not None)
+        refused = "" if dense else reading.refusal(module, attribute, like)
+        reason = "" if dense else refused or reading.defect(like, weight.kind, planned=this.layout is not None)
         layer = this.adapters.get((id(module), attribute))
         if (reason and layer is None) or key in this.seen:
             return [Skipped(name, weight.kind, size, reason or reading.tied_to(this.seen.get(key)))]
@@ -288,18 +289,32 @@ def _parts(
     stored, computed = reading.sources(module, weight.attribute)
     for part in weight.parts or _cut(module, name, weight, size, this):
         shards = (this.layout or shards_of)(stored, part.stack, size, computed=computed)
-        yield parts.matrix(name, weight.kind, part, size, load, role, shards), part
+        item = parts.matrix(name, weight.kind, part, size, load, role, shards)
+        yield replace(item, inputs_first=weight.axis == 1 or _holds_inputs_first(module, size)), part
 
 
 def _cut(module: nn.Module, name: str, weight: _Weight, size: tuple[int, ...], this: _Walk) -> tuple[Part, ...]:
     """The parts of a dense weight that its name, its owner and the caller decide."""
     if len(size) == 3:
-        beside = getattr(module, "down_proj", None)
-        layout = fused.declared_layout(module) or fused.layout_beside(size, getattr(beside, "shape", None))
+        layout = _expert_layout(module, size)
         return fused.expert_parts(weight.attribute, size, layout, separate=this.separate)
     owner = this.owners.get(name.rpartition(".")[0])
     wished = parts.split_parts(this.split, name, size, weight.axis)
     return wished or fused.fused_parts(name, size, weight.axis, owner) or WHOLE
+
+
+def _expert_layout(module: nn.Module, size: tuple[int, ...]) -> fused.ExpertLayout | None:
+    beside = getattr(module, "down_proj", None)
+    return fused.declared_layout(module) or fused.layout_beside(size, getattr(beside, "shape", None))
+
+
+def _holds_inputs_first(module: nn.Module, size: tuple[int, ...]) -> bool:
+    """Whether a stack of experts, or the one beside it, has its outputs last."""
+    like = getattr(module, "gate_up_proj", None)
+    layout = (
+        _expert_layout(module, tuple(getattr(like, "shape", size))) if len(size) == 3 and like is not None else None
+    )
+    return layout is not None and layout.axis == 2
 
 
 def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk) -> Iterator[Skipped]:
@@ -311,11 +326,14 @@ def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk
     if parametrize.is_parametrized(module):
         computed = module.get_submodule("parametrizations").named_children()
         tensors |= {attribute: reading.originals(functions)[-1] for attribute, functions in computed}
+    scales = reading.scales_in(module, tensors)
     for attribute, tensor in tensors.items():
         if attribute in listed or is_lazy(tensor) or tensor.ndim < 2:
             continue
         reason = ""
-        if isinstance(tensor, Parameter):
+        if attribute in scales:
+            reason = f"scales of {scales[attribute]}"
+        elif isinstance(tensor, Parameter):
             reason = reading.tied_to(this.seen.get(this.identity(module, tensor))) or f"{owner} are not a known weight"
         elif attribute in ("weight", "qweight") and not tensor.is_floating_point():
             reason = "integer weights"

@@ -1,0 +1,46 @@
+"""A tensor that is not read yet: what is known of it without its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ww_monitor.walk.reading import identity, offers_dequantize
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A tensor that is not read yet: what is known of it, and how it is read.
+
+    Attributes:
+        shape: Shape in which the weight is stored.
+        dtype: Its dtype, or `None` for one that is not read.
+        read: Returns the tensor.
+        identity: What it has in common with a tied tensor, or `None` where that is not known.
+        reason: Why it is not read, or `""`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    read: Callable[[], Tensor]
+    identity: object = None
+    reason: str = ""
+
+
+def unread(tensor: Tensor, read: Callable[[], Tensor]) -> Unread:
+    """The description of a tensor that `read` reads; a class that dequantises itself is described by its weight."""
+    shape, dtype, reason = tuple(tensor.shape), tensor.dtype, ""
+    if offers_dequantize(tensor):
+        return Unread(shape, torch.float32, lambda: read().dequantize(), identity(tensor))
+    if tensor.layout is not torch.strided:
+        reason = f"sparse weights (layout {tensor.layout})"
+    elif (
+        not tensor.is_meta
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.nbytes > tensor.untyped_storage().nbytes()
+    ):
+        reason = "a view that repeats fewer numbers than its shape says"
+    return Unread(shape, dtype, read, identity(tensor), reason)
