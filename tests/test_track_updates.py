@@ -171,6 +171,13 @@ def test_a_step_that_changes_nothing_has_ratio_zero_and_no_direction():
     assert math.isnan(layer.value("update_stable_rank"))
 
 
+def test_a_step_that_failed_leaves_no_weights_behind():
+    net, monitor = make_net(), Monitor(track_updates=True)
+    with pytest.raises(KeyboardInterrupt), monitor.step(walk(net), step=1):
+        raise KeyboardInterrupt
+    assert math.isnan(monitor.observe(walk(make_net()), step=1).summary["update_ratio"])
+
+
 def test_lightning_with_two_optimizers_in_a_batch_counts_the_batch_as_the_step(tmp_path):
     pl = pytest.importorskip("pytorch_lightning")
     from ww_monitor.callbacks.lightning import SpectralMonitor
