@@ -842,3 +842,44 @@ def test_equal_weights_give_keras_the_same_history_file_but_for_its_orientation(
         reference = without_orientation(one, transposed=False)
         assert len(flat(reference["layers"])) > 3 * 50
         assert unequal(reference, without_orientation(other, transposed=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "arguments"),
+    [(1, {}), (2, {}), (1, {"mode": "async"}), (1, {"every_n_steps": None, "every_n_epochs": 1})],
+)
+def test_the_update_of_a_snapshots_step_is_a_hand_made_loops_and_training_stays_the_same(
+    framework, tmp_path, accumulate, arguments
+):
+    weights = {0: make_weights()}
+    plain = framework.train(
+        tmp_path / "plain", accumulate=accumulate, each_step=lambda k, now: weights.update({k: copies(now)})
+    )
+    monitor = make(framework, tmp_path, **{"every_n_steps": 3, "track_updates": True, **arguments})
+    run = framework.train(tmp_path, monitor, accumulate=accumulate)
+    assert all(torch.equal(a, b) for a, b in zip(run.matrices, plain.matrices, strict=True))
+    first, *later = monitor.monitor.history
+    assert all(np.isnan(layer.value("update_ratio")) for layer in first.layers)  # no step led there
+    assert later
+    for snapshot in later:
+        for layer, before, now in zip(snapshot.layers, weights[snapshot.step - 1], weights[snapshot.step], strict=True):
+            moved, square = (now - before).double(), (now - before).double().square()
+            ratio = square.mean().sqrt() / before.double().square().mean().sqrt()
+            assert layer.value("update_ratio") == pytest.approx(ratio.item(), rel=1e-6)
+            norm = torch.linalg.matrix_norm(moved, 2)
+            assert layer.value("update_spectral_norm") == pytest.approx(norm.item(), rel=1e-6)
+            assert layer.value("update_stable_rank") == pytest.approx((square.sum() / norm**2).item(), rel=1e-6)
+            u, _, v = torch.linalg.svd(before.double())
+            within = (u[:, :8].T @ moved @ v[:8].T).square().sum() / square.sum()
+            assert layer.value("update_alignment") == pytest.approx(within.item(), rel=1e-4)
+
+
+def test_a_resumed_run_measures_the_update_of_its_next_snapshots_step(framework, tmp_path):
+    checkpoint = framework.train(tmp_path, make(framework, tmp_path, 3), steps=4, save=True).checkpoint
+    resumed, weights = make(framework, tmp_path, 3, track_updates=True), {}
+    keep = lambda step, now: weights.update({step: copies(now)})  # noqa: E731 - dropout draws anew after a resume
+    framework.train(tmp_path, resumed, resume=checkpoint, each_step=keep)
+    six = next(one for one in resumed.monitor.history if one.step == 6)
+    for layer, before, now in zip(six.layers, weights[5], weights[6], strict=True):
+        expected = (now - before).double().norm() / before.double().norm()
+        assert layer.value("update_ratio") == pytest.approx(expected.item(), rel=1e-6)

@@ -245,13 +245,13 @@ class RunOptions(Settings):
     ] = False
     track_updates: Annotated[
         bool,
-        "Measure what the one optimizer step before a snapshot changed, ΔW: `update_ratio` = RMS(ΔW)/RMS(W) with W"
-        " before it; `update_spectral_norm` = σmax(ΔW), in the scale of the layer's eigenvalues; `update_stable_rank` ="
+        "Measure what the one optimizer step before a snapshot changed, ΔW: `update_ratio` = RMS(ΔW)/RMS(W) of W before"
+        " it; `update_spectral_norm` = σmax(ΔW), in the scale of the layer's eigenvalues; `update_stable_rank` ="
         " ‖ΔW‖²_F/σmax²; `update_alignment` = ‖UᵀΔWV‖²_F/‖ΔW‖²_F, its share in the 8 leading left and right singular"
         " directions of W. Weights that train are copied to the host before a step after which a snapshot is due. One"
-        " step is all that is accumulated for an update and, with several optimizers, what they do in one batch."
-        " Weights in half precision are read from float32 masters where the optimizer has them. NaN where rounding"
-        " hides the update, for frozen layers, and at a snapshot that could not be foreseen.",
+        " step is all that is accumulated for an update and, with several optimizers, what they do in one batch. Half"
+        " precision is replaced by float32 masters where the optimizer has them. NaN where rounding hides the update,"
+        " for frozen layers, and at a snapshot that could not be foreseen.",
     ] = False
     rules: Annotated[
         Sequence[Rule] | None, "What to look for (`ww_monitor.rules`); `None` for the `TRAINING_RULES` there."

@@ -28,7 +28,6 @@ MONITOR = "ww_monitor.monitor.monitor"
 
 COLLABORATORS = (
     f"{ADAPTER}.walk_source",
-    f"{ADAPTER}.history_path",
     f"{ADAPTER}.table",
     f"{ADAPTER}.Session.__init__",
     f"{ADAPTER}.Session.announce",

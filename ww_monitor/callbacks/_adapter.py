@@ -163,6 +163,7 @@ class Adapter:
             monitor.restart()
             self._history_name = ""
         monitor.begin(step)
+        monitor.analyzer.before = None  # a run that died may have left weights of this step
         monitor.quiet = rank > 0
         monitor.across_ranks = ranks > 1
         place = None

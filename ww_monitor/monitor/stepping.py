@@ -62,7 +62,11 @@ class Stepping(Guarded):
         True
         """
         self.before_step(matrices, step=step - 1, optimizers=optimizers, due=due)
-        yield
+        try:
+            yield
+        except BaseException:
+            self.analyzer.before = None  # who goes on from here may do so with other weights
+            raise
 
     def before_step(
         self,
