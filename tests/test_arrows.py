@@ -22,7 +22,7 @@ LEVELS = (
     {"engine", "rules", "sinks", "baseline"},
     {"distributed"},
     {"monitor", "analysis", "description"},
-    {"callbacks", "plots", "report", "compare", "plan", "transforms"},
+    {"callbacks", "plots", "report", "compare", "checkpoints", "plan", "transforms"},
     {"cli"},
 )
 """What stands where; a folder is one word. A module may import what stands below it, and its own folder."""
@@ -46,8 +46,8 @@ FRAMEWORKS = {
     "PIL": set(),
     "plotly": {"report.page"},
     "pandas": {"record.snapshot", "compare", "description"},
-    "rich": {"sinks.console", "cli"},
-    "typer": {"cli"},
+    "rich": {"sinks.console", "cli", "cli.terminal", "cli.watching"},
+    "typer": {"cli", "cli.models", "cli.runs", "cli.terminal", "cli.watching"},
     "tqdm": set(),
     "safetensors": {"walk.files"},
     "weightwatcher": set(),
