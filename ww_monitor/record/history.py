@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from ww_monitor.errors import WWMonitorError
+from ww_monitor.record.notebook import Shown, table
 from ww_monitor.record.snapshot import NAN, Finding, Layer, Snapshot
 
 
-class History:
+class History(Shown):
     """Snapshots in the order of their steps.
 
     Attributes:
@@ -32,6 +33,10 @@ class History:
 
     def __iter__(self) -> Iterator[Snapshot]:
         return iter(self.snapshots)
+
+    def _repr_html_(self) -> str:
+        caption = f"{len(self) + self.left_out} snapshots" + ("; the last one:" if len(self) else "")
+        return table(caption, self.last.layers if len(self) else (), self.findings[-40:])
 
     def __getitem__(self, index: int) -> Snapshot:
         return self.snapshots[index]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ww_monitor.errors import MissingDependency, WWMonitorError
 from ww_monitor.kind import About, Kind
+from ww_monitor.record.notebook import Shown
 
 if TYPE_CHECKING:
     import pandas
@@ -158,7 +159,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Snapshot(Shown):
     """One analysis of a model.
 
     Attributes:
