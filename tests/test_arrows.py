@@ -21,7 +21,7 @@ LEVELS = (
     {"walk", "metric", "schedule"},
     {"engine", "rules", "sinks", "baseline"},
     {"distributed"},
-    {"monitor", "analysis", "description"},
+    {"monitor", "analysis", "description", "harm"},
     {"callbacks", "plots", "report", "compare", "checkpoints", "plan", "transforms"},
     {"cli"},
 )
@@ -40,7 +40,7 @@ FRAMEWORKS = {
     "accelerate": {"callbacks.huggingface"},
     "peft": set(),
     "wandb": {"sinks.wandb"},
-    "tensorboard": {"sinks.tensorboard"},
+    "tensorboard": {"sinks.event_file"},
     "torch.utils.tensorboard": {"sinks.tensorboard"},
     "matplotlib": {
         "plots",
@@ -52,7 +52,7 @@ FRAMEWORKS = {
         "record.notebook",
         "sinks.heatmap",
     },
-    "PIL": set(),
+    "PIL": {"sinks.event_file"},
     "plotly": {"report.page"},
     "pandas": {"record.snapshot", "compare", "description"},
     "rich": {"sinks.console", "cli", "cli.terminal", "cli.watching"},

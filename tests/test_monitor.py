@@ -632,10 +632,28 @@ def test_a_rule_that_fails_costs_its_own_findings_and_is_one_warning(strict, rub
 def test_a_layer_that_raises_costs_its_own_row_only():
     items = [matrix("a", healthy()), unreadable("b", OSError("shard is gone")), matrix("c", healthy(1))]
     alone = Monitor().observe([items[0], items[2]], step=0)
-    together = Monitor().observe(items, step=0)
-    assert together["b"].status == "error: OSError: shard is gone"
+    watcher = Monitor(stop_on="broken_layers", patience=1)
+    with pytest.warns(errors.SpectralWarning, match="1 layer without numbers, as b: could not be read") as caught:
+        together, _ = [watcher.observe(items, step=step) for step in (0, 1)]
+    assert len(caught) == 1
+    assert [(item.name, item.reason) for item in together.skipped] == [
+        ("b", "could not be read: OSError: shard is gone")
+    ]
     assert [str(together[name].metrics) for name in "ac"] == [str(alone[name].metrics) for name in "ac"]
-    assert [(f.rule, f.layer) for f in together.findings if f.rule == "broken_layer"] == [("broken_layer", "b")]
+    assert not [finding for finding in together.findings if finding.rule == "broken_layer"]
+    assert watcher.stop_reason == ""
+
+
+def test_an_analysis_that_fails_in_every_layer_stops_no_healthy_run(monkeypatch):
+    def no_memory(*_, **__):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(run, "on_host", no_memory)
+    watcher = Monitor(stop_on="broken_layers", patience=1)
+    with pytest.warns(errors.SpectralWarning, match="1 layer without numbers, as fc: error: MemoryError") as caught:
+        observe_series(watcher, [healthy, healthy])
+    assert len(caught) == 1
+    assert watcher.stop_reason == ""
 
 
 def test_nothing_escapes_where_warnings_are_errors(failing_engine, caplog):
@@ -683,7 +701,10 @@ def test_a_number_that_makes_no_sense_is_refused_by_name(argument, value):
 
 
 BAD = [
-    (lambda: Monitor(stop_on="trap"), r"Monitor: stop_on must be one of None, 'traps', 'broken_layers'; got 'trap'"),
+    (
+        lambda: Monitor(stop_on="trap"),
+        r"Monitor: stop_on must be one of None, 'traps', 'harmful_traps', 'broken_layers'; got 'trap'",
+    ),
     (lambda: Options(preset="ww"), r"preset must be one of 'default', 'weightwatcher'; got 'ww'"),
     (lambda: Options(metrics=["alfa"]), r"metrics must be among 'alpha', .*; got 'alfa'"),
     (lambda: Monitor(sinks=[print]), r"Monitor: sinks must have write and close; got <built-in function print>"),

@@ -117,3 +117,23 @@ def test_the_table_ends_with_what_is_skipped(monkeypatch):
 def test_wrong_arguments_are_named():
     with pytest.raises(InvalidArgument, match="min_size must be an integer >= 1; got 0"):
         describe(model(), min_size=0)
+
+
+def test_a_description_says_what_is_followed_of_each_kind_and_what_share_of_the_parameters_it_is():
+    own = torch.nn.Module()
+    own.kernel = torch.nn.Parameter(torch.zeros(40, 30))
+    own.pos_embed = torch.nn.Parameter(torch.zeros(1, 10, 30))
+    own.register_buffer("average", torch.zeros(500, 30))
+    model = torch.nn.Sequential(torch.nn.Linear(40, 20), own, torch.nn.Linear(20, 4))
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    found = describe(model)
+    kinds = {one.kind: one for one in found.kinds}
+    assert (kinds["dense"].followed, kinds["dense"].skipped) == (1, 1)
+    assert kinds["dense"].share == pytest.approx(800 / whole)
+    assert dict(kinds["dense"].reasons) == {"4 eigenvalues, fewer than min_size=8": 1}
+    assert (kinds["parameter"].followed, kinds["parameter"].share) == (1, pytest.approx(1200 / whole))
+    assert kinds["other"].share_skipped == pytest.approx(300 / whole)
+    assert kinds["vector"].share_skipped == pytest.approx(24 / whole)
+    assert found.share + sum(one.share_skipped for one in found.kinds) == pytest.approx(1.0)
+    assert "parameter: 1 followed (49.9% of the parameters), 0 skipped (0.0%)" in str(found)
+    assert "1 × a table of positions" in str(found)

@@ -15,6 +15,7 @@ from ww_monitor.rules import (
     TRAINING_RULES,
     apply_rules,
     broken_layer,
+    harmful_trap,
     mean_shift,
     norm_growth,
     over_trained,
@@ -53,10 +54,10 @@ def wakes(rule, *layers: Layer) -> bool:
         ("few_eigenvalues", False),
         ("not_finite", True),
         ("solver_failed", True),
-        ("error: OSError: gone", True),
+        ("error: OSError: gone", False),
     ],
 )
-def test_a_layer_is_broken_where_nan_a_solver_or_an_exception_took_its_spectrum(status, found):
+def test_a_layer_is_broken_where_nan_or_a_solver_took_its_spectrum_and_not_where_we_failed(status, found):
     assert wakes(broken_layer, layer(status=status)) == found
 
 
@@ -71,6 +72,10 @@ def test_a_layer_is_broken_where_nan_a_solver_or_an_exception_took_its_spectrum(
         (trap, {}, False),
         (partial(trap, at_least=2.0), {"num_traps": 1.9}, False),
         (partial(trap, at_least=2.0), {"num_traps": 2.0}, True),
+        (harmful_trap, {"trap_harm": 0.00099}, False),
+        (harmful_trap, {"trap_harm": 0.001}, True),
+        (harmful_trap, {"trap_harm": NAN, "num_traps": 9.0}, False),
+        (partial(harmful_trap, harm=0.01), {"trap_harm": 0.002}, False),
         (mean_shift, {"mean_shift": 0.99}, False),
         (mean_shift, {"mean_shift": 1.0}, True),
         (mean_shift, {"mean_shift": 1.7}, True),
@@ -395,7 +400,7 @@ def test_a_trap_in_the_head_of_ten_classes_is_early_in_three_runs_and_a_false_al
     ("rule", "layers", "severity", "parts"),
     [
         (broken_layer, [layer(status="not_finite")], "critical", ["fc: no spectrum: not_finite"]),
-        (broken_layer, [layer(status="error: OSError: gone")], "critical", ["error: OSError: gone"]),
+        (broken_layer, [layer(status="solver_failed")], "critical", ["fc: no spectrum: solver_failed"]),
         (
             trap,
             [layer(num_traps=2.0, trap_severity=1.53, trap_p_value=3e-7)],
@@ -446,6 +451,7 @@ def test_a_finding_carries_the_name_of_its_rule(rule):
     if rule is norm_growth:
         rows = [layer(log_spectral_norm=float(at)) for at in range(13)]
     last = {
+        "harmful_trap": layer(trap_harm=0.002),
         "stable_rank_collapse": layer(stable_rank=0.01),
         "norm_growth": layer(log_spectral_norm=13.0),
         "broken_layer": layer(status="not_finite"),

@@ -167,8 +167,9 @@ def test_the_custom_scalars_page_has_every_layer_in_one_chart(look):
 
 def test_the_custom_scalars_page_has_the_models_alpha_in_its_band(look):
     page, _ = look("custom_scalars", wait_for="ww_monitor")
-    card = page.locator("tf-custom-scalar-margin-chart-card")
-    assert card.get_by_text("alpha of the model in the band from 2 to 6", exact=True).is_visible()
+    title = "alpha of the model in the band from 2 to 6"
+    card = page.locator("tf-custom-scalar-margin-chart-card").filter(has=page.get_by_text(title, exact=True))
+    assert card.get_by_text(title, exact=True).is_visible()
     assert legend(card) == {"ww/alpha (run)"}
     drawn = card.locator("svg path").evaluate_all("paths => paths.map(p => p.getAttribute('d') || '')")
     assert any(path.count("L") >= 8 for path in drawn)

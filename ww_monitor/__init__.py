@@ -20,6 +20,7 @@ from ww_monitor.errors import (
     SpectralWarning,
     WWMonitorError,
 )
+from ww_monitor.harm import TrapHarm, trap_harm
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.metric import metrics
 from ww_monitor.monitor import Monitor
@@ -50,6 +51,7 @@ __all__ = [
     "Snapshot",
     "SpectralWarning",
     "Transformed",
+    "TrapHarm",
     "WWMonitorError",
     "analyze",
     "describe",
@@ -59,5 +61,6 @@ __all__ = [
     "replay_checkpoints",
     "svd_sharpen",
     "svd_smooth",
+    "trap_harm",
     "write_report",
 ]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from timeit import repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ww_monitor.errors import MissingDependency
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.settings import Select
+from ww_monitor.walk.names import BUFFER
 from ww_monitor.walk.sharded import shards_of
 from ww_monitor.walk.sources import Source, walk_source
 
@@ -37,7 +42,8 @@ def describe(
         max_size: As in `ww_monitor.analyze`.
 
     Returns:
-        `rows`, `skipped`, totals and `.to_pandas()`; printing it gives a table.
+        `rows`, `skipped`, `kinds` (how many are followed and skipped, why, and what share of the model's parameters
+        they are), totals and `.to_pandas()`; printing it gives a table.
 
     Raises:
         InvalidArgument: naming the argument, its value and the choices.
@@ -48,7 +54,7 @@ def describe(
     ([('0', (1, 100, 200), 100), ('1', (9, 8, 3), 27)], ['4 eigenvalues, fewer than min_size=8'])
     """
     select = Select(include=include, exclude=exclude, min_size=min_size, max_size=max_size)
-    return plan_matrices(select.apply(walk_source(model, layout=shards_of)))
+    return plan_matrices(select.apply(walk_source(model, layout=shards_of)), parameters=num_parameters(model))
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,27 @@ class Planned:
 
 
 @dataclass(frozen=True)
+class OfKind:
+    """What becomes of the weights of one kind.
+
+    Attributes:
+        kind: Their kind; `"vector"` for parameters of fewer than two dimensions, which have no spectrum.
+        followed: How many matrices would be analysed.
+        skipped: How many weights would not.
+        share: Of the model's parameters, those in the matrices that would be analysed.
+        share_skipped: Those in the weights that would not.
+        reasons: Why → how many, the most frequent first.
+    """
+
+    kind: str
+    followed: int
+    skipped: int
+    share: float
+    share_skipped: float
+    reasons: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Description:
     """An analysis before it is made: what would be analysed, what is left out and why, the machine's speed, totals."""
 
@@ -84,6 +111,13 @@ class Description:
     num_eigenvalues: int
     operations: float
     seconds: float
+    parameters: int = 0
+    kinds: tuple[OfKind, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Share of the parameters that would be followed, 0 to 1."""
+        return sum(one.share for one in self.kinds)
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row a matrix, those left out at the end with their `skipped` reason (`""` for the others).
@@ -107,6 +141,10 @@ class Description:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
         lines += [f"skipped {item.name} {_shape(item.shape)}: {item.reason}" for item in self.skipped]
+        for one in self.kinds:
+            why = "; ".join(f"{count} × {reason}" for reason, count in list(one.reasons.items())[:3])
+            counts = f"{one.kind}: {one.followed} followed ({one.share:.1%} of the parameters), "
+            lines.append(f"{counts}{one.skipped} skipped ({one.share_skipped:.1%}){': ' if why else ''}{why}")
         total = f"{len(self.rows)} matrices, {self.num_eigenvalues} eigenvalues, {self.operations:.2g} operations, "
         return "\n".join([*lines, total + f"about {self.seconds:.2g} s ({len(self.skipped)} skipped)"])
 
@@ -115,14 +153,65 @@ def _shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape[1:] if len(shape) == 3 and shape[0] == 1 else shape))
 
 
-def plan_matrices(items: Iterable[Matrix | Skipped], *, rates: Rates | None = None) -> Description:
-    """`describe` of what a walker yields, after selection; without `rates` this machine is measured."""
+def num_parameters(model: object) -> int:
+    """The number of a model's parameters; 0 where only its matrices are known, as of a file.
+
+    >>> import torch
+    >>> num_parameters(torch.nn.Linear(3, 2)), num_parameters({"fc.weight": torch.zeros(2, 3)})
+    (8, 6)
+    """
+    if isinstance(model, Mapping):
+        return sum(math.prod(tensor.shape) for tensor in model.values() if hasattr(tensor, "shape"))
+    count = getattr(model, "count_params", None)  # of Keras
+    if callable(count) and getattr(model, "built", False):
+        return int(count())
+    if not isinstance(model, nn.Module):
+        return 0
+    # a partitioned parameter is empty here, and says how large the whole is
+    sizes = (getattr(p, "ds_shape", None) or p.shape for p in model.parameters() if not is_lazy(p))
+    return sum(math.prod(size) for size in sizes)
+
+
+def kinds_of(items: Iterable[Matrix | Skipped], parameters: int) -> tuple[OfKind, ...]:
+    """What becomes of each kind; the share of a delta is that of its base, and a tied weight counts once.
+
+    Args:
+        items: What a walker yields, after selection.
+        parameters: Of the model, or 0 for those that are listed.
+    """
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    sizes: dict[str, Counter[bool]] = defaultdict(Counter)
+    for item in items:
+        reason = item.reason if isinstance(item, Skipped) else ""
+        again = item.name.endswith(("]", ".merged")) or reason.startswith(("tied to", BUFFER))
+        counts[str(item.kind)][reason] += 1
+        sizes[str(item.kind)][not reason] += 0 if again or not item.shape else math.prod(item.shape)
+    listed = sum(size for of_kind in sizes.values() for size in of_kind.values())
+    whole = max(parameters, listed, 1)
+    found = []
+    for kind, of_kind in counts.items():
+        followed = of_kind.pop("", 0)
+        shares = sizes[kind][True] / whole, sizes[kind][False] / whole
+        found.append(OfKind(kind, followed, of_kind.total(), *shares, dict(of_kind.most_common())))
+    if parameters > listed:
+        found.append(OfKind("vector", 0, 0, 0.0, (parameters - listed) / whole, {}))
+    return tuple(found)
+
+
+def plan_matrices(
+    items: Iterable[Matrix | Skipped], *, rates: Rates | None = None, parameters: int | None = None
+) -> Description:
+    """`describe` of what a walker yields, after selection; without `rates` this machine is measured.
+
+    Shares are told where the number of `parameters` is given, 0 for that of what is listed.
+    """
     found, speed = list(items), rates or measured_rates()
     rows = tuple(_planned(item, speed) for item in found if isinstance(item, Matrix))
     skipped = tuple(item for item in found if isinstance(item, Skipped))
     num_eigenvalues = sum(row.num_eigenvalues for row in rows)
     totals = sum(row.operations for row in rows), sum(row.seconds for row in rows)
-    return Description(rows, skipped, speed, num_eigenvalues, *totals)
+    kinds = () if parameters is None else kinds_of(found, parameters)
+    return Description(rows, skipped, speed, num_eigenvalues, *totals, parameters or 0, kinds)
 
 
 def _planned(matrix: Matrix, rates: Rates) -> Planned:

@@ -42,6 +42,7 @@ class Kind(str, Enum):
     CONV = "conv", About("convolution kernels", role="conv", layer_type="conv2d", ndim=(3, 5), eigenvalue_factor=0.5)
     ATTENTION = "attention", About("attention projections")
     RECURRENT = "recurrent", About("recurrent kernels", role="")
+    PARAMETER = "parameter", About("parameters that only their name and shape explain", ndim=(2, 5))
     OTHER = "other", About("tensors that no known layer owns", role="")
 
     def __new__(cls, word: str, about: About = About("")) -> Kind:  # noqa: D102 - the default is for `Kind("conv")`

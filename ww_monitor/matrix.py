@@ -112,8 +112,9 @@ class Matrix:
 
     @property
     def eigenvalue_factor(self) -> float:
-        """What eigenvalues are multiplied by after the solve (0.5 for convolutions, else 1)."""
-        return self.kind.about.eigenvalue_factor
+        """What eigenvalues are multiplied by after the solve: 0.5 for kernels, whoever owns them, else 1."""
+        kind = Kind.CONV if self.role == Kind.CONV.about.role else self.kind
+        return kind.about.eigenvalue_factor
 
     @property
     def cost(self) -> float:

@@ -228,9 +228,10 @@ class RunOptions(Settings):
         check_positive_int,
     ] = None
     stop_on: Annotated[
-        Literal[None, "traps", "broken_layers"],
-        '`"traps"` stops the run when a correlation trap persists, `"broken_layers"` when a layer is NaN. The rule is'
-        " applied also where `rules` leaves it out.",
+        Literal[None, "traps", "harmful_traps", "broken_layers"],
+        '`"traps"` stops the run when a correlation trap persists, `"harmful_traps"` when one does that the outputs'
+        ' depend on (`ww_monitor.trap_harm`), `"broken_layers"` when a layer is NaN. The rule is applied also where'
+        " `rules` leaves it out.",
     ] = None
     patience: Annotated[
         int, "For how many consecutive snapshots that must hold in the same layer.", check_positive_int
@@ -241,6 +242,16 @@ class RunOptions(Settings):
         " and `left_rotation`, `right_rotation` = how far its 8 leading singular directions have turned, 0 to 1."
         " Fine-tuning turns them while spectra stay put. Holds a copy of the weights on the host; after a resume the"
         " first snapshot is that of the resumed run.",
+    ] = False
+    track_updates: Annotated[
+        bool,
+        "Measure what the one optimizer step before a snapshot changed, ΔW: `update_ratio` = RMS(ΔW)/RMS(W) with W before"
+        " it; `update_spectral_norm` = σmax(ΔW), in the scale of the layer's eigenvalues; `update_stable_rank` ="
+        " ‖ΔW‖²_F/σmax²; `update_alignment` = ‖UᵀΔWV‖²_F/‖ΔW‖²_F, its share in the 8 leading left and right singular"
+        " directions of W. Weights that train are copied to the host before a step after which a snapshot is due. One"
+        " step is all that is accumulated for an update and, with several optimizers, what they do in one batch. Weights"
+        " in half precision are read from float32 masters where the optimizer has them. NaN where rounding hides the"
+        " update, for frozen layers, and at a snapshot that could not be foreseen.",
     ] = False
     rules: Annotated[
         Sequence[Rule] | None, "What to look for (`ww_monitor.rules`); `None` for the `TRAINING_RULES` there."
@@ -276,6 +287,11 @@ class CallbackOptions(WalkOptions, Select, AnalysisOptions, RunOptions):
     ] = "key"
     console: Annotated[bool, "Print findings, a line at the start, and a table at the end."] = True
     history: Annotated[bool, "Write the history file."] = True
+    harm_inputs: Annotated[
+        Any,
+        "A batch, on which `ww_monitor.trap_harm` says what each trap does to the outputs, where there is one: a"
+        ' tensor, a mapping passed by name, or a tuple of arguments. `None` draws one if `stop_on="harmful_traps"`.',
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -153,8 +153,11 @@ def test_wandb_gets_every_scalar_on_the_trainers_own_axis(tmp_path, net, read_wa
         wandb.finish()
         wandb.teardown()
     written = read_wandb(tmp_path)
+    media = ("ww_esd/", "ww/layers/", "ww/alpha_map/")
     rows = {
-        row["trainer/global_step"]: {key: value for key, value in row.items() if key.startswith("ww")}
+        row["trainer/global_step"]: {
+            key: value for key, value in row.items() if key.startswith("ww") and not key.startswith(media)
+        }
         for row in written["rows"]
         if "ww/alpha" in row
     }
@@ -666,7 +669,7 @@ def test_the_state_key_is_the_same_in_every_process():
         ({"every_n_steps": True}, "every_n_steps must be an integer >= 1; got True"),
         ({"every_n_epochs": 0}, "every_n_epochs must be an integer >= 1; got 0"),
         ({"patience": 0}, "patience must be an integer >= 1; got 0"),
-        ({"stop_on": "trap"}, "stop_on must be one of None, 'traps', 'broken_layers'; got 'trap'"),
+        ({"stop_on": "trap"}, "stop_on must be one of None, 'traps', 'harmful_traps', 'broken_layers'; got 'trap'"),
         ({"preset": "ww"}, "preset must be one of 'default', 'weightwatcher'; got 'ww'"),
         ({"metrics": ["alfa"]}, "metrics must be among 'alpha', .*; got 'alfa'"),
         ({"include": "net.*"}, r"include must be a sequence of globs; got the string 'net\.\*'"),

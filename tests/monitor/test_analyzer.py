@@ -155,7 +155,10 @@ def test_a_weight_that_cannot_be_copied_costs_its_row_only():
     watcher.analyze(items, step=0, epoch=None)
     watcher.join(60)
     (snapshot,) = collected(watcher)
-    assert [layer.status for layer in snapshot.layers] == ["ok", "error: OSError: gone", "ok", "ok"]
+    assert [layer.status for layer in snapshot.layers] == ["ok"] * 3
+    assert [(item.name, item.reason) for item in snapshot.skipped] == [
+        (items[1].name, "could not be read: OSError: gone")
+    ]
     watcher.close(60)
 
 

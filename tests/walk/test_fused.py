@@ -343,7 +343,7 @@ def test_alternating_experts():
     stack = model.layers[0].mlp.experts.gate_up_proj.detach()
     assert torch.equal(found["layers.0.mlp.experts.gate_up_proj.gate.1"].load()[0], stack[1, :, 0::2])
     assert torch.equal(found["layers.0.mlp.experts.gate_up_proj.up.1"].load()[0], stack[1, :, 1::2])
-    assert "parameters of GptOssExperts" in reasons(model)["layers.0.mlp.experts.gate_up_proj_bias"]
+    assert reasons(model)["layers.0.mlp.experts.gate_up_proj_bias"] == "a bias"
 
 
 class MoE(nn.Module):
@@ -376,10 +376,13 @@ def test_layout_of_experts(module, expected):
 
 
 def test_what_is_no_expert():
-    """Small tables, single slices and stacks of other modules stay out."""
+    """Small tables, single slices and stacks of other modules are parameters like any other."""
     module = MoE(scale=(3, 4, 20), token=(1, 9, 9), flat=(9, 9), deep=(2, 3, 9, 9))
-    reason = "parameters of MoE are not a known weight"
-    assert reasons(module) == dict.fromkeys(("scale", "token", "flat", "deep"), reason)
+    assert not reasons(module)
+    shapes = {"scale": (3, 4, 20), "token": (1, 9, 9), "flat": (1, 9, 9), "deep": (81, 2, 3)}
+    assert {name: (item.kind, item.shape) for name, item in matrices(module).items()} == {
+        name: ("parameter", shape) for name, shape in shapes.items()
+    }
     model = vit()
     assert set(reasons(model)) == {"embeddings.cls_token", "embeddings.position_embeddings"}
 
@@ -403,9 +406,9 @@ class Aggregate(TopKGate):
 
 
 def test_router():
-    """The weight of a router or gate is a dense matrix, that of another unknown class is not."""
-    assert list(matrices(nn.Sequential(TopKGate()))) == ["0"]
-    assert not matrices(nn.Sequential(Aggregate()))
+    """The weight of a router or gate is a dense matrix, that of another unknown class a parameter."""
+    kinds = [matrices(nn.Sequential(module))["0"].kind for module in (TopKGate(), Aggregate())]
+    assert kinds == ["dense", "parameter"]
 
 
 def test_examples():

@@ -176,15 +176,51 @@ class Net(keras.Model):
 
 
 def test_subclassed_model():
-    """Layers in attributes are found, names that collide are told apart, and an unknown variable says why it is not."""
+    """Layers in attributes are found, names that collide are told apart, an unknown class is followed."""
     net = Net()
     assert set(skipped(net).values()) == {"not built: no weights before the first call"}
     net(np.zeros((1, 4), "float32"))
     assert {name: item.shape for name, item in matrices(net).items()} == {
         "same": (1, 4, 5),
         "same#2": (1, 5, 6),
+        "scale.table": (1, 4, 6),
     }
-    assert skipped(net) == {"net.scale.table": "belongs to no layer of a class whose layout is known"}
+    assert not skipped(net)
+
+
+class Own(layers.Layer):
+    """A layer of a user's own that trains all sorts of things."""
+
+    def build(self, shape):
+        add = self.add_weight
+        self.kernel = add(shape=(20, 30), name="kernel")
+        self.filters = add(shape=(3, 3, 16, 24), name="filters")
+        self.query = add(shape=(32, 4, 8), name="query")
+        self.pos_embed = add(shape=(1, 9, 12), name="pos_embed")
+        self.average = add(shape=(9, 12), name="average", trainable=False)
+
+    def call(self, x):
+        return x @ self.kernel
+
+
+def test_what_a_layer_of_an_unknown_class_trains_is_read_by_name_and_shape():
+    """Kernels as Keras stores them, heads as one matrix; what does not learn and tables of positions stay out."""
+    net = keras.Sequential([keras.Input((20,)), Own(name="own")])
+    found = matrices(net)
+    kinds = {"own": "", "own.filters": "conv", "own.query": ""}
+    assert {name: (item.kind, item.role) for name, item in found.items()} == {
+        name: ("parameter", role) for name, role in kinds.items()
+    }
+    own = net.get_layer("own")
+    value = {name: keras.ops.convert_to_numpy(getattr(own, name)) for name in ("kernel", "filters", "query")}
+    assert np.array_equal(found["own"].load().numpy()[0], value["kernel"])
+    assert np.array_equal(found["own.filters"].load().numpy(), value["filters"].reshape(9, 16, 24))
+    assert np.array_equal(found["own.query"].load().numpy()[0], value["query"].reshape(32, 32))
+    reasons = {"own.pos_embed": "a table of positions", "own.average": "a buffer, which training does not change"}
+    assert skipped(net) == reasons
+    own.trainable = False
+    assert [item.frozen for item in matrices(net).values()] == [True] * 3
+    assert skipped(net) == reasons
 
 
 class Tied(layers.Dense):

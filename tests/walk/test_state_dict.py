@@ -64,9 +64,9 @@ def test_meanings(key, shape, expected):
 
 
 OTHERS = [
-    ("embeddings.cls_token", (1, 1, 8), "its name is none of a known weight"),
-    ("moe.embeddings.position_embeddings", (1, 9, 8), "its name is none of a known weight"),
-    ("experts.gate_up_proj_bias", (4, 8), "its name is none of a known weight"),
+    ("embeddings.cls_token", (1, 1, 8), "a vector"),
+    ("moe.embeddings.position_embeddings", (1, 9, 8), "a table of positions"),
+    ("experts.gate_up_proj_bias", (4, 8), "a bias"),
     ("fc.weight_orig", (4, 8), "stored before pruning or a parametrization, which needs the model"),
     (
         "fc.parametrizations.weight.original0",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 import torch
 
 from ww_monitor.engine import Options
+from ww_monitor.harm import trap_harm
+from ww_monitor.matrix import Matrix
 from ww_monitor.monitor import Monitor
-from ww_monitor.record import Sink, Snapshot
+from ww_monitor.record import Sink, Skipped, Snapshot
 from ww_monitor.settings import AnalysisOptions, CallbackOptions, RunOptions, Select
 from ww_monitor.signatures import method_taking
 from ww_monitor.sinks.console import Console, table
@@ -57,6 +59,8 @@ class Adapter:
         walk_source(torch.nn.Module(), **self._how)  # a wrong choice is refused here
         self._console = given.console
         self._history = given.history
+        self._harm_inputs = given.harm_inputs
+        self._measures_harm = given.harm_inputs is not None or given.stop_on == "harmful_traps"
         self._session: Session | None = None
         self._history_name = ""
         self._resumed = False
@@ -109,9 +113,26 @@ class Adapter:
             epoch: Epoch that the weights belong to, where there is one.
             whole: Wait for a snapshot of now: at the beginning and at the end of a run.
         """
+        if self._measures_harm:
+            self.monitor.harm = lambda snapshot: trap_harm(model, snapshot, self._harm_inputs).layers
         done = self.monitor.finish() if whole else self.monitor.collect()
         snapshot = self.monitor.observe(walk_source(model, **self._how), step=step, epoch=epoch, whole=whole)
         return done if snapshot is None else [*done, snapshot]
+
+    def _before_step(self, model: Callable[[], Source], *, step: int, last: bool, **about: Any) -> None:
+        """A batch begins: with `track_updates` the weights are copied if a snapshot follows it.
+
+        Args:
+            model: Returns the model that is trained.
+            step: Number of completed optimizer updates.
+            last: Whether there will be a snapshot after it, whatever the schedule says.
+            **about: Further arguments of `Monitor.before_step`.
+        """
+
+        def items() -> Iterator[Matrix | Skipped]:
+            yield from walk_source(model(), **self._how)
+
+        self.monitor.before_step(items(), step=step, due=last or None, **about)
 
     def _announce(self) -> None:
         """The line at the start, once there is a snapshot."""
@@ -131,6 +152,7 @@ class Adapter:
     def _close(self) -> None:
         """The run is over, however it ended; also called when a run begins, for one that has ended unseen."""
         self._resumed = False
+        self.monitor.harm = None  # it holds the model
         with self.monitor.guard("last pictures", always=True):
             self._dashboards.finish()
         if self._session is not None:

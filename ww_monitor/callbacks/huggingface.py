@@ -98,6 +98,13 @@ class SpectralMonitor(Adapter, TrainerCallback):
         if not self._begun:
             self._begin(args, state, control, **kwargs)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The weights before a step after which a snapshot is due, where updates are measured."""
+        step, done = state.global_step, (state.epoch or 0.0) + 1e-6
+        ends = step > 0 and int(done + done / step) > int(done)  # of an epoch: the steps before it were of one size
+        last = step + 1 >= state.max_steps or (ends and self.monitor.due_at_epoch_end(int(done), step + 1))
+        self._before_step(lambda: kwargs["model"], step=step, last=last, optimizers=(kwargs.get("optimizer"),))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """A snapshot where one is due, and after the last step, before its evaluation and its checkpoint."""
         last = control.should_training_stop and not self._is_seen(state)

@@ -86,6 +86,12 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         if not self._begun:
             self._begin()
 
+    def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        """The weights before a step after which a snapshot is due, where updates are measured."""
+        step, epoch, known = self._updates_done, self._epoch or 0, self.params or {}
+        last = epoch + 1 == known.get("epochs") or self._watched or self.monitor.due_at_epoch_end(epoch, step + 1)
+        self._before_step(lambda: self.model, step=step, last=bool(last) and batch + 1 == known.get("steps"))
+
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         """A snapshot where one is due."""
         self._within_line = True

@@ -50,6 +50,7 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """First snapshot, so that every key exists before a callback looks for it."""
         monitor, step = self.monitor, trainer.global_step
+        self._began_at, self._updates = step, max(1, len(trainer.optimizers))  # of several each counts in manual loops
         folder = self._folder(trainer)
         self._open(
             step=step, folder=folder, print_line=_printer(trainer), rank=trainer.global_rank, ranks=trainer.world_size
@@ -59,6 +60,17 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
         else:
             self._observe(trainer, pl_module, x=trainer.fit_loop.epoch_loop._batches_that_stepped, whole=True)
         self._announce()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """The weights before a step after which a snapshot is due, where updates are measured."""
+        before, step = self._began_at, trainer.global_step
+        self._began_at, self._updates = step, max(self._updates, step - before)
+        last = trainer.max_steps >= 0 and step + self._updates >= trainer.max_steps
+        if trainer.is_last_batch:
+            last |= trainer.current_epoch + 1 == trainer.max_epochs
+            last |= self.monitor.due_at_epoch_end(trainer.current_epoch, step + 1)
+        about = {"updates": self._updates, "optimizers": trainer.optimizers}
+        self._before_step(lambda: pl_module, step=step, last=last, **about)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A snapshot where one is due; repeats and jumps of `global_step` are the schedule's business."""

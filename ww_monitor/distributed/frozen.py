@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ww_monitor.distributed.inventory import Job
 from ww_monitor.engine import Options
-from ww_monitor.record import Layer
+from ww_monitor.record import Layer, Skipped
 
 
 class FrozenRows:
@@ -24,7 +24,7 @@ class FrozenRows:
         now = _state(job, options)
         return row if now is not None and now == then else None
 
-    def keep(self, jobs: Iterable[Job], layers: Iterable[Layer], options: Options) -> None:
+    def keep(self, jobs: Iterable[Job], layers: Iterable[Layer | Skipped], options: Options) -> None:
         """Remember the rows of frozen matrices, but for those that could not be made.
 
         Args:
@@ -34,7 +34,7 @@ class FrozenRows:
         """
         for job, layer in zip(jobs, layers, strict=True):
             state = _state(job, options)
-            if state is not None and not layer.status.startswith("error:"):
+            if state is not None and isinstance(layer, Layer) and not layer.status.startswith("error:"):
                 self._kept[job.name] = state, layer
 
 

@@ -10,9 +10,9 @@ from ww_monitor.distributed.frozen import FrozenRows
 from ww_monitor.distributed.inventory import Held, Job, merge
 from ww_monitor.distributed.layout import Delivery, delivery_of, sums_of
 from ww_monitor.engine import Options, snapshot_of
-from ww_monitor.engine.rows import failed_layer
+from ww_monitor.engine.rows import unread
 from ww_monitor.errors import LayerError, WWMonitorError
-from ww_monitor.record import Layer, Snapshot
+from ww_monitor.record import Layer, Skipped, Snapshot
 from ww_monitor.spectra.elements import Moments
 
 
@@ -82,7 +82,7 @@ class Decision:
         self._world = len(lists)
         self._listed, self._skipped = merge(lists)
         rows = {job.name: None if frozen is None else frozen.known(job, options) for job in self._listed}
-        self._known = {name: row for name, row in rows.items() if row is not None}
+        self._known: dict[str, Layer | Skipped] = {name: row for name, row in rows.items() if row is not None}
         self._jobs = [job for job in self._listed if job.name not in self._known]
         costs, holders = [job.matrix.cost for job in self._jobs], [job.holders for job in self._jobs]
         self._owners = assign_owners(costs, holders, self._world)
@@ -135,20 +135,21 @@ class Decision:
         if self._frozen is not None:
             self._frozen.keep(self._jobs, made, self._options)
         rows = self._known | {job.name: row for job, row in zip(self._jobs, made, strict=True)}
+        found = [rows[job.name] for job in self._listed]
         return snapshot_of(
-            [rows[job.name] for job in self._listed],
-            self._skipped,
+            [row for row in found if isinstance(row, Layer)],
+            [*self._skipped, *(row for row in found if isinstance(row, Skipped))],
             self._options,
             step=self._step,
             epoch=epoch,
             seconds=max(one.seconds for one in results),
         )
 
-    def _row(self, job: Job, owner: int, results: Sequence[RankResult]) -> Layer:
-        """The row of its owner, or one with the reason why a rank could not read its part."""
+    def _row(self, job: Job, owner: int, results: Sequence[RankResult]) -> Layer | Skipped:
+        """The row of its owner, or the reason why a rank could not read its part."""
         reason = job.error(owner) or next((one.unread[job.name] for one in results if job.name in one.unread), "")
         if reason:
-            row = failed_layer(job.matrix, WWMonitorError(reason), self._options, step=self._step)
-            return replace(row, status=f"error: {reason}")
+            unread(job.matrix, WWMonitorError(reason), self._options, step=self._step)  # which raises with `strict`
+            return Skipped.unread(job.name, str(job.matrix.kind), job.matrix.shape, reason)
         row = results[owner].rows[job.name]
         return replace(row, status=f"{row.status} on rank {owner}") if row.status.startswith("error:") else row

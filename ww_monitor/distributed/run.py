@@ -20,7 +20,7 @@ from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.engine.measure import layer_of_gram
 from ww_monitor.errors import RankFailed, WWMonitorError
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.record import Layer, Snapshot
+from ww_monitor.record import UNREAD, Layer, Snapshot
 
 Found = TypeVar("Found")
 
@@ -194,7 +194,10 @@ class _Analysis:
     # --- rows
 
     def _rows_of(self, matrices: Sequence[Matrix]) -> Sequence[Layer]:
-        return analyze_matrices(matrices, self.options, step=self.step).layers
+        found = analyze_matrices(matrices, self.options, step=self.step)
+        for item in found.skipped:
+            self.unread[item.name] = f"{item.reason.removeprefix(f'{UNREAD}: ')} on rank {self.ranks.rank}"
+        return found.layers
 
     def _keep(self, analyse: Callable[[], Sequence[Layer]]) -> None:
         """Analyse; what fails is told at the end, for until then the others count on this rank."""

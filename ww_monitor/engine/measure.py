@@ -52,6 +52,10 @@ def batch_of(
 def _of_layers(status: torch.Tensor, loaded: Loaded) -> torch.Tensor:
     """`[B]` zero only if every slice is; otherwise the status of the first slice that fails."""
     of_slice = status.view(len(loaded.matrices), -1)
+    if loaded.moments is not None:  # weights of 1e160 are finite; the sum of their squares is not
+        finite = torch.isfinite(loaded.moments.low) & torch.isfinite(loaded.moments.high)
+        large = (of_slice == Status.NOT_FINITE) & finite.view_as(of_slice).to(status.device)
+        of_slice = torch.where(large, int(Status.SOLVER_FAILED), of_slice)
     zero = of_slice == Status.ZERO
     failed = (of_slice != Status.OK) & ~zero
     first = of_slice.gather(1, failed.to(torch.int64).argmax(1, keepdim=True))[:, 0]

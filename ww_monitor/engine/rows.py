@@ -64,6 +64,14 @@ def failed_layer(matrix: Matrix, error: Exception, options: Options, *, step: in
     return Layer(matrix.name, str(matrix.kind), matrix.shape, status, "error", metrics, role=matrix.role, step=step)
 
 
+def unread(matrix: Matrix, error: Exception, options: Options, *, step: int | None) -> Skipped:
+    """A matrix that could not be loaded is left out with the reason; with `strict` an error instead."""
+    if options.strict:
+        raise LayerError(f"{_place(matrix, step)}: {error}") from error
+    logger.debug("layer %s could not be read", matrix.name, exc_info=error)
+    return Skipped.unread(matrix.name, str(matrix.kind), matrix.shape, error)
+
+
 def _place(matrix: Matrix, step: int | None) -> str:
     return f"layer {matrix.name!r}" + (f" at step {step}" if step is not None else "")
 

@@ -14,7 +14,7 @@ import torch
 
 from ww_monitor.engine.measure import as_solved, batch_of, measured
 from ww_monitor.engine.options import Options
-from ww_monitor.engine.rows import failed_layer, layers_of, snapshot_of
+from ww_monitor.engine.rows import failed_layer, layers_of, snapshot_of, unread
 from ww_monitor.engine.solve import DeviceQueue
 from ww_monitor.engine.threads import Workers, workers
 from ww_monitor.kind import Kind
@@ -31,7 +31,7 @@ TOGETHER = 1 << 20
 HOST_MEMORY = 2 << 30
 """Bytes of workspace that the chunks under way on the host may need together, the weights not counted."""
 
-Found = list[Batch | Layer]  # batches, and a row for each layer that failed
+Found = list[Batch | Layer | Skipped]  # batches, a row for each layer that failed, and what could not be read
 
 
 @torch.no_grad()
@@ -65,10 +65,11 @@ def analyze_matrices(
     left_out = (item for item in items if not isinstance(item, Matrix))
     skipped = [replace(item, kind=str(item.kind), shape=tuple(item.shape)) for item in left_out]
     found = _solved(matrices, options, step, background)
-    rows = [one for one in found if isinstance(one, Layer)]
+    rows = [one for one in found if not isinstance(one, Batch)]
     rows += layers_of([one for one in found if isinstance(one, Batch)], options, step=step)
-    layers = {layer.name: layer for layer in rows}
-    ordered = [layers[matrix.name] for matrix in matrices]
+    by_name = {row.name: row for row in rows}
+    ordered = [row for matrix in matrices if isinstance(row := by_name[matrix.name], Layer)]
+    skipped += [row for matrix in matrices if isinstance(row := by_name[matrix.name], Skipped)]
     seconds = time.perf_counter() - start
     return snapshot_of(ordered, skipped, options, step=step, epoch=epoch, seconds=seconds)
 
@@ -147,13 +148,13 @@ def _solved(matrices: list[Matrix], options: Options, step: int | None, backgrou
             try:
                 copied = loaded.on_host()
             except Exception as error:  # noqa: BLE001 - it costs these layers only
-                found.extend(failed_layer(matrix, error, options, step=step) for matrix in loaded.matrices)
+                found.extend(unread(matrix, error, options, step=step) for matrix in loaded.matrices)
             else:
                 tasks.append(pool.submit(partial(_on_host, copied, options, step, library), needs=workspace(copied)))
 
         for loaded in _chunks(matrices):
             if isinstance(loaded, tuple):
-                found.append(failed_layer(*loaded, options, step=step))
+                found.append(unread(*loaded, options, step=step))
                 continue
             accelerator = accelerator_of(loaded.device)
             if accelerator is None:
@@ -184,9 +185,10 @@ def _on_host(loaded: Loaded, options: Options, step: int | None, library: host.L
             (stack,) = as_solved(loaded, options)
             solved, found = host.solve(tall_of(stack), library)
             solved = resolved(solved, stack) if options.preset == "weightwatcher" else solved
-            values = measured(replace(loaded, moments=found), solved.status, options)
+            known = replace(loaded, moments=found)
+            values = measured(known, solved.status, options)
             where = [loaded.solved_on or "cpu"] * len(loaded.matrices)
-            return [batch_of(loaded, solved, values, options, where=where)]
+            return [batch_of(known, solved, values, options, where=where)]
         except Exception as error:  # noqa: BLE001 - whatever a solver throws costs one layer
             if len(loaded.matrices) == 1:
                 return [failed_layer(loaded.matrices[0], error, options, step=step)]

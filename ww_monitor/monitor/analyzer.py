@@ -15,6 +15,7 @@ from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.monitor.background import Background, Done
 from ww_monitor.monitor.copies import WeightCopy, copy_weights
 from ww_monitor.monitor.frozen import Checked, FrozenRowCache
+from ww_monitor.monitor.update import UNKNOWN, Before, Update
 from ww_monitor.record import Snapshot
 from ww_monitor.settings import RunOptions
 
@@ -26,7 +27,7 @@ class Analyzer:
 
     Args:
         options: How to analyse.
-        run: Its `mode`, `copy_budget_bytes` and `track_delta`.
+        run: Its `mode`, `copy_budget_bytes`, `track_delta` and `track_updates`.
         across_ranks: Share the work among the processes of torch.distributed; every analysis is made at once then.
     """
 
@@ -34,13 +35,14 @@ class Analyzer:
         self.options = options
         self.mode = run.mode
         self.copy_budget_bytes = run.copy_budget_bytes
-        self.track_delta = run.track_delta
+        self.track_delta, self.track_updates = run.track_delta, run.track_updates
         self.across_ranks = across_ranks
         self._forget()
 
     def _forget(self) -> None:
         self._frozen_rows, self._frozen_on_ranks = FrozenRowCache(), FrozenRows()
         self._baseline: Baseline | None = None
+        self.before: Before | None = None
         self._background: Background[WeightCopy, Snapshot] = Background(self._analyse, prepare=hold_to_one_thread)
 
     @property
@@ -69,11 +71,21 @@ class Analyzer:
         if self.track_delta and self._baseline is None:
             self._baseline = Baseline.capture(items)
         checked = Checked({}, {}) if self.across_ranks else self._frozen_rows.check(items)
-        if self.reads_now(whole=whole):
-            live = WeightCopy(step, epoch, items, checked)
+        now = self.reads_now(whole=whole)
+        update = self._update_to(step, items, copied=not now)
+        if now:
+            live = WeightCopy(step, epoch, items, checked, update=update)
             return self.completed(Done(live, self._analyse(live, background=False)))
-        self._background.put(copy_weights(items, checked, step=step, epoch=epoch, memory=self.copy_budget_bytes))
+        taken = copy_weights(items, checked, step=step, epoch=epoch, memory=self.copy_budget_bytes)
+        self._background.put(replace(taken, update=update))
         return None
+
+    def _update_to(self, step: int, items: Sequence[Matrix | Skipped], *, copied: bool) -> Update | None:
+        """The update that led to `step`, if the weights before it are held, which they are no longer then."""
+        before, self.before = self.before, None
+        if before is None or not before.step < step <= before.until:
+            return UNKNOWN if self.track_updates else None
+        return before.to(items, copied=copied)
 
     def agreed(self, value: Planned) -> Planned:
         """What the first rank has planned, on every rank; alone, the value itself."""
@@ -88,15 +100,18 @@ class Analyzer:
         at: dict[str, Any] = {"step": taken.step, "epoch": taken.epoch}
         with taken.reading():
             moved = None if self._baseline is None else self._baseline.drift(taken.items)  # while every copy is there
+            changed = None if taken.update is None else taken.update.changes(taken.items)
             if self.across_ranks:
                 frozen = self._frozen_on_ranks
                 snapshot = analyze_on_ranks(taken.items, self.options, **at, frozen=frozen)  # the slowest one's seconds
             else:
                 read = analyze_matrices(taken.to_analyse(), self.options, **at, background=background)
                 rows = {**taken.checked.rows, **{layer.name: layer for layer in read.layers}}
-                layers = [rows[item.name] for item in taken.items if isinstance(item, Matrix)]
+                layers = [rows[item.name] for item in taken.items if isinstance(item, Matrix) and item.name in rows]
                 snapshot = snapshot_of(layers, read.skipped, self.options, **at, seconds=perf_counter() - start)
-        return snapshot if moved is None else snapshot.with_metrics(moved)
+        for values in (moved, changed):
+            snapshot = snapshot if values is None else snapshot.with_metrics(values)
+        return snapshot
 
     def next_done(self) -> Done[WeightCopy, Snapshot] | None:
         """What the background has completed and nobody has taken, the oldest; `None` if there is nothing."""

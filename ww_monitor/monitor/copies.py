@@ -13,6 +13,7 @@ import torch
 
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.monitor.frozen import Checked
+from ww_monitor.monitor.update import Update
 
 FREE_SHARE = 0.25
 """Share of a GPU's free memory that a still takes when no number of bytes is given; two of them may be alive."""
@@ -29,6 +30,7 @@ class WeightCopy:
         checked: Which rows need no copy because their weights have not changed.
         copies: The copies, by the names of their matrices.
         copied: One event a GPU, which the copies on it wait for.
+        update: The optimizer step that led there, where it is measured.
     """
 
     step: int
@@ -37,6 +39,7 @@ class WeightCopy:
     checked: Checked
     copies: Mapping[str, _Copy] = field(default_factory=dict)
     copied: Sequence[Any] = ()
+    update: Update | None = None
 
     @contextmanager
     def reading(self) -> Iterator[None]:

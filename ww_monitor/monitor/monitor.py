@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from time import perf_counter
@@ -14,9 +15,9 @@ from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.monitor import checkpoint
 from ww_monitor.monitor.analyzer import Analyzer
 from ww_monitor.monitor.drift import LastSpectra
-from ww_monitor.monitor.guarded import Guarded
 from ww_monitor.monitor.queued import wait_for_queued
-from ww_monitor.record import History, Rule, Sink, Snapshot
+from ww_monitor.monitor.stepping import Stepping
+from ww_monitor.record import UNREAD, History, Rule, Sink, Snapshot
 from ww_monitor.rules import LOOKBACK, TRAINING_RULES, Holding, metrics_of_the_past
 from ww_monitor.schedule import Budget, Schedule, never
 from ww_monitor.schedule import every_n_steps as schedule_every_n_steps
@@ -49,7 +50,7 @@ class MonitorOptions(RunOptions):
     options: Annotated[Options | None, "How to analyse; `None` for `Options()`."] = None
 
 
-class Monitor(Guarded):
+class Monitor(Stepping):
     """Looks at the matrices it is given, when it is time, and tells its sinks.
 
     In a loop of your own:
@@ -73,9 +74,11 @@ class Monitor(Guarded):
         """
         self.options = given.options or Options()
         super().__init__(strict=self.options.strict)
-        if given.stop_on == "traps" and "num_traps" not in {metric.name for metric in self.options.chosen}:
+        if given.stop_on in ("traps", "harmful_traps") and "num_traps" not in {
+            metric.name for metric in self.options.chosen
+        }:
             raise InvalidArgument(
-                "Monitor: stop_on='traps' needs the metric 'num_traps', which these options leave out; got"
+                f"Monitor: stop_on={given.stop_on!r} needs the metric 'num_traps', which these options leave out; got"
                 f" metrics={self.options.metrics!r} with preset={self.options.preset!r}; name it, or use 'all'"
             )
         self.every_n_steps, self.every_n_epochs = given.every_n_steps, given.every_n_epochs
@@ -90,6 +93,8 @@ class Monitor(Guarded):
         self.analyzer = Analyzer(self.options, given, across_ranks=given.across_ranks)
         self.history = History()
         self._spectra = LastSpectra()
+        self.harm: Callable[[Snapshot], Mapping[str, float]] | None = None
+        """By layer, what the outputs owe to its trap, as `ww_monitor.trap_harm` measures it; a callback sets it."""
         self.last_step: int | None = None
         self._next_step: int | None = None
         self._timing = False
@@ -145,12 +150,21 @@ class Monitor(Guarded):
         self.budget.tick(step, busy=self.analyzer.busy)
         return self._due_within_budget(step) if self.within_budget else self.schedule(step, self.last_step)
 
+    def awaits(self, step: int) -> bool:
+        """Whether an analysis will be due at a coming step, as far as is known; changes nothing, unlike `due`."""
+        if self.within_budget:
+            return self.last_step is None or (self._next_step is not None and step >= self._next_step)
+        return self.schedule(step, self.last_step)
+
     def _due_within_budget(self, step: int) -> bool:
         if self.last_step is None:
             return True
         if self._next_step is None and self.budget.can_plan(step):
             with self.guard("planning"):
-                self._next_step = self.analyzer.agreed(self.budget.plan(step))
+                planned = self.analyzer.agreed(self.budget.plan(step))
+                if planned is not None and self.analyzer.track_updates:  # the weights before it are to be copied
+                    planned = max(planned, step + 1)
+                self._next_step = planned
         return self._next_step is not None and step >= self._next_step
 
     def due_at_epoch_end(self, epoch: int, step: int) -> bool:
@@ -209,12 +223,26 @@ class Monitor(Guarded):
         published: list[Snapshot] = []
         with self.timed(), self.guard("analysis"):
             items = list(self.select.apply(matrices, say=lambda said: self.say_once(said, said)))
+            if items or not isinstance(matrices, Sequence):  # whoever gives an empty list means it
+                self._warn_of_nothing(items)
             if self.analyzer.reads_now(whole=whole):
                 self._waited += wait_for_queued()
             snapshot = self.analyzer.analyze(items, step=step, epoch=epoch, whole=whole)
             if snapshot is not None:
                 published.append(self._publish(snapshot))
         return published[0] if published else None
+
+    def _warn_of_nothing(self, items: Sequence[Matrix | Skipped]) -> None:
+        """Say once if there is no matrix: the snapshots will be empty, and no key will reach a tracker."""
+        if any(isinstance(item, Matrix) for item in items):
+            return
+        reasons = Counter(item.reason for item in items if isinstance(item, Skipped)).most_common(3)
+        found = "; ".join(f"{count} × {reason}" for reason, count in reasons) or "no weight of two or more dimensions"
+        self.say_once(
+            "nothing",
+            f"there is no matrix to watch, and every snapshot will be empty; found: {found}. ww_monitor.describe(model)"
+            " lists what is left out; change include, exclude, min_size or max_size, or pass the module that trains",
+        )
 
     def collect(self) -> list[Snapshot]:
         """The snapshots that the background has completed, oldest first, now with findings and in the sinks.
@@ -269,13 +297,36 @@ class Monitor(Guarded):
 
     def _record(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with its findings, which memory now holds."""
-        snapshot = self._spectra.measure(snapshot)
+        snapshot = self._with_harm(self._spectra.measure(snapshot))
         seen = History([*self.history, snapshot])  # of which rules see the last LOOKBACK, as in `replay`
+        self._warn_of_failures(snapshot)
         snapshot = snapshot.with_findings(self.findings.judge(seen, failed=self._say_failed_rule))
         self.history.append(snapshot)
         self.history.forget(latest=max(LOOKBACK, min(self.keep, KEEP_ROWS // max(1, _rows(snapshot)))))
         self._published += 1
         return snapshot
+
+    def _with_harm(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot with the harm of its traps, where there is one and somebody measures it."""
+        if self.harm is None or not any(layer.trap_entries for layer in snapshot.layers):
+            return snapshot
+        found: dict[str, float] = {}
+        with self.guard("trap_harm"):
+            found = dict(self.harm(snapshot))
+        with self.guard("trap_harm"):
+            found = self.analyzer.agreed(found)  # all ranks stop alike
+        return snapshot.with_metrics({name: {"trap_harm": value} for name, value in found.items()})
+
+    def _warn_of_failures(self, snapshot: Snapshot) -> None:
+        """Say once a cause which layers have no row, or an empty one, through no fault of theirs."""
+        failed = [(item.name, item.reason) for item in snapshot.skipped if item.reason.startswith(UNREAD)]
+        failed += [(row.name, row.status) for row in snapshot.layers if row.status.startswith("error:")]
+        for name, reason in failed:
+            cause = ":".join(reason.split(":")[:2])  # how, and the class of the exception
+            alike = sum(other.startswith(cause) for _, other in failed)
+            self.say_once(
+                f"failed {cause}", f"{alike} {'layers' if alike > 1 else 'layer'} without numbers, as {name}: {reason}"
+            )
 
     def _say_failed_rule(self, rule: str, error: Exception) -> None:
         self.say_once(f"rule {rule}", f"rule {rule} failed: {type(error).__name__}: {error}")

@@ -4,6 +4,7 @@ from ww_monitor.record.history import History, Rule, Sink
 from ww_monitor.record.snapshot import (
     NAN,
     SCHEMA,
+    UNREAD,
     Finding,
     Histogram,
     Layer,
@@ -18,6 +19,7 @@ from ww_monitor.record.snapshot import (
 __all__ = [
     "NAN",
     "SCHEMA",
+    "UNREAD",
     "Finding",
     "Histogram",
     "History",

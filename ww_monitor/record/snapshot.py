@@ -122,6 +122,10 @@ class Layer:
         return self.metrics.get(metric, NAN)
 
 
+UNREAD = "could not be read"
+"""What the reason of a weight begins with that our own reader failed at."""
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A weight that was left out, and why."""
@@ -130,6 +134,12 @@ class Skipped:
     kind: str
     shape: tuple[int, ...]
     reason: str
+
+    @classmethod
+    def unread(cls, name: str, kind: str, shape: tuple[int, ...], error: Exception | str) -> Skipped:
+        """A weight that our own reader failed at: no word on the weight, and so no finding."""
+        reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        return cls(name, kind, shape, f"{UNREAD}: {reason}")
 
 
 @dataclass(frozen=True)

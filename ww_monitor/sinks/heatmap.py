@@ -19,7 +19,10 @@ _DPI = 100
 _FONT_POINTS = 8.5
 _LINE, _LETTER = 16, 7.6
 """Pixels of a line of text, and of a wide letter, at that size."""
-_MAX_LABEL = 36
+_MAX_LABEL = 16
+_MAX_WIDTH, _MAX_HEIGHT = 240, 220
+"""Pixels of the map where there are many columns or rows: so the whole picture is little wider than TensorBoard's card
+of 350 pixels, which it is scaled down to, and its text stays readable there. A cell is at least a pixel."""
 
 
 def is_milestone(count: int) -> bool:
@@ -100,11 +103,11 @@ class AlphaMap:
 
         values, steps = self.values, self.steps
         rows, columns = max(1, values.shape[0]), max(1, values.shape[1])
-        cell = min(18, max(2, 640 // rows))
-        height, width = cell * rows, min(36, max(3, 720 // columns)) * columns
+        cell = min(18, max(1, _MAX_HEIGHT // rows))
+        height, width = cell * rows, min(36, max(1, _MAX_WIDTH // columns)) * columns
         names = [_label(name) for name in self.layer_names]
         left = 12 + _LETTER * max(map(len, names), default=0)
-        full_width, full_height = left + max(width, 160) + 90, 3 * _LINE + max(height, 6 * _LINE)
+        full_width, full_height = left + max(width, 160) + 50, 3 * _LINE + max(height, 6 * _LINE)
         figure = Figure((full_width / _DPI, full_height / _DPI), _DPI, facecolor="white")
 
         def axes(x: float, wide: float, high: float) -> Any:
@@ -120,8 +123,8 @@ class AlphaMap:
                 text(-0.5 - 6 * columns / width, row, names[row], ha="right", va="center")
             for column in {0, len(steps) - 1}:
                 text(column, rows - 0.5 + 4 / cell, f"{steps[column]:,}", ha="center", va="top")
-            text(-0.5, -0.5 - 4 / cell, "alpha by layer (down) and step (across)", va="bottom")
-        bar = figure.colorbar(_scale(), cax=axes(full_width - 66, 14, max(height, 6 * _LINE)), extend="both")
+            text(-0.5, -0.5 - 4 / cell, "alpha: layers down, steps across", va="bottom")
+        bar = figure.colorbar(_scale(), cax=axes(full_width - 36, 10, max(height, 6 * _LINE)), extend="both")
         bar.set_ticks([2, 4, 6])
         bar.ax.tick_params(labelsize=_FONT_POINTS, length=2)
         canvas: Any = FigureCanvasAgg(figure)

@@ -80,6 +80,16 @@ def _leading(gram: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return next(on_host).flip(1), next(on_host).flip(2)
 
 
+def largest_eigenvalue(weights: torch.Tensor) -> torch.Tensor:
+    """λmax of WᵀW, `[R]`, of finite float64 `[R, N, M]`.
+
+    >>> largest_eigenvalue(torch.diag(torch.tensor([3.0, 2.0], dtype=torch.float64))[None])
+    tensor([9.], dtype=torch.float64)
+    """
+    tall = weights if weights.shape[1] >= weights.shape[2] else weights.mT
+    return _leading(tall.mT @ tall, 1)[0][:, 0]
+
+
 def numerical_floor(
     largest: torch.Tensor,
     mean_square: torch.Tensor,

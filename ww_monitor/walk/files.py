@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,14 +19,14 @@ from ww_monitor.errors import InvalidArgument, MissingDependency, SpectralWarnin
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.archives import check_sizes, content_of, is_script, load
 from ww_monitor.walk.containers import choose, of_others
+from ww_monitor.walk.factors import lora_scaling
 from ww_monitor.walk.folders import KERAS, RECOGNISED, TORCH, Files, check_regular, weight_files
 from ww_monitor.walk.parts import Split, check_split, joined
 from ww_monitor.walk.script import script_weights
-from ww_monitor.walk.state_dict import Scaling, walk_unread
+from ww_monitor.walk.state_dict import walk_unread
 from ww_monitor.walk.unread import Unread, unread
 
 _MOST_LISTED = 8
-_MOST_CONFIG = 16 << 20  # bytes of an adapter_config.json, which has some thousand
 
 
 def walk_files(path: str | Path, *, split: Split | None = None, part: str = "") -> Iterator[Matrix | Skipped]:
@@ -119,7 +116,7 @@ def _items(files: Files, split: Split | None, part: str) -> Iterator[Matrix | Sk
         skipped += left_out
     if not any(len(value.shape) > 1 for value in tensors.values()):
         raise _without_weights(first, [f"{name} {value.shape}" for name, value in tensors.items()])
-    return chain(walk_unread(tensors, split, _lora_scaling(first.parent)), skipped)
+    return chain(walk_unread(tensors, split, lora_scaling(first.parent)), skipped)
 
 
 def _read_file(path: Path, part: str) -> tuple[Mapping[str, Unread], Iterable[Skipped]]:
@@ -200,39 +197,3 @@ def _from_archive(path: Path, keys: tuple[Any, ...], name: str) -> Tensor:
     for key in keys:
         inner = inner[key]
     return next(value for key, value in inner.items() if str(key) == name and isinstance(value, Tensor))
-
-
-# --- adapters
-
-
-def _lora_scaling(folder: Path) -> Scaling | None:
-    """The scaling alpha / r, or alpha / √r with `use_rslora`, from an adapter_config.json beside the weights."""
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        return None
-    if check_regular(file).stat().st_size > _MOST_CONFIG:
-        raise WWMonitorError(f"walk_files: expected a configuration of at most {_MOST_CONFIG} bytes, got {file}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        patterns, alpha = dict(config.get("alpha_pattern") or {}), float(config["lora_alpha"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WWMonitorError(f"walk_files: expected a LoRA configuration with `lora_alpha` in {file}") from error
-    root = bool(config.get("use_rslora"))
-
-    def scaling(name: str, rank: int) -> float:
-        own = next((a for pattern, a in patterns.items() if _matches(pattern, name, file)), alpha)
-        return float(own) / (math.sqrt(rank) if root else rank)
-
-    return scaling
-
-
-def _matches(pattern: str, name: str, file: Path) -> bool:
-    """Whether a pattern of PEFT's configuration is for a module; one that might take long is refused.
-
-    Raises:
-        WWMonitorError: if steps back over every repetition could be more than ten million.
-    """
-    repeated = len(re.findall(r"[*+?]|\{", pattern))
-    if re.search(r"[)*+?}]\s*[*+{]", pattern) or len(name) ** (repeated + 1) > 10**7:
-        raise WWMonitorError(f"walk_files: expected patterns of few repetitions in {file}; got {pattern[:100]!r}")
-    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None

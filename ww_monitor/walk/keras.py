@@ -17,7 +17,8 @@ from torch import Tensor
 from ww_monitor.errors import MissingDependency, WWMonitorError
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.walk.parts import WHOLE, Part, Split, blocks, check_split, matrix, split_parts, unfit, unique
+from ww_monitor.walk import names
+from ww_monitor.walk.parts import WHOLE, Part, Split, blocks, check_split, flat, matrix, split_parts, unfit, unique
 from ww_monitor.walk.reading import tied_to
 from ww_monitor.walk.roles import infer_role
 
@@ -75,7 +76,8 @@ def walk_keras(model: Any, *, split: Split | None = None) -> Iterator[Matrix | S
 
     Returns:
         A `Matrix` for every weight, named by the layers around it, without the root and a plain `kernel` or
-        `embeddings`; a `Skipped` for every other variable of two or more dimensions, for quantized kernels and for
+        `embeddings`; what a layer of an unknown class trains is read by name and shape. A `Skipped` for every other
+        variable of two or more dimensions, for quantized kernels and for
         layers that are not built. Numbers are read, without a copy, when `Matrix.load` is called.
 
     Raises:
@@ -195,13 +197,38 @@ def _known(model: Any, split: Split | None) -> Iterator[Matrix | Skipped]:
                 yield replace(item, frozen=frozen, inputs_first=inputs_first)
 
 
-def _others(model: Any) -> Iterator[Skipped]:
+def _others(model: Any) -> Iterator[Matrix | Skipped]:
     """The variables of two or more dimensions, but for biases, that belong to no layer of a known class."""
-    known = {id(variable) for layer, *_ in _layers(model) for variable in layer.weights}
-    for variable in model.weights:
-        if id(variable) not in known and len(variable.shape) > 1 and variable.name != "bias":
-            reason = "belongs to no layer of a class whose layout is known"
-            yield Skipped(variable.path.replace("/", "."), Kind.OTHER, tuple(variable.shape), reason)
+    seen = {id(variable) for layer, *_ in _layers(model) for variable in layer.weights}
+    for layer, path in _nested(model, "", set()):
+        # private: freezing a layer makes its public lists say that it has no trainable variables
+        for variable in [*layer._trainable_variables, *layer._non_trainable_variables]:
+            if id(variable) in seen or len(variable.shape) < 2 or variable.name == "bias":
+                continue
+            seen.add(id(variable))
+            name = path if variable.name in _PLAIN else f"{path}.{variable.name}"
+            learns = any(variable is own for own in layer._trainable_variables)
+            yield _by_name(variable, name, learns=learns)
+
+
+def _by_name(variable: Any, name: str, *, learns: bool) -> Matrix | Skipped:
+    """What the rules by name and shape make of a variable, with kernels as Keras stores them."""
+    shape, dtype = tuple(variable.shape), getattr(torch, variable.dtype)
+    found = names.read_shape(shape)
+    long = len(shape) > 3 and max(shape[:-2]) <= names.LARGEST_KERNEL
+    kernel = found.kernel or long
+    part = Part("", partial(torch.flatten, end_dim=-3)) if kernel else (found.parts or WHOLE)[0]
+    reason = names.BUFFER if not learns else names.no_weight(name) or ("" if long else found.reason)
+    reason = reason or unfit(dtype, shape, Kind.PARAMETER)
+    if reason:
+        return Skipped(name, Kind.OTHER, shape, reason)
+    role = infer_role(name, Kind.CONV if kernel else Kind.PARAMETER)
+    item = matrix(name, Kind.PARAMETER, part, shape, partial(_value, variable), role)
+    return replace(item, frozen=not variable.trainable, inputs_first=True)
+
+
+def _value(variable: Any) -> Tensor:
+    return to_torch(variable.value)
 
 
 def _defect(variable: Any, mode: str | None, kind: Kind, parts: Sequence[Part]) -> str:
@@ -226,13 +253,8 @@ def _parts(layer: Any, layout: _Layout, name: str, shape: Sequence[int], split: 
         return blocks(layout.gates, (layer.units,) * len(layout.gates), axis=1)
     if equation is not None:
         rows = _summed_axes(equation)
-        return (Part("", partial(_flat, axes=rows)),) if rows else ()
+        return (Part("", partial(flat, axes=rows)),) if rows else ()
     return (split_parts(split, name, shape, 1) if layout.kind is Kind.DENSE else ()) or WHOLE
-
-
-def _flat(tensor: Tensor, axes: int) -> Tensor:
-    """The first `axes` axes × the others."""
-    return tensor.flatten(axes).flatten(0, axes - 1)
 
 
 def _summed_axes(equation: str) -> int:
@@ -256,10 +278,10 @@ def _summed_axes(equation: str) -> int:
 def _read(layer: Any, attribute: str) -> Tensor:
     """The weight a layer computes with now: a variable's value, or the tensor that LoRA makes of it."""
     weight = getattr(layer, attribute)  # with LoRA a property that adds the factors, and so no variable
-    return _to_torch(getattr(weight, "value", weight))
+    return to_torch(getattr(weight, "value", weight))
 
 
-def _to_torch(value: Any) -> Tensor:
+def to_torch(value: Any) -> Tensor:
     """A tensor of any backend as a torch tensor on the same memory; one that JAX has on several devices is gathered."""
     if isinstance(value, Tensor):
         return value.detach()

@@ -1,7 +1,8 @@
-"""Low-rank adapters of PEFT: the base weight, every adapter's delta, and both together.
+"""Adapters of PEFT: the base weight, every adapter's delta, and both together.
 
-A LoRA layer computes with W + Σ s·B·A, the sum over its active adapters (Hu et al. 2021, eq. 3; s = alpha / r). PEFT is
-never imported here: only a model that somebody made with it holds such layers.
+A LoRA layer computes with W + Σ s·B·A, the sum over its active adapters (Hu et al. 2021, eq. 3; s = alpha / r), and so
+do other kinds with deltas of their own. PEFT is never imported here: only a model that somebody made with it holds such
+layers.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from ww_monitor.walk.parts import Part, variant
 
 CHOICES = ("base", "delta", "merged")
 _HOME = "peft.tuners.lora.layer"
-_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-INSIDE = (*_FACTORS, "lora_dropout", "lora_magnitude_vector")
-"""Names of the modules in a LoRA layer that belong to the adapters, not to the adapted module."""
+_ADDED = ("lora", "adalora", "loha", "lokr", "vera", "fourierft", "randlora")
+"""Kinds of adapters whose `get_delta_weight` gives what is added to the weight; that of others is a rotation, a whole
+weight, or not there, and some of them write on their layer as they compute it."""
 
 
 Adapters = Mapping["tuple[int, str]", Any]
-"""The LoRA layer around a weight, by the identity of the module that holds the weight and its attribute."""
+"""The adapter layer around a weight, by the identity of the module that holds the weight and its attribute."""
 
 
 def loaded(home: str, name: str) -> type | tuple[()]:
@@ -42,14 +43,20 @@ def check_lora(where: str, lora: Sequence[str]) -> None:
         raise InvalidArgument(f"{where}: lora must be a sequence of some of {listed}; got {lora!r}")
 
 
-def is_lora(module: nn.Module) -> bool:
-    """Whether `module` is a LoRA layer of PEFT, which holds the adapted module as `base_layer`."""
-    return isinstance(module, loaded(_HOME, "LoraLayer"))
+def is_adapter(module: nn.Module) -> bool:
+    """Whether `module` is an adapter layer of PEFT, which holds the adapted module as `base_layer`."""
+    tuner = isinstance(module, loaded("peft.tuners.tuners_utils", "BaseTunerLayer"))
+    return tuner and "base_layer" in dict(module.named_children())
+
+
+def inside(layer: nn.Module) -> list[str]:
+    """Names of the modules in an adapter layer that belong to the adapters, not to the adapted module."""
+    return [name for name, _ in layer.named_children() if name != "base_layer"]
 
 
 def find_adapters(root: nn.Module) -> Adapters:
-    """The LoRA layers of a model by the weight they adapt."""
-    layers: list[Any] = [module for module in root.modules() if is_lora(module)]
+    """The adapter layers of a model by the weight they adapt."""
+    layers: list[Any] = [module for module in root.modules() if is_adapter(module)]
     # by id: a layer knows its module, the module knows no layer, and nothing may be written on either
     return {(id(layer.get_base_layer()), _attribute(layer)): layer for layer in layers}
 
@@ -64,14 +71,26 @@ def _is(layer: object, *names: str) -> bool:
     return any(isinstance(layer, loaded(_HOME, name)) for name in names)
 
 
+def _method(layer: object) -> str:
+    """Of which kind an adapter layer is, as PEFT calls it: the folder of its class, or that of the class it extends."""
+    homes = [kind.__module__.split(".") for kind in type(layer).__mro__]
+    return next((home[2] for home in homes if home[:2] == ["peft", "tuners"] and len(home) > 3), "adapter")
+
+
+def _label(layer: object, adapter: str) -> str:
+    return f"{'lora' if _is(layer, 'LoraLayer') else _method(layer)}[{adapter}]"
+
+
 def factors(layer: nn.Module, path: str) -> Iterator[Skipped]:
-    """The factors of a LoRA layer, which have no spectrum of interest of their own."""
-    for name, child in layer.named_children():
-        # an embedding's factors stand in a ParameterDict by adapter, the others in modules with a `weight`
-        for inner, parameter in child.named_parameters() if name in _FACTORS else ():
-            inner = inner.removesuffix(".weight")
-            reason = f"factor of lora[{inner}]"
-            yield Skipped(f"{path}.{name}.{inner}", Kind.OTHER, tuple(parameter.shape), reason)
+    """The factors of an adapter layer, which have no spectrum of interest of their own."""
+    children = dict(layer.named_children())
+    for name in dict.fromkeys(getattr(layer, "adapter_layer_names", ())):
+        # some stand in a ParameterDict by adapter, the others in modules with a `weight`
+        for inner, parameter in children[name].named_parameters() if name in children else ():
+            if parameter.ndim > 1:
+                inner = inner.removesuffix(".weight")
+                reason = f"factor of {_label(layer, inner)}"
+                yield Skipped(f"{path}.{name}.{inner}", Kind.OTHER, tuple(parameter.shape), reason)
 
 
 def weight_shape(layer: Any) -> tuple[int, ...]:
@@ -88,28 +107,30 @@ def adapted(
     Args:
         item: The matrix without adapter.
         part: The part of the weight that it is.
-        layer: The LoRA layer.
+        layer: The adapter layer.
         read: Reads the weight as it is stored.
         lora: Some of `"base"`, `"delta"` and `"merged"`.
         defect: Why the stored weight cannot be read; the deltas can.
     """
     # DoRA and its like scale the sum, so neither base nor merged weight follows from the stored one by adding
-    variants = [adapter for adapter in _adapters(layer) if adapter in getattr(layer, "lora_variant", {})]
+    added = _method(layer) in _ADDED
+    variants = [a for a in _adapters(layer) if not added or a in getattr(layer, "lora_variant", {})]
     inside = [adapter for adapter in layer.merged_adapters if adapter in variants]
     computed = [adapter for adapter in _active(layer) if adapter in variants]
     if "base" in lora:
         base = variant(item, "", partial(_combined, layer, read, base=True), part)
-        reason = f"merged with lora[{inside[0]}], which is more than a sum" if inside else ""
+        reason = f"merged with {_label(layer, inside[0])}, which is more than a sum" if inside else ""
         yield _unless(defect or reason, base)
     else:
         yield _unless("base weight of an adapter: not in lora", item)
     if "delta" in lora:
         for adapter in _adapters(layer):
-            yield variant(item, f"lora[{adapter}]", partial(_delta, layer, adapter), part)
+            reason = "" if added else f"PEFT gives no delta that {_method(layer)} adds to the weight"
+            yield _unless(reason, variant(item, _label(layer, adapter), partial(_delta, layer, adapter), part))
     if "merged" in lora:
         merged = variant(item, "merged", partial(_combined, layer, read, base=False), part)
         yield _unless(
-            defect or (f"lora[{computed[0]}] is more than a sum of base and delta" if computed else ""), merged
+            defect or (f"{_label(layer, computed[0])} is more than a sum of base and delta" if computed else ""), merged
         )
 
 
@@ -118,7 +139,8 @@ def _unless(reason: str, item: Matrix) -> Matrix | Skipped:
 
 
 def _adapters(layer: Any) -> list[str]:
-    return [*layer.lora_A.keys(), *layer.lora_embedding_A.keys()]
+    held: list[Any] = [getattr(layer, name, None) for name in layer.adapter_layer_names]
+    return list(dict.fromkeys(adapter for factors in held if factors is not None for adapter in factors))
 
 
 def _active(layer: Any) -> list[str]:
@@ -138,6 +160,8 @@ def _combined(layer: Any, read: Callable[[], Tensor], *, base: bool) -> Tensor:
 
 def _delta(layer: Any, adapter: str) -> Tensor:
     """s·B·A in the shape of the weight, at least in float32: rounded to half precision its rank would not be r."""
+    if _method(layer) != "lora":
+        return layer.get_delta_weight(adapter)  # type: ignore[no-any-return]
     if adapter in layer.lora_embedding_A:
         left, right, transposed = layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter], True
     elif _is(layer, "ParamWrapper", "_ConvNd"):

@@ -59,6 +59,11 @@ def _kernel(tensor: Tensor) -> Tensor:
     return tensor.flatten(2).permute(2, 0, 1)
 
 
+def flat(tensor: Tensor, axes: int) -> Tensor:
+    """The first `axes` axes × the others."""
+    return tensor.flatten(axes).flatten(0, axes - 1)
+
+
 def _of_groups(tensor: Tensor, groups: int, rows: int, start: int, size: int) -> Tensor:
     """Rows start … start + size - 1 of every one of `groups` groups of `rows` rows, one group below the other."""
     return tensor.view(groups, rows, -1)[:, start : start + size].reshape(groups * size, -1)

@@ -67,7 +67,7 @@ def codes_of(attribute: str, stored: _Stored, beside: Mapping[str, _Stored]) -> 
     """
     if stored.dtype is not None and stored.dtype is _FLOAT4:
         return "packed codes of four bits, which are not read"
-    if stored.dtype not in (*FLOAT8, torch.int8, torch.uint8) or len(stored.shape) < 2:
+    if not _may_be_codes(stored.dtype) or len(stored.shape) < 2:
         return ""
     found = companions(attribute, beside)
     scales = [name for name in found if not re.search("zero|format|shape", name)]
@@ -78,7 +78,7 @@ def codes_of(attribute: str, stored: _Stored, beside: Mapping[str, _Stored]) -> 
         known["SCB"] = 1 / 127  # the largest code stands for the largest magnitude of the row
     name, zeros = scales[0], [name for name in found if "zero" in name]
     unknown = len(scales) > 1 or name not in known or any(zero != f"{attribute}_zero_point" for zero in zeros)
-    if unknown or stored.dtype == torch.uint8:  # which may hold two codes or four an element
+    if unknown or stored.dtype not in (*FLOAT8, torch.int8):  # another integer may hold two codes, or four
         return f"codes of {stored.dtype} with {', '.join(found)}, a layout that is not known"
     for one in (name, *zeros):
         dtype, shape = beside[one].dtype, beside[one].shape
@@ -86,6 +86,12 @@ def codes_of(attribute: str, stored: _Stored, beside: Mapping[str, _Stored]) -> 
         if not fits or repeats(stored.shape, shape) is None:
             return f"codes with {one} of shape {tuple(shape)}, a layout that is not known"
     return Codes(name, zeros[0] if zeros else "", known[name])
+
+
+def _may_be_codes(dtype: torch.dtype | None) -> bool:
+    if dtype is None or dtype in FLOAT8:
+        return dtype is not None
+    return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
 
 
 def companions(attribute: str, beside: Iterable[str]) -> list[str]:
@@ -181,7 +187,7 @@ def beside(module: torch.nn.Module, attribute: str, weight: Tensor) -> dict[str,
 
 def codes_in(module: torch.nn.Module, attribute: str, weight: Tensor) -> Codes | str:
     """`codes_of` of a weight of a module."""
-    if weight.dtype.itemsize > 1:
+    if not _may_be_codes(weight.dtype) and weight.dtype is not _FLOAT4:
         return ""  # before its module is looked through
     return codes_of(attribute, weight, beside(module, attribute, weight))
 

@@ -143,10 +143,29 @@ def _evaluate(functions: nn.Module) -> Tensor:
             module.training = training
 
 
+def own_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters that `module` itself registers, by attribute; of a script module they are tensors of no class."""
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers that `module` itself registers, by attribute."""
-    own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-    return {**own, **dict(module.named_buffers(recurse=False, remove_duplicate=False))}
+    return {**own_parameters(module), **dict(module.named_buffers(recurse=False, remove_duplicate=False))}
+
+
+def made_of(module: nn.Module, attribute: str) -> str:
+    """The parameter of which a hook of an unknown kind makes a weight before every forward pass, else `attribute`.
+
+    The weight itself would be that of the last pass, and absent before the first (an equalised learning rate; a
+    spectral norm that keeps `weight_bar`).
+    """
+    own = own_parameters(module)
+    beside = [name for name in own if name.startswith(f"{attribute}_") and len(shape(own[name])) > 1]
+    known = attribute in own_tensors(module) or parametrize.is_parametrized(module, attribute)
+    if known or len(beside) != 1 or sources(module, attribute)[1]:
+        return attribute
+    found = getattr(module, attribute, None)
+    return beside[0] if found is None or found.shape == own[beside[0]].shape else attribute
 
 
 def shape(tensor: Tensor) -> tuple[int, ...]:

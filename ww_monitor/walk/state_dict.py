@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 
 from torch import Tensor
@@ -14,23 +13,18 @@ from torch import Tensor
 from ww_monitor.errors import InvalidArgument, SpectralWarning
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.walk import fused, parts
+from ww_monitor.walk import factors, fused, names, parts
 from ww_monitor.walk.containers import choose, of_others
-from ww_monitor.walk.lora import low_rank
+from ww_monitor.walk.factors import Scaling
 from ww_monitor.walk.packed import readable
-from ww_monitor.walk.parts import KERNEL, WHOLE, WRAPPERS, Part, Split
+from ww_monitor.walk.parts import WHOLE, WRAPPERS, Part, Split
 from ww_monitor.walk.reading import tied_to
 from ww_monitor.walk.roles import infer_role
 from ww_monitor.walk.unread import Unread, unread
 
 _EMBEDDING = re.compile(r"(.*_)?(embed(ding)?s?|emb|wte|wpe)(_(?!out).*)?|[a-z]*embed", re.IGNORECASE)
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
-_LORA = re.compile(r"(?P<name>.*)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.weight")
 _COMPUTED = re.compile(r"(.*\.)?(parametrizations\..*|weight\w*_(orig|g|v))")
-
-
-Scaling = Callable[[str, int], float]
-"""Name of the adapted module and rank → the scaling s of its delta s·B·A."""
 
 
 def walk_state_dict(
@@ -41,8 +35,9 @@ def walk_state_dict(
     Without module classes, names and shapes must tell: `*.weight` of two dimensions is dense, or an embedding if its
     module is called so; of three to five dimensions a kernel; `in_proj_weight` is the q, k and v of an attention;
     `weight_ih_*` and `weight_hh_*` are recurrent and stay whole; a stack `[experts, rows, columns]` under a name with
-    "expert" or "moe" gives one matrix an expert; factors `lora_A` and `lora_B` give their delta B·A. Of the fused
-    projections those are cut whose layout needs no module (`c_attn`, `qkv`, `Wqkv`, `gate_up_proj`).
+    "expert" or "moe" gives one matrix an expert; the two factors of a low-rank adapter give their delta B·A. Of the
+    fused projections those are cut whose layout needs no module (`c_attn`, `qkv`, `Wqkv`, `gate_up_proj`). Whatever
+    else has two sides is a parameter, unless its name says that it is a table of positions, a mask, a bias or a buffer.
 
     Args:
         tensors: A state dict; the prefixes of data parallel and of `torch.compile` leave no mark on the names.
@@ -89,7 +84,7 @@ def walk_unread(
     for key, value in tensors.items():
         if len(value.shape) < 2:
             continue
-        own = value.identity is None or _LORA.fullmatch(key)  # a factor may serve several layers: each has its delta
+        own = value.identity is None or factors.factor_of(key)  # a factor may serve several layers: each has its delta
         if not own and value.identity in seen:
             yield Skipped(_name(key), Kind.OTHER, value.shape, tied_to(seen[value.identity]))
             continue
@@ -101,7 +96,7 @@ def walk_unread(
 
 def _cleaned(tensors: Mapping[str, Unread]) -> dict[str, Unread]:
     """The tensors by their names without wrappers; `module.` goes where every name starts with it."""
-    dropped = (*WRAPPERS, "base_layer") if any(_LORA.fullmatch(key) for key in tensors) else WRAPPERS
+    dropped = (*WRAPPERS, "base_layer") if any(factors.factor_of(key) for key in tensors) else WRAPPERS
     found = {".".join(part for part in key.split(".") if part not in dropped): tensors[key] for key in tensors}
     parallel = all(key.startswith("module.") for key in found)  # else it is an attribute of that name
     return {key.removeprefix("module.") if parallel else key: value for key, value in found.items()}
@@ -116,10 +111,12 @@ def _items(
     key: str, value: Unread, tensors: Mapping[str, Unread], split: Split | None, scaling: Scaling | None
 ) -> Iterator[Matrix | Skipped]:
     """The matrices of one tensor of two or more dimensions, or the reason why there are none."""
-    if factor := _LORA.fullmatch(key):
-        yield from _delta(key, factor, tensors, scaling)
+    if factor := factors.factor_of(key):
+        yield from factors.delta(key, factor, tensors, scaling)
         return
-    kind, cuts, reason = _meaning(key, value, tensors, split)
+    kind, cuts, reason = meaning(key, value, tensors, split, stored=True)
+    if other := factors.other_adapter(key):
+        kind, reason = Kind.OTHER, other
     unknown = "a storage type that is not read"
     reason = value.reason or reason or (unknown if value.dtype is None else parts.unfit(value.dtype, value.shape, kind))
     if reason:
@@ -138,10 +135,18 @@ def _inputs_first(path: str, shape: Sequence[int]) -> bool:
     return len(shape) == 2 and more
 
 
-def _meaning(
-    key: str, value: Unread, tensors: Mapping[str, Unread], split: Split | None
+def meaning(
+    key: str, value: Unread, tensors: Mapping[str, Unread], split: Split | None, *, stored: bool = False
 ) -> tuple[Kind, tuple[Part, ...], str]:
-    """The kind of a tensor, its parts, and why it is no weight if it is none."""
+    """The kind of a tensor, its parts, and why it is no weight if it is none.
+
+    Args:
+        key: Its dotted name.
+        value: What is known of it.
+        tensors: Those beside it, by their names.
+        split: The caller's own cuts.
+        stored: Whether it may be a buffer; else it is known to be a parameter.
+    """
     path, _, attribute = key.rpartition(".")
     rows, ndim = value.shape[0], len(value.shape)
     if _COMPUTED.fullmatch(key):
@@ -157,10 +162,8 @@ def _meaning(
         layout = fused.layout_beside(value.shape, beside.shape if beside else None)
         declared = None if f"{key}_bias" in tensors else layout  # with a bias the two may alternate, as in GPT-OSS
         return Kind.DENSE, fused.expert_parts(attribute, value.shape, declared, separate=True), ""
-    if attribute != "weight":
-        return Kind.OTHER, (), "its name is none of a known weight"
-    if ndim > 2:
-        return Kind.CONV, KERNEL, ""
+    if attribute != "weight" or ndim > 2:
+        return _by_shape(key, value, called_weight=attribute == "weight", stored=stored)
     if _EMBEDDING.fullmatch(path.rpartition(".")[2]):
         return Kind.EMBEDDING, WHOLE, ""
     transposed = path.endswith("c_attn") and value.shape[1] in (2 * rows, 3 * rows)  # GPT-2 stores [in, out]
@@ -168,24 +171,9 @@ def _meaning(
     return Kind.DENSE, wished or fused.fused_parts(path, value.shape, int(transposed), None) or WHOLE, ""
 
 
-def _delta(
-    key: str, factor: re.Match[str], tensors: Mapping[str, Unread], scaling: Scaling | None
-) -> Iterator[Matrix | Skipped]:
-    """The delta s·B·A at the place of its factor A; a factor without its other half is left out."""
-    name, adapter = factor["name"], factor["adapter"]
-    ends = [f"{name}.lora_{which}{f'.{adapter}' if adapter else ''}.weight" for which in "AB"]
-    label = f"lora[{adapter or 'default'}]"
-    yield Skipped(_name(key), Kind.OTHER, tensors[key].shape, f"factor of {label}")
-    # at A only, so that the delta is listed once; a lone factor has none
-    if factor["factor"] == "B" or not all(end in tensors for end in ends):
-        return
-    right, left = (tensors[end] for end in ends)
-    if len(right.shape) != 2 or len(left.shape) != 2 or right.shape[0] != left.shape[1]:
-        return
-    scale, shape = scaling(name, right.shape[0]) if scaling else 1.0, (left.shape[0], right.shape[1])
-    read, role = partial(_product, left, right, scale), infer_role(name, Kind.DENSE)
-    yield parts.matrix(f"{name}.{label}", Kind.DENSE, WHOLE[0], shape, read, role)
-
-
-def _product(left: Unread, right: Unread, scaling: float) -> Tensor:
-    return low_rank(left.read(), right.read(), scaling)
+def _by_shape(key: str, value: Unread, *, called_weight: bool, stored: bool) -> tuple[Kind, tuple[Part, ...], str]:
+    """What the shape tells of a tensor whose name does not say which layer owns it."""
+    found = names.read_shape(value.shape, called_weight=called_weight)
+    floating = value.dtype is None or value.dtype.is_floating_point  # what is not says so itself
+    reason = (names.no_weight(key, stored=stored) or found.reason) if floating else ""
+    return (Kind.OTHER, (), reason) if reason else (Kind.CONV if found.kernel else Kind.PARAMETER, found.parts, "")

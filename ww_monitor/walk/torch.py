@@ -6,21 +6,25 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.parameter import Parameter, is_lazy
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ww_monitor.errors import InvalidArgument, check_choice
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.walk import fused, parts, reading
+from ww_monitor.walk import fused, names, parts, reading
 from ww_monitor.walk import lora as adapters
-from ww_monitor.walk.parts import KERNEL, WHOLE, WRAPPERS, Part, Split
+from ww_monitor.walk.modules import class_name, modules, unwrap
+from ww_monitor.walk.parts import KERNEL, WHOLE, Part, Split
 from ww_monitor.walk.roles import infer_role
 from ww_monitor.walk.sharded import Layout, by_unit, like_whole, shards_of, units
+from ww_monitor.walk.state_dict import meaning
+from ww_monitor.walk.unread import Unread, unread
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _KINDS: Mapping[Kind, tuple[type[nn.Module], ...]] = {
@@ -83,7 +87,7 @@ def walk(
     parts.check_split("walk", split)
     check_choice("walk", "experts", experts, ("separate", "pooled"))
     adapters.check_lora("walk", lora)
-    root = _unwrap(model)
+    root = unwrap(model)
     return _walk(
         root, _Walk(split, experts == "separate", tuple(lora), layout, adapters.find_adapters(root), units(model))
     )
@@ -101,6 +105,7 @@ class _Walk:
     units: dict[int, nn.Module]  # FSDP1's, by the modules in them
     owners: dict[str, nn.Module] = field(default_factory=dict)  # by cleaned path
     seen: dict[object, str] = field(default_factory=dict)  # the first name of a stored tensor, by its identity
+    owned: dict[object, str] = field(default_factory=dict)  # the same, of known layers, from the start
 
     def identity(self, module: nn.Module, stored: torch.Tensor | None) -> object:
         """What tied weights have in common: of a unit that is gathered again and again, the place in its storage."""
@@ -111,8 +116,12 @@ class _Walk:
 
 
 def _walk(root: nn.Module, this: _Walk) -> Iterator[Matrix | Skipped]:
-    found = by_unit(_modules(root, "", set()), this.units, partial(_items_of, this))
-    return parts.unique(replace(item, name=item.name or _class_name(root)) for item in found)
+    for path, module in modules(root, "", set()) if not this.units else ():
+        if isinstance(module, tuple(chain(*_KINDS.values()))) and (own := reading.own_parameters(module)):
+            this.owned.setdefault(this.identity(module, own.get("weight")), path or class_name(root))
+    this.owned.pop(None, None)
+    found = by_unit(modules(root, "", set()), this.units, partial(_items_of, this))
+    return parts.unique(replace(item, name=item.name or class_name(root)) for item in found)
 
 
 def _items_of(this: _Walk, path: str, module: nn.Module) -> list[Matrix | Skipped]:
@@ -123,46 +132,12 @@ def _items_of(this: _Walk, path: str, module: nn.Module) -> list[Matrix | Skippe
     return [replace(item, frozen=frozen) if isinstance(item, Matrix) else item for item in items]
 
 
-# --- modules and names
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The user's own root module, without the wrappers around it."""
-    while True:
-        # `module` is a name that anybody may use: only these two classes mean it as a wrapper
-        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-        wrapper = "module" if parallel else next((w for w in WRAPPERS if w in dict(model.named_children())), "")
-        if not wrapper:
-            return model
-        model = model.get_submodule(wrapper)
-
-
-def _modules(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once with its path, which wrappers and the `base_layer` of adapters leave no mark on.
-
-    What computes a parametrization or a LoRA delta is part of the weight it makes, and left out.
-    """
-    seen.add(id(module))  # modules may define ==, and one that is used twice is listed once
-    yield path, module
-    adapted = adapters.is_lora(module)
-    inside = adapters.INSIDE if adapted else ("parametrizations",) if parametrize.is_parametrized(module) else ()
-    for name, child in module.named_children():
-        if id(child) not in seen and name not in inside:
-            plain = name in WRAPPERS or (adapted and name == "base_layer")
-            yield from _modules(child, path if plain else parts.joined(path, name), seen)
+# --- which attributes of a module are weights
 
 
 def _join(path: str, attribute: str) -> str:
     """The dotted name of a parameter, without the plain `weight`."""
     return parts.joined(path, "" if attribute == "weight" else attribute)
-
-
-def _class_name(module: nn.Module) -> str:
-    """The name of the class the user wrote, also if a parametrization replaced it."""
-    return parametrize.type_before_parametrizations(module).__name__
-
-
-# --- which attributes of a module are weights
 
 
 @dataclass(frozen=True)
@@ -175,6 +150,7 @@ class _Weight:
         parts: What it is cut into by the definition of its class, or `None` where its name and owner decide.
         stem: What the names of the parts start with after the path, `None` for the attribute.
         axis: The output axis.
+        role: The role of its matrices, or `None` where their name tells.
     """
 
     attribute: str
@@ -182,6 +158,7 @@ class _Weight:
     parts: tuple[Part, ...] | None = WHOLE
     stem: str | None = None
     axis: int = 0
+    role: str | None = None
 
 
 def _weights(module: nn.Module, path: str) -> Iterator[_Weight]:
@@ -217,17 +194,17 @@ def _recurrent_weights(module: nn.RNNBase | nn.RNNCellBase) -> Iterator[_Weight]
 
 def _bare_weights(module: nn.Module, path: str) -> Iterator[_Weight]:
     """The weights among the parameters of a module of an unknown class: a router, quantised ones, stacked experts."""
-    tensors = reading.own_tensors(module)
-    class_name = _class_name(module)
+    tensors, parameters = reading.own_tensors(module), reading.own_parameters(module)
+    own_class = class_name(module)
     for attribute, tensor in tensors.items():
         if is_lazy(tensor):
             continue
         size = reading.shape(like_whole(tensor))
         if attribute in _PACKED and reading.is_coded(module, attribute, tensor):
             yield _Weight(attribute, Kind.DENSE, None, stem="")
-        elif isinstance(tensor, Parameter) and tensor.is_floating_point():
-            routes = attribute == "weight" and len(size) == 2 and _ROUTER.search(class_name)
-            if routes or parts.is_expert_stack(f"{path}.{class_name}", size):
+        elif attribute in parameters and tensor.is_floating_point():
+            routes = attribute == "weight" and len(size) == 2 and _ROUTER.search(own_class)
+            if routes or parts.is_expert_stack(f"{path}.{own_class}", size):
                 yield _Weight(attribute, Kind.DENSE, None)
 
 
@@ -239,13 +216,20 @@ def _items(module: nn.Module, path: str, this: _Walk) -> Iterator[Matrix | Skipp
     if any(isinstance(module, adapters.loaded(home, name)) for home, name in _QUANTIZED):
         yield Skipped(path, Kind.OTHER, (), "a quantized module: no floating-point weight")
         return
-    if adapters.is_lora(module):
+    if adapters.is_adapter(module):
         yield from adapters.factors(module, path)
         return
-    weights = list(_weights(module, path))
+    weights = [_stored(module, weight) for weight in _weights(module, path)]
     for weight in weights:
         yield from _cut_weight(module, path, weight, this)
     yield from _leftovers(module, path, weights, this)
+
+
+def _stored(module: nn.Module, weight: _Weight) -> _Weight:
+    """The weight, read from the parameter that it is made of where a hook of an unknown kind makes it."""
+    attribute = reading.made_of(module, weight.attribute)
+    stem = "" if weight.attribute == "weight" else weight.attribute
+    return weight if attribute == weight.attribute else replace(weight, attribute=attribute, stem=weight.stem or stem)
 
 
 @torch.no_grad()
@@ -274,7 +258,7 @@ def _cut_weight(module: nn.Module, path: str, weight: _Weight, this: _Walk) -> l
     except InvalidArgument:  # the caller's `split` does not fit: that is to be told, not listed
         raise
     except Exception as error:  # noqa: BLE001 - the user's code runs here, and one broken layer must not end the walk
-        return [Skipped(name, weight.kind, size, f"could not be read: {type(error).__name__}: {error}")]
+        return [Skipped.unread(name, weight.kind, size, error)]
     if key is not None:  # only what could be read: a tied weight that fails here may be readable elsewhere
         this.seen[key] = name
     return items
@@ -285,7 +269,8 @@ def _parts(
 ) -> Iterator[tuple[Matrix, Part]]:
     """The matrices of a weight of shape `size`, each with the part of the weight that it is."""
     name = _join(path, weight.attribute if weight.stem is None else weight.stem)
-    load, role = partial(reading.read_dense, module, weight.attribute), infer_role(name, weight.kind)
+    load = partial(reading.read_dense, module, weight.attribute)
+    role = infer_role(name, weight.kind) if weight.role is None else weight.role
     stored, computed = reading.sources(module, weight.attribute)
     for part in weight.parts or _cut(module, name, weight, size, this):
         shards = (this.layout or shards_of)(stored, part.stack, size, computed=computed)
@@ -311,31 +296,51 @@ def _expert_layout(module: nn.Module, size: tuple[int, ...]) -> fused.ExpertLayo
 def _holds_inputs_first(module: nn.Module, size: tuple[int, ...]) -> bool:
     """Whether a stack of experts, or the one beside it, has its outputs last."""
     like = getattr(module, "gate_up_proj", None)
-    layout = (
-        _expert_layout(module, tuple(getattr(like, "shape", size))) if len(size) == 3 and like is not None else None
-    )
+    if len(size) != 3 or like is None:
+        return False
+    layout = _expert_layout(module, tuple(getattr(like, "shape", size)))
     return layout is not None and layout.axis == 2
 
 
-def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk) -> Iterator[Skipped]:
-    """The module's own parameters and packed weights of two or more dimensions that none of `weights` stands for."""
+def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk) -> Iterator[Matrix | Skipped]:
+    """The module's own tensors of two or more dimensions that none of `weights` stands for: parameters and the rest."""
     # pruning, spectral and weight norm register their tensors under these ends
-    listed = {weight.attribute + end for weight in weights for end in ("", "_orig", "_g", "_v")}
-    owner = f"{'other ' if weights else ''}parameters of {_class_name(module)}"
-    tensors = reading.own_tensors(module)
+    ends = ("", "_orig", "_g", "_v", "_u", "_mask")
+    listed = {weight.attribute + end for weight in weights for end in ends}
+    tensors, parameters = reading.own_tensors(module), reading.own_parameters(module)
     if parametrize.is_parametrized(module):
         computed = module.get_submodule("parametrizations").named_children()
-        tensors |= {attribute: reading.originals(functions)[-1] for attribute, functions in computed}
+        found = {attribute: reading.originals(functions)[-1] for attribute, functions in computed}
+        tensors, parameters = tensors | found, parameters | found
+    # where a parameter is partitioned its shape is that of the whole
+    tensors = {name: like_whole(tensor) for name, tensor in tensors.items() if not is_lazy(tensor)}
+    beside = {name: unread(tensor, tensor.detach) for name, tensor in tensors.items()}
     scales = reading.scales_in(module, tensors)
     for attribute, tensor in tensors.items():
-        if attribute in listed or is_lazy(tensor) or tensor.ndim < 2:
+        if attribute in listed or tensor.ndim < 2:
             continue
-        reason = ""
-        if attribute in scales:
-            reason = f"scales of {scales[attribute]}"
-        elif isinstance(tensor, Parameter):
-            reason = reading.tied_to(this.seen.get(this.identity(module, tensor))) or f"{owner} are not a known weight"
-        elif attribute in ("weight", "qweight") and not tensor.is_floating_point():
-            reason = "integer weights"
-        if reason:
+        if attribute in parameters and attribute not in scales:
+            yield from _by_name(module, path, attribute, beside, this)
+        elif attribute in scales or tensor.is_floating_point() or attribute in ("weight", "qweight"):
+            kept = names.BUFFER if tensor.is_floating_point() else reading.refusal(module, attribute, tensor)
+            reason = f"scales of {scales[attribute]}" if attribute in scales else kept or "integer weights"
             yield Skipped(_join(path, attribute), Kind.OTHER, reading.shape(tensor), reason)
+
+
+def _by_name(
+    module: nn.Module, path: str, attribute: str, beside: Mapping[str, Unread], this: _Walk
+) -> Iterator[Matrix | Skipped]:
+    """What a state dict's rules make of a parameter that no known layer owns."""
+    siblings = {parts.joined(path, name): value for name, value in beside.items()}
+    key = parts.joined(path, attribute)
+    kind, cuts, reason = meaning(key, siblings[key], siblings, this.split)
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        reason = f"parameters of {class_name(module)} are not a known weight"
+    own = this.identity(module, reading.own_tensors(module).get(attribute))
+    reason = reading.tied_to(this.seen.get(own, this.owned.get(own))) or reason
+    if reason:
+        yield Skipped(_join(path, attribute), Kind.OTHER, siblings[key].shape, reason)
+        return
+    stem = "" if kind is Kind.ATTENTION else None
+    role = infer_role(path if kind is Kind.ATTENTION else _join(path, attribute), kind)
+    yield from _cut_weight(module, path, _Weight(attribute, Kind.PARAMETER, cuts, stem, role=role), this)

@@ -1,0 +1,171 @@
+"""Adapters of every kind, live and in files: the delta that is added, else a reason; nothing twice, nothing lost."""
+
+import copy
+import json
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import ww_monitor
+from ww_monitor.errors import WWMonitorError
+from ww_monitor.matrix import Matrix, Skipped
+from ww_monitor.walk.files import walk_files
+from ww_monitor.walk.sources import walk_source
+
+ADDED = {
+    "AdaLora": {"total_step": 10, "target_r": 4, "init_r": 4, "init_lora_weights": False},
+    "LoHa": {"r": 2, "init_weights": False},
+    "LoKr": {"r": 2, "init_weights": False},
+    "Vera": {"r": 4, "init_weights": False},
+    "FourierFT": {"n_frequency": 60},
+    "RandLora": {"r": 4, "init_weights": False},
+}
+NOT_ADDED = {
+    "OFT": {"oft_block_size": 4, "init_weights": False},
+    "BOFT": {"boft_block_size": 4, "init_weights": False},
+    "IA3": {"feedforward_modules": [], "init_ia3_weights": False},
+    "HRA": {"r": 2, "init_weights": False},
+    "Miss": {"r": 2, "init_weights": False},
+}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(24, 24)
+        self.plain = nn.Linear(24, 12)
+
+    def forward(self, x):
+        return self.plain(self.fc(x))
+
+
+def of(kind, source):
+    return {item.name.removeprefix("base_model.model."): item for item in walk_source(source) if isinstance(item, kind)}
+
+
+def adapted(name, options):
+    peft = pytest.importorskip("peft", reason="the adapters are theirs")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Net(), getattr(peft, f"{name}Config")(target_modules=["fc"], **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ADDED)
+def test_the_delta_of_an_adapter_is_what_merging_adds(name):
+    """Base and delta once each, with the numbers of the merged weights; nothing in the model changes."""
+    model = adapted(name, ADDED[name])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    base = model.base_model.model.fc.get_base_layer().weight.detach().clone()
+    found = of(Matrix, model)
+    label = next(key for key in found if key.startswith("fc.") and key.endswith("[default]"))
+    assert set(found) == {"fc", label, "plain"}
+    merged = copy.deepcopy(model).merge_and_unload().fc.weight.detach()
+    delta = found[label].load()[0]
+    assert torch.allclose(delta, merged - base, atol=1e-6 * float(merged.abs().max()))
+    assert torch.equal(found["fc"].load()[0], base)
+    alone = ww_monitor.analyze({"x.weight": (merged.double() - base.double())})["x"]
+    row = ww_monitor.analyze(model, include=[f"*fc.{label[3:6]}*"]).layers[0]
+    assert row.value("log_norm") == pytest.approx(alone.value("log_norm"), abs=1e-4)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", NOT_ADDED)
+def test_an_adapter_that_adds_no_delta_is_skipped_with_the_reason(name):
+    model = adapted(name, NOT_ADDED[name])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert set(of(Matrix, model)) == {"fc", "plain"}
+    reasons = {key: item.reason for key, item in of(Skipped, model).items()}
+    label = f"{name.lower()}[default]"
+    assert reasons.pop(f"fc.{label}") == f"PEFT gives no delta that {name.lower()} adds to the weight"
+    assert reasons
+    assert set(reasons.values()) == {f"factor of {label}"}
+    with torch.no_grad():
+        model.merge_adapter()
+    assert "more than a sum" in {key: item.reason for key, item in of(Skipped, model).items()}["fc"]
+    assert {key for key in before if key.endswith("plain.weight")}
+
+
+def random(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+LEFT, RIGHT = random(24, 4), random(4, 20)
+FILES = {
+    "peft": ({"a.fc.lora_A.weight": RIGHT, "a.fc.lora_B.weight": LEFT}, "a.fc", 1.0),
+    "kohya": (
+        {"u_fc.lora_down.weight": RIGHT, "u_fc.lora_up.weight": LEFT, "u_fc.alpha": torch.tensor(2.0)},
+        "u_fc",
+        0.5,
+    ),
+    "diffusers": ({"a.to_q.lora.down.weight": RIGHT, "a.to_q.lora.up.weight": LEFT}, "a.to_q", 1.0),
+    "diffusers processor": ({"a.to_q_lora.down.weight": RIGHT, "a.to_q_lora.up.weight": LEFT}, "a.to_q", 1.0),
+    "torchtune": ({"l.0.q_proj.lora_a.weight": RIGHT, "l.0.q_proj.lora_b.weight": LEFT}, "l.0.q_proj", 1.0),
+}
+
+
+@pytest.mark.parametrize("writer", FILES)
+def test_the_factors_of_any_writer_give_their_delta_and_are_no_layers(writer):
+    tensors, name, scale = FILES[writer]
+    found = of(Matrix, tensors)
+    assert list(found) == [f"{name}.lora[default]"]
+    assert torch.allclose(found[f"{name}.lora[default]"].load()[0], scale * LEFT @ RIGHT)
+    assert {item.reason for item in of(Skipped, tensors).values()} == {"factor of lora[default]"}
+
+
+def test_factors_of_kernels_embeddings_and_adalora_give_their_delta():
+    up, down, values = random(6, 3, 1, 1), random(3, 5, 3, 3), random(3, 1)
+    tensors = {
+        "conv.lora_A.weight": down, "conv.lora_B.weight": up,
+        "emb.lora_embedding_A": random(3, 40), "emb.lora_embedding_B": random(16, 3),
+        "ada.lora_A": random(3, 20), "ada.lora_B": random(24, 3), "ada.lora_E": values,
+    }  # fmt: skip
+    found = {name.partition(".")[0]: item for name, item in of(Matrix, tensors).items()}
+    assert {name: (item.kind, item.shape) for name, item in found.items()} == {
+        "conv": ("conv", (9, 6, 5)),
+        "emb": ("embedding", (1, 40, 16)),
+        "ada": ("dense", (1, 24, 20)),
+    }
+    kernel = torch.einsum("or,rikl->klio", up[:, :, 0, 0], down).reshape(9, 5, 6).mT
+    assert torch.allclose(found["conv"].load(), kernel, atol=1e-6)
+    assert torch.allclose(found["emb"].load()[0], (random(16, 3) @ random(3, 40)).T)
+    expected = random(24, 3) @ (random(3, 20) * values) * 3 / (3 + 1e-5)
+    assert torch.allclose(found["ada"].load()[0], expected)
+
+
+def test_a_lone_factor_and_factors_of_other_adapters_are_said():
+    tensors = {"a.lora_down.weight": RIGHT, "b.hada_w1_a": LEFT, "c.lokr_w2": LEFT, "d.oft_R.weight": LEFT}
+    assert not of(Matrix, tensors)
+    assert len(of(Skipped, tensors)) == 4
+
+
+def folder(path, **config):
+    keys = "base_model.model.layers.0.fc", "base_model.model.other.layers.0.fc"
+    tensors = {f"{key}.lora_{which}.weight": tensor for key in keys for which, tensor in (("A", RIGHT), ("B", LEFT))}
+    torch.save(tensors, path / "adapter_model.bin")
+    (path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4, **config}))
+    return path
+
+
+def test_anchored_patterns_match_the_names_of_the_model_that_was_adapted(tmp_path):
+    patterns = {"^layers.0.fc": 10, r"other\.layers\.(0|1)\..*": 6}
+    found = of(Matrix, folder(tmp_path, alpha_pattern=patterns, rank_pattern={"^layers.0.fc": 4}))
+    scales = {name: float(item.load().norm() / (LEFT @ RIGHT).norm()) for name, item in found.items()}
+    assert scales == pytest.approx({"layers.0.fc.lora[default]": 2.5, "other.layers.0.fc.lora[default]": 1.5})
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+$", "(.*)*x", "(", "a?" * 40, "(a|a)" * 40, r"(.*)\1", "(" * 5000, "[", ".*" * 20]
+)
+def test_a_hostile_pattern_is_refused_at_once_with_our_own_error(tmp_path, pattern):
+    start = time.process_time()
+    with pytest.raises(WWMonitorError, match="walk_files: expected"):
+        list(walk_files(folder(tmp_path, alpha_pattern={pattern: 1})))
+    assert time.process_time() - start < 5

@@ -1,0 +1,172 @@
+"""Factors of adapters among named tensors: which belong together, and the delta that they make."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from ww_monitor.errors import WWMonitorError
+from ww_monitor.kind import Kind
+from ww_monitor.matrix import Matrix, Skipped
+from ww_monitor.walk.folders import check_regular
+from ww_monitor.walk.lora import low_rank
+from ww_monitor.walk.parts import KERNEL, WHOLE, matrix
+from ww_monitor.walk.roles import infer_role
+from ww_monitor.walk.unread import Unread
+
+Scaling = Callable[[str, int], float]
+"""Name of the adapted module and rank → the scaling s of its delta s·B·A."""
+
+_FACTOR = re.compile(
+    r"(?P<name>.+?)(?P<stem>\.lora_(?:embedding_)?|[._]lora\.)(?P<which>[ABEab]|down|up)"
+    r"(?P<end>(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?)"
+)
+_RIGHT = {"A": "B", "a": "b", "down": "up"}
+"""Names of the factor that the inputs meet first, with those of the other: of PEFT and diffusers, of torchtune, of
+kohya's scripts and of older diffusers."""
+
+_OTHERS = re.compile(
+    r"(^|\.)(hada_[wt]\d|lokr_[wt]\d|oft_(R|blocks)|boft_[Rs]|ia3_l|hra_u|(miss|bone)_block|vera_(lambda_)?[abdAB]"
+    r"|randlora_(lambda|gamma|A|B))"
+)
+_ADALORA = 1e-5  # what AdaLoRA of PEFT adds to the rank that it divides by
+
+MOST_WORK = 4e6
+"""Steps that all patterns of a configuration may take for a name, at worst: a file may have been written to hang us."""
+
+LONGEST_PATTERN = 500
+
+MOST_CONFIG = 16 << 20
+"""Bytes of an adapter_config.json, which has some thousand."""
+
+
+def factor_of(key: str) -> re.Match[str] | None:
+    """Name, stem, which factor, end and adapter of a factor of a low-rank adapter; `None` for another tensor."""
+    return _FACTOR.fullmatch(key)
+
+
+def other_adapter(key: str) -> str:
+    """Why the factor of an adapter of another kind is left out; `""` for another tensor."""
+    return "factor of an adapter whose delta only its model gives" if _OTHERS.search(key) else ""
+
+
+def delta(
+    key: str, factor: re.Match[str], tensors: Mapping[str, Unread], scaling: Scaling | None
+) -> Iterator[Matrix | Skipped]:
+    """The delta s·B·A at the place of its factor A; a factor without its other half is left out.
+
+    s is the `alpha` beside the factors divided by the rank, else what `scaling` says, else 1.
+    """
+    label = f"lora[{factor['adapter'] or 'default'}]"
+    yield Skipped(key.removesuffix(".weight"), Kind.OTHER, tensors[key].shape, f"factor of {label}")
+    # at A only, so that the delta is listed once; a lone factor has none
+    left = tensors.get(f"{factor['name']}{factor['stem']}{_RIGHT.get(factor['which'], '')}{factor['end']}")
+    middle = tensors.get(f"{factor['name']}{factor['stem']}E{factor['end']}")
+    right, name = tensors[key], factor["name"]
+    if factor["which"] not in _RIGHT or left is None or 0 in (*left.shape, *right.shape):
+        return
+    rank = right.shape[0]
+    if math.prod(left.shape[1:]) != rank or (middle is not None and math.prod(middle.shape) != rank):
+        return
+    embedding, kernel = "_embedding_" in factor["stem"], len(right.shape) > 2
+    shape = (left.shape[0], *right.shape[1:])
+    kind = Kind.EMBEDDING if embedding else Kind.CONV if kernel else Kind.DENSE
+    reason = next((one.reason for one in (right, left, middle) if one is not None and one.reason), "")
+    if reason:
+        yield Skipped(f"{name}.{label}", kind, shape, reason)
+        return
+    made = _Delta(left, right, middle, _scale(name, rank, tensors, scaling), shape, embedding)
+    part = KERNEL[0] if kernel else WHOLE[0]
+    yield matrix(f"{name}.{label}", kind, part, shape[::-1] if embedding else shape, made.read, infer_role(name, kind))
+
+
+def _scale(name: str, rank: int, tensors: Mapping[str, Unread], scaling: Scaling | None) -> float:
+    alpha = tensors.get(f"{name}.alpha")
+    if alpha is not None and math.prod(alpha.shape) == 1:
+        return float(alpha.read()) / rank
+    return scaling(name, rank) if scaling else 1.0
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """s·B·diag(E)·A, which is computed when it is read."""
+
+    left: Unread
+    right: Unread
+    middle: Unread | None
+    scale: float
+    shape: tuple[int, ...]
+    transposed: bool
+
+    def read(self) -> Tensor:
+        left, right, scale = self.left.read().flatten(1), self.right.read().flatten(1), self.scale
+        if self.middle is not None:
+            right, scale = right * self.middle.read().view(-1, 1), scale * len(right) / (len(right) + _ADALORA)
+        product = low_rank(left, right, scale)
+        return product.T if self.transposed else product.view(self.shape)
+
+
+# --- the scaling in an adapter_config.json
+
+
+def lora_scaling(folder: Path) -> Scaling | None:
+    """The scaling alpha / r, or alpha / √r with `use_rslora`, from an adapter_config.json beside the weights.
+
+    Raises:
+        WWMonitorError: if it is no such configuration, or has a pattern that is not matched.
+    """
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return None
+    if check_regular(file).stat().st_size > MOST_CONFIG:
+        raise WWMonitorError(f"walk_files: expected a configuration of at most {MOST_CONFIG} bytes, got {file}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        found = dict(config.get("alpha_pattern") or {})
+        patterns = [(_compiled(pattern, file), float(alpha)) for pattern, alpha in found.items()]
+        if sum(map(_work, found)) > MOST_WORK:
+            raise WWMonitorError(f"walk_files: expected patterns in {file} that take bounded time together")
+        alpha = float(config["lora_alpha"]) if "lora_alpha" in config or patterns else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WWMonitorError(f"walk_files: expected a LoRA configuration with `lora_alpha` in {file}") from error
+    if alpha is None and config.get("peft_type", "LORA") in ("LORA", "ADALORA"):
+        raise WWMonitorError(f"walk_files: expected a LoRA configuration with `lora_alpha` in {file}")
+    return partial(_scaling, patterns=patterns, alpha=alpha or 0.0, root=bool(config.get("use_rslora")))
+
+
+def _scaling(name: str, rank: int, *, patterns: list[tuple[re.Pattern[str], float]], alpha: float, root: bool) -> float:
+    inner = name.removeprefix("base_model.model.")  # PEFT matches the names of the model that it was given
+    own = next((value for pattern, value in patterns if pattern.match(inner)), alpha)
+    return own / (math.sqrt(rank) if root else rank)
+
+
+def _compiled(pattern: str, file: Path) -> re.Pattern[str]:
+    """A pattern as PEFT means it: the end of a name, from a dot on, or with `^` in front all of it."""
+    if not _work(pattern) < MOST_WORK:
+        raise WWMonitorError(f"walk_files: expected patterns in {file} that take bounded time, got {pattern[:80]!r}")
+    try:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise WWMonitorError(f"walk_files: expected a regular expression in {file}, got {pattern[:80]!r}") from error
+
+
+def _work(pattern: str) -> float:
+    """A bound on the steps that a pattern takes for a name of 64 characters: 64 a repeat, 2 an option, its branches.
+
+    >>> [_work(pattern) < MOST_WORK for pattern in ("^model.layers.(0|1)..*q_proj", "(a+)+b", "a?" * 30)]
+    [True, False, False]
+    """
+    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern)
+    if len(pattern) > LONGEST_PATTERN or re.search(r"\)[*+{]|\(\?(?!:)", bare) or re.search(r"\\[1-9]", pattern):
+        return math.inf  # a repeated group, a look-around, a reference
+    repeats, options = len(re.findall(r"[*+{]", bare)), len(re.findall(r"(?<!\()\?", bare))
+    groups = bare.count("(") or 1
+    exponent = 6 * (repeats + 1) + options + groups * math.log2(bare.count("|") / groups + 1)
+    return math.inf if exponent > 60 else 2.0**exponent
