@@ -142,7 +142,7 @@ def accuracies_without_stop(folder: Path, steps: int, seed: int) -> dict[int, fl
 def picture(folder: Path) -> Path:
     """Alpha and headroom of both runs, from the history files that the monitor has left."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
-    grid = figure.subplots(2, 2, sharex="col")
+    grid = figure.subplots(2, 2, sharex="col", sharey="row")
     for column, name in enumerate(("healthy", "pushed")):
         history = History.read(folder / name / "ww_history.jsonl")
         for row, metric in enumerate(("alpha", "trap_headroom")):

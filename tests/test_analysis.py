@@ -221,7 +221,7 @@ OPTIONS = {
     "split": (THREE, {"split": {"c": 3}}, names),
     "experts": (nn.ModuleDict({"experts": Experts()}), {"experts": "pooled"}, names),
 }
-"""A model, the option, and what it changes; `lora`, `part`, `strict` and `across_ranks` are tested apart."""
+"""A model, the option, and what it changes; `lora`, `part`, `strict`, … are tested apart."""
 
 
 @pytest.mark.parametrize(("source", "arguments", "seen"), OPTIONS.values(), ids=OPTIONS)
@@ -230,7 +230,8 @@ def test_every_option_changes_what_it_is_for(source, arguments, seen):
 
 
 def test_there_is_a_test_for_every_option():
-    assert set(inspect.signature(analyze).parameters) == {"model", "lora", "part", "strict", "across_ranks", *OPTIONS}
+    apart = {"model", "lora", "part", "strict", "across_ranks", "device", "progress"}
+    assert set(inspect.signature(analyze).parameters) == {*apart, *OPTIONS}
 
 
 def test_the_same_seed_gives_the_same_snapshot_and_no_global_stream_moves():
@@ -263,3 +264,27 @@ def test_scale_leaves_what_is_a_ratio_and_shifts_what_is_a_logarithm(exponent):
     assert after.value("log_norm") - before.value("log_norm") == pytest.approx(shift, rel=1e-12)
     assert after.value("alpha_hat") - before.value("alpha_hat") == pytest.approx(shift * before.value("alpha"))
     assert after.value("xmin") == pytest.approx(scale**2 * before.value("xmin"), rel=1e-9)
+
+
+def test_progress_is_told_from_nothing_to_all_and_changes_no_number():
+    source, told = model(**{f"fc{number}": spiked(64, 32 + number, seed=number) for number in range(5)}), []
+    snapshot = analyze(source, progress=told.append)
+    assert told[0] == 0
+    assert told[-1] == 1
+    assert told == sorted(set(told))
+    assert len(told) == 6
+    assert list(map(as_numbers, snapshot.layers)) == list(map(as_numbers, analyze(source).layers))
+
+
+@pytest.mark.gpu
+def test_the_weights_of_a_file_are_analysed_on_the_device(tmp_path):
+    torch.save({"fc.weight": spiked(600, 500)}, tmp_path / "net.pt")
+    layer = analyze(tmp_path / "net.pt", device="cuda").layers[0]
+    assert layer.solved_on.startswith("cuda")
+    assert layer.value("alpha") == pytest.approx(analyze(tmp_path / "net.pt").layers[0].value("alpha"), rel=1e-6)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "", 99])
+def test_a_device_that_is_not_here_is_refused(device):
+    with pytest.raises(InvalidArgument, match="analyze: device must be one that"):
+        analyze(model(fc=spiked(60, 30)), device=device)

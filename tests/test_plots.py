@@ -234,3 +234,204 @@ def test_axes_that_are_given_are_drawn_into(snapshot):
     before = len(axes.get_lines())
     assert plots.spectrum(snapshot.layers[1], ax=axes) is axes
     assert len(axes.get_lines()) > before
+
+
+# --- legends, colours and names
+
+
+def boxes(axes):
+    """The boxes of the legend and of the axes, in pixels."""
+    plots.render(axes)
+    return axes.get_legend().get_window_extent(), axes.get_window_extent()
+
+
+def run_of(count: int, *, steps=(0, 10, 20), offset: float = 0.0) -> History:
+    return History(
+        Snapshot(
+            tuple(
+                Layer(f"$fc_{number}", "dense", (1, 9, 9), metrics={"alpha": number + step + offset, "ks": 0.1})
+                for number in range(count)
+            ),
+            summary={"alpha": 3.0 + step, "ks": 0.2},
+            step=step,
+        )
+        for step in steps
+    )
+
+
+@pytest.mark.parametrize("count", [1, 14, 300])
+def test_a_legend_of_curves_covers_no_data_however_many_layers(count):
+    axes = plots.curves(run_of(count))
+    legend, inside = boxes(axes)
+    assert legend.x0 >= inside.x1
+    assert len(axes.get_legend().get_texts()) <= 14
+    styles = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines() if count < 20}
+    assert len(styles) == (count if count < 20 else 0)
+
+
+@pytest.mark.parametrize("draw", ["spectrum", "log-lin", "lin-lin", "real", "detx", "histogram"])
+def test_a_legend_of_other_pictures_covers_no_data(net, snapshot, draw):
+    layer = snapshot.layers[0]
+    axes = {
+        "spectrum": lambda: plots.spectrum(layer),
+        "log-lin": lambda: plots.spectrum(layer, scale="log-lin"),
+        "lin-lin": lambda: plots.spectrum(layer, scale="lin-lin"),
+        "real": lambda: plots.real_and_shuffled(layer, plots.shuffled_eigenvalues(next(iter(walk(net))))),
+        "detx": lambda: plots.correlation_boundary(layer),
+        "histogram": lambda: plots.histogram_of_two(snapshot, snapshot),
+    }[draw]()
+    legend, inside = boxes(axes)
+    assert legend.y1 <= inside.y0
+    label = axes.xaxis.label.get_window_extent()
+    assert legend.y1 <= label.y0
+    assert legend.y0 >= 0
+
+
+# --- the other scales
+
+
+def at(axes, label: str) -> float:
+    """Where the vertical line of that label is."""
+    (x, _) = line(axes, label)
+    assert x[0] == x[1]
+    return float(x[0])
+
+
+@pytest.mark.parametrize("scale", ["log-lin", "lin-lin"])
+def test_densities_on_other_scales_are_shares_too(snapshot, scale):
+    for layer in snapshot.layers[:2]:
+        axes = plots.spectrum(layer, scale=scale)
+        assert (axes.get_xscale(), axes.get_yscale()) == ({"log-lin": "log", "lin-lin": "linear"}[scale], "linear")
+        x, y = line(axes, "eigenvalues")
+        width = np.diff(np.log10(x) if scale == "log-lin" else x).min()
+        assert float(y.sum() * width) == pytest.approx(1, rel=1e-6)
+        bulk_x, bulk_y = line(axes, "Marchenko")
+        share = 1 - layer.value("num_spikes") / len(layer.eigenvalues)
+        assert integral(np.log10(bulk_x) if scale == "log-lin" else bulk_x, bulk_y) == pytest.approx(share, abs=0.02)
+        assert any(list(mark.get_xdata()) == [layer.value("bulk_max")] * 2 for mark in axes.get_lines())
+    with pytest.raises(InvalidArgument, match="scale must be one of 'log-log', 'log-lin', 'lin-lin'; got 'lin'"):
+        plots.spectrum(layer, scale="lin")
+
+
+def test_real_against_shuffled_marks_where_the_shuffled_end(net, snapshot):
+    layer, values = snapshot.layers[0], plots.shuffled_eigenvalues(next(iter(walk(net))))
+    axes = plots.real_and_shuffled(layer, values)
+    assert at(axes, "largest shuffled") == values.max()
+    assert at(axes, "Marchenko–Pastur edge") == layer.value("bulk_max")
+    areas = [patch.get_data() for patch in axes.patches if patch.get_label() in ("eigenvalues", "shuffled")]
+    assert [float((one.values * np.diff(np.log10(one.edges))).sum()) for one in areas] == pytest.approx([1, 1])
+    with pytest.raises(InvalidArgument, match="expected shuffled eigenvalues above 0"):
+        plots.real_and_shuffled(layer, [])
+
+
+@pytest.mark.parametrize("preset", ["default", "weightwatcher"])
+def test_the_correlation_space_begins_at_the_purple_line_and_the_tail_at_the_red(net, snapshot, preset):
+    layer = ww_monitor.analyze(net, preset=preset)["0"]
+    axes = plots.correlation_boundary(layer)
+    assert at(axes, "xmin") == layer.value("xmin")
+    assert at(axes, "detX") == pytest.approx(snapshot["0"].value("erg_lambda"), rel=1e-6)
+    colours = {mark.get_label().split(" ")[0]: mark.get_color() for mark in axes.get_lines()}
+    assert (colours["xmin"], colours["detX"]) == ("red", "purple")
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_the_scan_has_its_smallest_distance_and_the_layers_alpha_at_xmin(snapshot, index):
+    layer = snapshot.layers[index]
+    above, below = plots.xmin_scan(layer).axes
+    assert (above.get_xscale(), below.get_xlabel()) == ("log", "xmin (weight²)")
+    (x, distance), (_, alpha) = (
+        (one.get_lines()[0].get_xdata(), one.get_lines()[0].get_ydata()) for one in (above, below)
+    )
+    assert x[np.argmin(distance)] == pytest.approx(layer.value("xmin"))
+    assert distance.min() == pytest.approx(layer.value("ks"))
+    assert alpha[np.argmin(distance)] == pytest.approx(layer.value("alpha"))
+    assert at(above, "xmin") == at(below, "xmin") == layer.value("xmin")
+    with pytest.raises(InvalidArgument, match="expected eigenvalues in the row of"):
+        plots.xmin_scan(replace(layer, eigenvalues=None))
+
+
+# --- runs and models
+
+
+def test_two_runs_are_on_the_same_axes():
+    left, right = plots.curves_of_two(run_of(2), run_of(2, offset=90), names=("a", "b")).axes
+    assert left.get_ylim() == right.get_ylim()
+    assert left.get_xlim() == right.get_xlim()
+    assert (left.get_title(), right.get_title()) == ("a", "b")
+
+
+def test_depth_and_time_has_a_cell_a_layer_and_snapshot():
+    history = run_of(3, steps=(0, 10))
+    history.append(Snapshot((Layer("late", "dense", (1, 9, 9), metrics={"alpha": 4.0}),), step=20))
+    axes = plots.depth_and_time(history)
+    (image,) = axes.get_images()
+    expected = [[0, 10, np.nan], [1, 11, np.nan], [2, 12, np.nan], [np.nan, np.nan, 4]]
+    np.testing.assert_array_equal(np.ma.filled(image.get_array(), np.nan), expected)
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["$fc_0", "$fc_1", "$fc_2", "late"]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "10", "20"]
+    assert image.get_clim() == (2, 6)
+    plots.render(axes)
+    with pytest.raises(InvalidArgument, match="expected a history with layers, got none"):
+        plots.depth_and_time(History())
+
+
+def test_alpha_and_its_distance_over_the_checkpoints():
+    history = run_of(2)
+    above, below = plots.fit_over_time(history, layer="$fc_1").axes
+    assert above.get_lines()[0].get_xydata().tolist() == [[0, 1], [10, 11], [20, 21]]
+    assert below.get_lines()[0].get_ydata().tolist() == [0.1] * 3
+    assert plots.fit_over_time(history).axes[0].get_lines()[0].get_ydata().tolist() == [3, 13, 23]
+    with pytest.raises(InvalidArgument, match="layer must be one of the history; got 'x'"):
+        plots.fit_over_time(history, layer="x")
+
+
+def test_two_models_are_counted_in_the_same_bins():
+    a, b = run_of(12)[0], run_of(30)[0]
+    axes = plots.histogram_of_two(a, b, names=("a", "b"))
+    assert labels(axes) == {"a (12 layers)", "b (30 layers)"}
+    assert [mark.get_xdata()[0] for mark in axes.get_lines()] == [5.5, 14.5]
+    outlines = [patch.get_xy() for patch in axes.patches if str(patch.get_label()).startswith(("a (", "b ("))]
+    assert sorted(set(outlines[0][:, 0])) == sorted(set(outlines[1][:, 0]))
+    with pytest.raises(InvalidArgument, match="expected layers with 'nothing', got none"):
+        plots.histogram_of_two(a, b, "nothing")
+
+
+def test_a_series_of_models_is_a_point_each_with_its_name():
+    models = {name: Snapshot((), summary={"alpha_hat": value}) for name, value in (("s", 3.0), ("m", 2.0), ("l", 1.0))}
+    axes = plots.metric_and_error(models, {"l": 10.0, "m": 20.0, "s": 30.0})
+    assert axes.get_lines()[0].get_xydata().tolist() == [[3, 30], [2, 20], [1, 10]]
+    assert [text.get_text() for text in axes.texts] == ["s", "m", "l"]
+    assert axes.get_title() == "Kendall's τ = 1.00"
+    assert axes.get_ylabel() == "test error (%)"
+    with pytest.raises(InvalidArgument, match=r"the same names .* got \['x'\] in one"):
+        plots.metric_and_error(models, {"l": 1.0, "m": 2.0, "s": 3.0, "x": 1.0})
+    with pytest.raises(InvalidArgument, match="expected 'beta' of every model"):
+        plots.metric_and_error(models, {"l": 1.0, "m": 2.0, "s": 3.0}, "beta")
+
+
+# --- notebooks
+
+
+def test_a_notebook_shows_a_figure_without_pyplot(snapshot, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    figure = snapshot.plot()
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert figure.axes[0].get_title().startswith("2: ")
+    assert snapshot.plot("0").axes[0].get_title().startswith("0: ")
+    drawn = run_of(2).plot("ks")
+    assert [axes.get_ylabel() for axes in drawn.axes] == ["ks", "layer", "ks"]
+    with pytest.raises(KeyError, match="no layer 'x'"):
+        snapshot.plot("x")
+
+
+def test_a_notebook_shows_tables_whose_texts_are_escaped():
+    evil = "<script>alert(1)</script>"
+    layer = Layer(evil, "dense", (1, 9, 9), verdict="ok", metrics={"alpha": 3.25})
+    one = Snapshot((layer,) * 70, findings=(Finding("trap", evil, "critical", f"{evil}: 1 trap", step=3),), step=3)
+    for record in (one, History([one])):
+        shown = record._repr_html_()
+        assert "<script" not in shown
+        assert "&lt;script&gt;" in shown
+        assert "<td>3.25</td>" in shown
+        assert "10 more layers" in shown
+    assert "0 snapshots" in History()._repr_html_()

@@ -8,6 +8,7 @@ While a model trains, add a callback: `ww_monitor.callbacks.lightning.SpectralMo
 
 from ww_monitor.analysis import analyze
 from ww_monitor.baseline import Baseline
+from ww_monitor.checkpoints import replay_checkpoints
 from ww_monitor.compare import Distances, distances
 from ww_monitor.description import Description, describe
 from ww_monitor.engine import Options
@@ -57,6 +58,7 @@ __all__ = [
     "distances",
     "keep_permutations",
     "metrics",
+    "replay_checkpoints",
     "svd_sharpen",
     "svd_smooth",
     "trap_harm",

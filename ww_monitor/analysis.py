@@ -2,21 +2,70 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from typing import Annotated, ClassVar
+
+import torch
 
 from ww_monitor.distributed import analyze_on_ranks
 from ww_monitor.engine import Options, analyze_matrices
+from ww_monitor.errors import InvalidArgument
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.record import History, Snapshot
 from ww_monitor.rules import SINGLE_RULES, apply_rules
-from ww_monitor.settings import AnalysisOptions, Select, WalkOptions
+from ww_monitor.settings import AnalysisOptions, Select, WalkOptions, warn
 from ww_monitor.signatures import taking
 from ww_monitor.walk.delta import delta
 from ww_monitor.walk.sources import Source, walk_source
 
+Progress = Callable[[float], object]
+"""Told of the share of the work that is done, from 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions(WalkOptions, Select, AnalysisOptions):
+    """What to analyse of one model or of each of several, and how."""
+
+    part: Annotated[
+        str,
+        'Which of several state dicts in a checkpoint or mapping to analyse, by its path (`"generator"`, `"ema"`);'
+        " without it all but moving averages, their names with that path in front.",
+    ] = ""
+    device: Annotated[
+        str | torch.device | None,
+        'Where each weight is moved to, one at a time, and analysed (`"cuda"`); `None` for where it is. Weights in'
+        " shards stay where they are.",
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            known = self.device is None or not torch.empty(0, dtype=torch.float32, device=self.device).is_meta
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise InvalidArgument(
+                f"{self.where}: device must be one that torch has here; got {str(self.device)!r}"
+                f" ({str(error).partition(chr(10))[0][:200]})"
+            ) from error
+        if not known:
+            raise InvalidArgument(f"{self.where}: device must be one that holds numbers; got 'meta'")
+
+    def items(self, source: Source, *, say: Callable[[str], None] = warn) -> Iterator[Matrix | Skipped]:
+        """The matrices of a model after selection, read on the device."""
+        walked = walk_source(source, **self.for_walker(self.preset), part=self.part)
+        for item in Select.of(self).apply(walked, say=say):
+            if self.device is not None and isinstance(item, Matrix) and item.shards is None:
+                yield replace(item, load=partial(self._loaded, item))
+            else:
+                yield item
+
+    def _loaded(self, matrix: Matrix) -> torch.Tensor:
+        return matrix.load().to(self.device)
+
 
 @dataclass(frozen=True, eq=False)
-class AnalyzeOptions(WalkOptions, Select, AnalysisOptions):
+class AnalyzeOptions(SourceOptions):
     """What `analyze` takes."""
 
     where: ClassVar[str] = "analyze"
@@ -27,17 +76,16 @@ class AnalyzeOptions(WalkOptions, Select, AnalysisOptions):
         " shards, or a directory with such weights or with the checkpoints of a run.",
     ]
     _: KW_ONLY
-    part: Annotated[
-        str,
-        'Which of several state dicts in a checkpoint or mapping to analyse, by its path (`"generator"`, `"ema"`);'
-        " without it all but moving averages, their names with that path in front.",
-    ] = ""
     base: Annotated[Source | None, "A model to subtract first: the spectra are those of W − W₀, paired by name."] = None
     across_ranks: Annotated[
         bool,
         "Analyse together with all ranks of the `torch.distributed` job, each of which makes the same call with its"
         " part of the model; see `ww_monitor.distributed.analyze_on_ranks`. Weights in shards need it.",
     ] = False
+    progress: Annotated[
+        Progress | None,
+        "Called as each weight is read, and at the end, with the share of the work that is done, from 0 to 1.",
+    ] = None
 
 
 @taking(AnalyzeOptions)
@@ -63,9 +111,28 @@ def analyze(given: AnalyzeOptions) -> Snapshot:
     ([('0', 'random_like')], ['4 eigenvalues, fewer than min_size=8'])
     """
     options = Options(**AnalysisOptions.of(given).keywords(), keep_eigenvalues=True)
-    select, how = Select.of(given), given.for_walker(given.preset)
-    items = select.apply(walk_source(given.model, **how, part=given.part))
+    items = given.items(given.model)
     if given.base is not None:
-        items = delta(items, select.apply(walk_source(given.base, **how), say=lambda _: None))
+        items = delta(items, replace(given, part="").items(given.base, say=lambda _: None))
+    if given.progress is not None:
+        items = _told(items, given.progress)
     snapshot = analyze_on_ranks(items, options) if given.across_ranks else analyze_matrices(items, options)
+    if given.progress is not None:
+        given.progress(1.0)
     return snapshot.with_findings(apply_rules(SINGLE_RULES, History([snapshot])))
+
+
+def _told(items: Iterable[Matrix | Skipped], progress: Progress) -> Iterator[Matrix | Skipped]:
+    """The same items; as each weight is read, what was read before it is counted as done."""
+    listed = list(items)
+    total = sum(item.cost for item in listed if isinstance(item, Matrix))
+    done = 0.0
+
+    def load(matrix: Matrix) -> torch.Tensor:
+        nonlocal done
+        progress(done / total)
+        done += matrix.cost
+        return matrix.load()
+
+    for item in listed:
+        yield replace(item, load=partial(load, item)) if isinstance(item, Matrix) else item

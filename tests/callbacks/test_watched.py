@@ -318,7 +318,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("other", OTHERS, ids=str)
+@pytest.mark.parametrize("other", OTHERS, ids=lambda other: next(iter(other)))
 def test_monitors_that_do_different_things_do_not_share_a_state(tmp_path, other):
     monitors = [Lightning().spectral_monitor(tmp_path, **arguments) for arguments in ({}, other, {"every_n_steps": 7})]
     one, two, three = (monitor.state_key for monitor in monitors)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
 from ww_monitor.errors import SpectralWarning, WWMonitorError
+from ww_monitor.record.notebook import Shown, table
 from ww_monitor.record.saved import NAN
 from ww_monitor.record.snapshot import Finding, Layer, Snapshot
 
@@ -22,7 +23,7 @@ _LONGEST_LINE = 1 << 29
 """Bytes that a line may have: some 200,000 layers, at 2 KB each (our choice)."""
 
 
-class History:
+class History(Shown):
     """Snapshots in the order of their steps.
 
     Attributes:
@@ -43,6 +44,10 @@ class History:
 
     def __iter__(self) -> Iterator[Snapshot]:
         return iter(self.snapshots)
+
+    def _repr_html_(self) -> str:
+        caption = f"{len(self) + self.left_out} snapshots" + ("; the last one:" if len(self) else "")
+        return table(caption, self.last.layers if len(self) else (), self.findings[-40:])
 
     def __getitem__(self, index: int) -> Snapshot:
         return self.snapshots[index]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ww_monitor.errors import MissingDependency, WWMonitorError
 from ww_monitor.kind import About, Kind
+from ww_monitor.record.notebook import Shown
 from ww_monitor.record.saved import NAN, number, plain, restored
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Snapshot(Shown):
     """One analysis of a model.
 
     Attributes:

@@ -84,13 +84,14 @@ def mean_shift(history: History, *, ratio: float = 1.0) -> Iterator[Finding]:
 def over_trained(history: History, *, alpha: float = 2.0, sigmas: float = 2.0) -> Iterator[Finding]:
     """Alpha is below 2 by more than `sigmas` of its own standard error, and the power law fits (verdict `ok`).
 
-    2 is where the theory places the ideal (Martin & Mahoney 2021); two standard errors are our choice.
+    2 is where the theory places the ideal (Martin & Mahoney 2021); two standard errors are our choice. Information
+    only: in 24 of 40 runs that kept their accuracy it held three times in a row (`benchmarks/evidence`).
     """
     for layer in history.last.layers:
         value, sigma = layer.value("alpha"), layer.value("sigma")
         if layer.verdict == "ok" and value + sigmas * sigma < alpha:
             message = f"alpha {value:.2f} ± {sigma:.2f} is below {alpha:g}: very heavy-tailed, over-trained"
-            yield finding_of(history, over_trained, layer, "warning", message)
+            yield finding_of(history, over_trained, layer, "info", message)
 
 
 @looks_back()

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from ww_monitor.cli import app  # noqa: E402 - needs typer
 
-PLANNING = (Path(__file__).parents[1] / "docs" / "planning.md").read_text(encoding="utf-8")
+PLANNING = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
 
 
 def called(*arguments):
