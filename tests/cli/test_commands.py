@@ -273,6 +273,8 @@ def test_watch_shows_the_worst_layers_findings_and_what_is_next(tmp_path):
     assert "fine" not in output
     assert "‼ trap at step 10: bad: 2 traps" in output
     assert "next analysis: about step 30; the last took 0.5 s" in output
+    history_of(tmp_path / "ww_history.jsonl", steps=range(0, 400, 10))
+    assert "40 snapshots, step 390" in called("watch", tmp_path).stdout
 
 
 def test_a_run_is_followed_as_it_grows_and_begins_anew(tmp_path):

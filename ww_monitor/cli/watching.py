@@ -69,9 +69,9 @@ class Following:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             self.damaged += bool(line.strip())
             return False
-        self.history = History(
-            one for one in self.history if snapshot.step is None or one.step is None or one.step < snapshot.step
-        )
+        if snapshot.step is not None:  # a resumed run sees some steps again
+            kept = [one for one in self.history if one.step is None or one.step < snapshot.step]
+            self.history.snapshots = kept
         self.history.append(snapshot)
         self.history.forget(latest=3)
         for finding in snapshot.findings:
