@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
-from typing import Any, TypeVar
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
 
 from ww_monitor.record import Finding, History, Layer, Rule, Severity
 
@@ -43,6 +43,23 @@ def looks_back(*metrics: str) -> Callable[[_Function], _Function]:
         return rule
 
     return declare
+
+
+def _lasting(rule: _Function) -> _Function:
+    """The rule that still finds what held one snapshot before: a value about a threshold does not flap.
+
+    Of earlier snapshots only the last is read, with what a checkpoint keeps of it (`ww_monitor.monitor.checkpoint`).
+    """
+
+    @wraps(rule)
+    def lasting(history: History, **thresholds: Any) -> Iterator[Finding]:
+        now = list(rule(history, **thresholds))
+        yield from now
+        held = rule(History(history.snapshots[:-1]), **thresholds) if len(history) > 1 else ()
+        found = {finding.layer for finding in now}
+        yield from (one for one in held if one.layer not in found and history.last.named(one.layer))
+
+    return cast("_Function", lasting)
 
 
 def metrics_of_the_past(rules: Iterable[Rule]) -> frozenset[str] | None:
@@ -90,6 +107,7 @@ def trap_approaching(history: History, *, headroom: float = 0.8, rise: float = 1
 
 
 @looks_back()
+@_lasting
 def mean_shift(history: History, *, ratio: float = 1.0) -> Iterator[Finding]:
     """The mean of the entries makes an outlier of its own; weightwatcher counts it as a trap, it is none."""
     for layer in history.last.layers:
@@ -100,19 +118,21 @@ def mean_shift(history: History, *, ratio: float = 1.0) -> Iterator[Finding]:
 
 
 @looks_back()
+@_lasting
 def over_trained(history: History, *, alpha: float = 2.0, sigmas: float = 2.0) -> Iterator[Finding]:
     """Alpha is below 2 by more than `sigmas` of its own standard error, and the power law fits (verdict `ok`).
 
     2 is where the theory places the ideal (Martin & Mahoney 2021); two standard errors are our choice.
     """
     for layer in history.last.layers:
-        value, sigma = layer.value("alpha"), layer.value("sigma")
-        if layer.verdict == "ok" and value + sigmas * sigma < alpha:
+        value, sigma = (layer.value(name) if layer.verdict == "ok" else float("nan") for name in ("alpha", "sigma"))
+        if value + sigmas * sigma < alpha:
             message = f"alpha {value:.2f} ± {sigma:.2f} is below {alpha:g}: very heavy-tailed, over-trained"
             yield _finding(history, over_trained, layer, "warning", message)
 
 
 @looks_back()
+@_lasting
 def under_trained(history: History, *, snapshots: int = 3) -> Iterator[Finding]:
     """The spectrum could not be told from a random matrix's in any of the last `snapshots` snapshots."""
     if len(history) < snapshots:
@@ -125,7 +145,7 @@ def under_trained(history: History, *, snapshots: int = 3) -> Iterator[Finding]:
             yield _finding(history, under_trained, layer, "warning", message)
 
 
-@looks_back("alpha")
+@looks_back()
 def other_layers(history: History) -> Iterator[Finding]:
     """The model's alpha is the mean over other layers than one snapshot before; over those known at both it is told."""
     if len(history) < 2:
@@ -219,7 +239,6 @@ class Holding:
     def clear(self) -> None:
         """A new run begins."""
         self.active: list[Finding] = []
-        self.absent: set[tuple[str, str]] = set()
         self.held: Counter[tuple[str, str]] = Counter()
         self.stop_reason = ""
 
@@ -237,22 +256,10 @@ class Holding:
             except Exception as error:  # noqa: BLE001 - a rule of the user's costs its own findings only
                 failed(_name(rule), error)
                 holding += [finding for finding in self.active if finding.rule == _name(rule)]
-        now = [*holding, *self._absent_once(holding)]
-        told = transitions(self.active, now, step=history.last.step)
-        self.active = now
+        told = transitions(self.active, holding, step=history.last.step)
+        self.active = holding
         self._count(holding)
         return told
-
-    def _absent_once(self, holding: Sequence[Finding]) -> list[Finding]:
-        """What has not held for one snapshot goes on, unless it is critical.
-
-        So a value about its threshold does not begin and end by turns.
-        """
-        now = {(finding.rule, finding.layer) for finding in holding}
-        missing = [one for one in self.active if one.severity != "critical" and (one.rule, one.layer) not in now]
-        kept = [one for one in missing if (one.rule, one.layer) not in self.absent]
-        self.absent = {(one.rule, one.layer) for one in kept}
-        return kept
 
     def _count(self, holding: Sequence[Finding]) -> None:
         keys = {(finding.rule, finding.layer) for finding in holding}
@@ -270,7 +277,6 @@ class Holding:
         """Plain Python values that `load` continues from."""
         return {
             "active": [asdict(finding) for finding in self.active],
-            "absent": [list(key) for key in sorted(self.absent)],
             "held": [[rule, layer, count] for (rule, layer), count in sorted(self.held.items())],
         }
 
@@ -278,7 +284,6 @@ class Holding:
         """Continue where the state was taken; one that shall not stop forgets the reason."""
         active = [Finding(**finding) for finding in state["active"]]
         self.held = Counter({(rule, layer): count for rule, layer, count in state["held"]})
-        self.absent = {(rule, layer) for rule, layer in state.get("absent", ())}
         self.active, self.stop_reason = active, stop_reason if self.stop_on else ""
 
 

@@ -94,6 +94,8 @@ class Monitor(Guarded):
         self._waited = 0.0
         self._published = 0
         self._notes: list[Finding] = []
+        self.place = ""
+        """The folder of the run's history, for the run that continues it."""
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -288,7 +290,7 @@ class Monitor(Guarded):
         return {
             "last_step": self.last_step,
             "stop_reason": self.stop_reason,
-            "packed": checkpoint.compress({**self.findings.state(), **past}),
+            "packed": checkpoint.compress({**self.findings.state(), **past, "place": self.place}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -297,7 +299,7 @@ class Monitor(Guarded):
         past = state if "recent" in state else checkpoint.expand(state["packed"])
         history = checkpoint.unpack(past)
         self.findings.load(past, stop_reason=stop_reason)
-        self.last_step, self.history = last_step, history
+        self.last_step, self.history, self.place = last_step, history, past.get("place", "")
 
 
 def _rows(snapshot: Snapshot) -> int:
