@@ -51,11 +51,13 @@ def _lasting(rule: _Function) -> _Function:
     Of earlier snapshots only the last is read, with what a checkpoint keeps of it (`ww_monitor.monitor.checkpoint`).
     """
 
+    finds = cast("Callable[..., Iterable[Finding]]", rule)
+
     @wraps(rule)
     def lasting(history: History, **thresholds: Any) -> Iterator[Finding]:
-        now = list(rule(history, **thresholds))
+        now = list(finds(history, **thresholds))
         yield from now
-        held = rule(History(history.snapshots[:-1]), **thresholds) if len(history) > 1 else ()
+        held = finds(History(history.snapshots[:-1]), **thresholds) if len(history) > 1 else ()
         found = {finding.layer for finding in now}
         yield from (one for one in held if one.layer not in found and history.last.named(one.layer))
 
