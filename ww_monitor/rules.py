@@ -50,7 +50,6 @@ def _lasting(rule: _Function) -> _Function:
 
     Of earlier snapshots only the last is read, with what a checkpoint keeps of it (`ww_monitor.monitor.checkpoint`).
     """
-
     finds = cast("Callable[..., Iterable[Finding]]", rule)
 
     @wraps(rule)
