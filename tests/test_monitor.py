@@ -701,7 +701,10 @@ def test_a_number_that_makes_no_sense_is_refused_by_name(argument, value):
 
 
 BAD = [
-    (lambda: Monitor(stop_on="trap"), r"Monitor: stop_on must be one of None, 'traps', 'harmful_traps', 'broken_layers'; got 'trap'"),
+    (
+        lambda: Monitor(stop_on="trap"),
+        r"Monitor: stop_on must be one of None, 'traps', 'harmful_traps', 'broken_layers'; got 'trap'",
+    ),
     (lambda: Options(preset="ww"), r"preset must be one of 'default', 'weightwatcher'; got 'ww'"),
     (lambda: Options(metrics=["alfa"]), r"metrics must be among 'alpha', .*; got 'alfa'"),
     (lambda: Monitor(sinks=[print]), r"Monitor: sinks must have write and close; got <built-in function print>"),

@@ -61,8 +61,9 @@ def test_a_warning_that_cannot_be_shown_ends_nothing(framework, tmp_path, monkey
         with torch.no_grad():
             matrices[1].zero_()
 
+    monitor = make(framework, tmp_path)
     monkeypatch.setattr(_adapter, "walk_source", None)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         monkeypatch.setattr(warnings, "showwarning", show)
-        assert framework.train(tmp_path, make(framework, tmp_path), each_step=broken).steps == 8
+        assert framework.train(tmp_path, monitor, each_step=broken).steps == 8

@@ -308,6 +308,44 @@ def test_a_changed_cadence_resumes(tmp_path, name):
     assert steps_of(monitor.monitor.history) == [0, 2, 4, 8]
 
 
+@pytest.mark.parametrize("name", ["lightning", "huggingface"])
+def test_a_run_that_now_stops_on_traps_resumes_beside_another_monitor(tmp_path, name):
+    framework = FRAMEWORKS[name]()
+    monitors = make(framework, tmp_path, 2), make(framework, tmp_path, 2, metrics=["alpha"], prefix="a/")
+    first = framework.train(tmp_path, *monitors, steps=4, save=True)
+    one = make(framework, tmp_path, 2, stop_on="traps")
+    other = make(framework, tmp_path, 2, metrics=["alpha"], prefix="a/")
+    framework.train(tmp_path, other, one, resume=first.checkpoint)
+    assert steps_of(one.monitor.history) == steps_of(other.monitor.history) == [0, 2, 4, 6, 8]
+    assert len(list(tmp_path.glob("ww_history*"))) == 2
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_a_resumed_run_in_another_folder_says_what_it_continues(tmp_path, name):
+    framework, (old, new) = FRAMEWORKS[name](), (tmp_path / "old", tmp_path / "new")
+    old.mkdir()
+    monitor = make(framework, old, 2, track_delta=True)
+    first = framework.train(old, monitor, steps=4, save=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        framework.train(new, make(framework, new, 2, track_delta=True), resume=first.checkpoint)
+    begun = History.read(new / "ww_history.jsonl")[0].findings
+    said_there = {finding.rule: finding.message for finding in begun}
+    assert said_there["continues"] == f"continues {old / 'ww_history.jsonl'}, which ends with step 4"
+    assert said_there["track_delta"].startswith("delta_norm and rotations begin anew at step 4")
+    assert [message for message in said(caught) if "begin anew at step 4" in message]
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_a_warning_points_at_the_users_line(tmp_path, name):
+    framework = FRAMEWORKS[name]()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        framework.train(tmp_path, make(framework, tmp_path, 4), make(framework, tmp_path, 2), steps=4)
+    (warning,) = [one for one in caught if issubclass(one.category, SpectralWarning)]
+    assert Path(warning.filename).name == "test_contracts_callbacks.py"  # where it calls fit or train
+
+
 OTHERS = [
     {"stop_on": "traps"},
     {"rules": [rules.trap]},

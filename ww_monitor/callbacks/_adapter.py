@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from types import FrameType
@@ -16,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from ww_monitor.callbacks._apart import place_in, state_settings
+from ww_monitor.callbacks._apart import StateKey, place_in
 from ww_monitor.callbacks._watched import Watched
 from ww_monitor.engine import Options
 from ww_monitor.harm import trap_harm
@@ -81,8 +80,7 @@ class Adapter:
             walk_source(torch.nn.Module(), **self._how)  # a wrong choice is refused here
         self.prefix = self._name = given.prefix
         """What stands before the keys, as it was given and as it is in this run."""
-        self._state_settings = state_settings(given)
-        self._place = 1
+        self._state_key = StateKey(given)
         self._seen_weights: list[float] = []
         self._watched = Watched()
         self._console = given.console
@@ -91,7 +89,6 @@ class Adapter:
         self._measures_harm = given.harm_inputs is not None or given.stop_on == "harmful_traps"
         self._session: Session | None = None
         self._history_name = ""
-        self._history_in = ""
         self._resumed = False
         self._chosen_keys, self._shown = given.publish, Published(given.publish)
         self._dashboards = self._make_dashboards()
@@ -115,10 +112,19 @@ class Adapter:
             )
             self.monitor.say_once("shared keys", message)
 
-    def _place_among(self, callbacks: Sequence[Any]) -> int:
-        """Which one this is, from 1, of the monitors in a run whose state would have one key."""
+    def _number_among(self, callbacks: Sequence[Any]) -> None:
+        """Note which one this is of the monitors in a run whose state would have one key."""
         before = [one for one in callbacks[: place_in(callbacks, self)] if isinstance(one, Adapter)]
-        return 1 + sum(one._state_settings == self._state_settings for one in before)
+        self._state_key.number = 1 + sum(one._state_key.settings == self._state_key.settings for one in before)
+
+    def _key_among(self, saved: Iterable[str], callbacks: Sequence[Any]) -> str:
+        """The key in a checkpoint of the state that this monitor of a run continues."""
+        others = [one._state_key for one in callbacks if isinstance(one, Adapter) and one is not self]
+        return self._state_key.among(saved, others)
+
+    @property
+    def _key(self) -> str:
+        return str(self._state_key)
 
     def _values(self, snapshot: Snapshot, *, layers: bool = True) -> dict[str, float]:
         """Every known value under the key that others see."""
@@ -169,9 +175,9 @@ class Adapter:
         place = None
         with monitor.guard("choosing the history file", always=True):
             place = folder()
-        if self._resumed:
+        if monitor.last_step is not None:
             self._say_what_goes_on(place, step)
-        self._history_in = "" if place is None else str(place.absolute())
+        monitor.place = "" if place is None else str(place.absolute())
         if rank == 0:
             self._session = Session(
                 monitor,
@@ -184,13 +190,13 @@ class Adapter:
     def _say_what_goes_on(self, folder: Path | None, step: int) -> None:
         """Note in the history where a resumed run's earlier part is, and what counts anew."""
         with self.monitor.guard("saying what goes on", always=True):
-            before, name = self._history_in, self._history_name
+            before, name = self.monitor.place, self._history_name
             elsewhere = folder is not None and before and folder.absolute() != Path(before)
             if name and folder is not None and elsewhere and not (folder / name).exists():
                 message = f"continues {Path(before) / name}, which ends with step {self.monitor.last_step}"
                 self.monitor.note("continues", message, step)
             analyzer = self.monitor.analyzer
-            if analyzer.track_delta and analyzer.baseline is None:
+            if analyzer.track_delta and not analyzer.has_baseline:
                 message = f"delta_norm and rotations begin anew at step {step}: the first weights are not at hand"
                 self.monitor.note("track_delta", message, step)
                 self.monitor.say_once("track_delta", message)
@@ -281,29 +287,14 @@ class Adapter:
         state: dict[str, Any] = {}
         with self.monitor.guard("state for the checkpoint", always=True):
             name = self._history_name if self._session is None else self._session.history_name
-            state.update(self.monitor.state_dict(), history_file=name, history_in=self._history_in)
+            state.update(self.monitor.state_dict(), history_file=name)
         return state
 
     def _load_state(self, state: dict[str, Any]) -> None:
         with self.monitor.guard("resume", always=True):
             self.monitor.load_state_dict(state)
-            self._history_name, self._history_in = state["history_file"], state.get("history_in", "")
+            self._history_name = state["history_file"]
             self._resumed = True
-
-    @property
-    def _key_of_state(self) -> str:
-        """Of the state in a checkpoint: one for every monitor that does the same, however often, whatever its base."""
-        settings = self._state_settings + ([] if self._place == 1 else [f"number {self._place}"])
-        return f"ww_monitor.SpectralMonitor({', '.join(settings)})"
-
-    @property
-    def _key_before(self) -> str:
-        """What the key was in the last release, with the cadence and less of what is done."""
-        known = {field.name for part in (self.monitor.options, self.monitor.select) for field in fields(part)}
-        settings = [one for one in self._state_settings if one.partition("=")[0] in known]
-        share = f"as often as {self.monitor.budget.share:.3g} of the run's time allows"
-        every = share if self.monitor.within_budget else self.monitor.cadence
-        return f"ww_monitor.SpectralMonitor({', '.join([f'every={every!r}', *settings])})"
 
 
 class Session:

@@ -90,9 +90,10 @@ class SpectralMonitor(Adapter, TrainerCallback):
         self._handler = calling_object(CallbackHandler) or self._handler
         callbacks = self._handler.callbacks if self._handler else ()
         self._keep_apart(callbacks)
-        self._place = self._place_among(callbacks)
-        for key in {self._key_of_state, self._key_before} & state.stateful_callbacks.keys():
-            self._load_state(state.stateful_callbacks[key].get("attributes", {}))
+        self._number_among(callbacks)
+        if (key := self._key_among(state.stateful_callbacks, callbacks)) in state.stateful_callbacks:
+            self._load_state(state.stateful_callbacks.pop(key).get("attributes", {}))
+            state.stateful_callbacks[self._key] = _WhenSaved(self._state)
         self._open(
             step=state.global_step,
             folder=lambda: Path(args.output_dir),
@@ -204,7 +205,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
                 self._log(args, state, control, snapshot, **kwargs)
             if snapshots:
                 # no class name in the key: the Trainer replaces callbacks whose class it finds there by new ones
-                state.stateful_callbacks[self._key_of_state] = _WhenSaved(self._state)
+                state.stateful_callbacks[self._key] = _WhenSaved(self._state)
 
     def _log(self, args: Any, state: Any, control: Any, snapshot: Snapshot, **kwargs: Any) -> None:
         """Hand the values to every tracker, in every process, as the Trainer does with its loss.

@@ -169,9 +169,9 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
         name = "" if caller is None else caller.f_code.co_name
         known = caller.f_locals if caller is not None and name in _READERS_OF_KEYS else {}
         if name == "_validate_callbacks_list":
-            self._place = self._place_among(known.get("callbacks", ()))
-        saved = known.get("callback_states") or {}
-        return self._key_before if self._key_before in saved and self._key_of_state not in saved else self._key_of_state
+            self._number_among(known.get("callbacks", ()))
+        trainer = known.get("trainer")
+        return self._key_among(known.get("callback_states") or (), () if trainer is None else trainer.callbacks)
 
     def _observe(
         self, trainer: Any, pl_module: Any, *, whole: bool = False, after_batch: bool = False, again: bool = False

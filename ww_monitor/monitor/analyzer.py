@@ -41,7 +41,7 @@ class Analyzer:
 
     def _forget(self) -> None:
         self._frozen_rows, self._frozen_on_ranks = FrozenRowCache(), FrozenRows()
-        self.baseline: Baseline | None = None
+        self._baseline: Baseline | None = None
         self.before: Before | None = None
         self._background: Background[WeightCopy, Snapshot] = Background(self._analyse, prepare=hold_to_one_thread)
 
@@ -49,6 +49,11 @@ class Analyzer:
     def busy(self) -> bool:
         """Whether the background has work."""
         return not self._background.idle
+
+    @property
+    def has_baseline(self) -> bool:
+        """Whether the weights that distances count from are known."""
+        return self._baseline is not None
 
     def reads_now(self, *, whole: bool) -> bool:
         """Whether an analysis reads weights before it returns, and so waits for what made them."""
@@ -68,8 +73,8 @@ class Analyzer:
         Returns:
             The snapshot, or `None` where the background makes it.
         """
-        if self.track_delta and self.baseline is None:
-            self.baseline = Baseline.capture(items)
+        if self.track_delta and self._baseline is None:
+            self._baseline = Baseline.capture(items)
         checked = Checked({}, {}) if self.across_ranks else self._frozen_rows.check(items)
         now = self.reads_now(whole=whole)
         update = self._update_to(step, items, copied=not now)
@@ -99,7 +104,7 @@ class Analyzer:
         start = perf_counter()
         at: dict[str, Any] = {"step": taken.step, "epoch": taken.epoch}
         with taken.reading():
-            moved = None if self.baseline is None else self.baseline.drift(taken.items)  # while every copy is there
+            moved = None if self._baseline is None else self._baseline.drift(taken.items)  # while every copy is there
             changed = None if taken.update is None else taken.update.changes(taken.items)
             if self.across_ranks:
                 frozen = self._frozen_on_ranks

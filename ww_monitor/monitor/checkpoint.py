@@ -10,8 +10,9 @@ from typing import Any
 
 from ww_monitor.record import History, Layer, Snapshot
 
-SHOWN = ("alpha", "num_traps", "trap_headroom")
-"""Metrics that the first and the last snapshot keep for the table at the end of a run (`ww_monitor.sinks.console`)."""
+SHOWN = ("alpha", "sigma", "num_traps", "trap_headroom", "mean_shift")
+"""Metrics that the first and the last snapshot keep: for the table at the end of a run (`ww_monitor.sinks.console`),
+and for rules that compare a snapshot with the one before."""
 
 _CHANGING = ("status", "verdict", "phase", "step")
 """Of a row, beside its metrics, what may change from one snapshot to the next."""

@@ -107,6 +107,8 @@ class Monitor(Stepping):
         self._waited = 0.0
         self._published = 0
         self._notes: list[Finding] = []
+        self.place = ""
+        """The folder of the run's history, for the run that continues it."""
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -372,7 +374,9 @@ class Monitor(Stepping):
         return {
             "last_step": self.last_step,
             "stop_reason": self.stop_reason,
-            "packed": checkpoint.compress({**self.findings.state(), **past, "spectra": self._spectra.state()}),
+            "packed": checkpoint.compress(
+                {**self.findings.state(), **past, "spectra": self._spectra.state(), "place": self.place}
+            ),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -383,6 +387,7 @@ class Monitor(Stepping):
         self.findings.load(past, stop_reason=stop_reason)
         self._spectra.load(past.get("spectra", {}))
         self.last_step, self._passed, self.history = last_step, None, history
+        self.place = past.get("place", "")
 
 
 def _rows(snapshot: Snapshot) -> int:

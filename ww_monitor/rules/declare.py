@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 from ww_monitor.record import Finding, History, Layer, Rule, Severity
 
@@ -40,6 +41,24 @@ def looks_back(*metrics: str) -> Callable[[_Function], _Function]:
         return rule
 
     return declare
+
+
+def lasting(rule: _Function) -> _Function:
+    """The rule that still finds what held one snapshot before: a value about a threshold does not flap.
+
+    Of earlier snapshots only the last is read, with what a checkpoint keeps of it (`ww_monitor.monitor.checkpoint`).
+    """
+    finds = cast("Callable[..., Iterable[Finding]]", rule)
+
+    @wraps(rule)
+    def lasts(history: History, **thresholds: Any) -> Iterator[Finding]:
+        now = list(finds(history, **thresholds))
+        yield from now
+        held = finds(History(history.snapshots[:-1]), **thresholds) if len(history) > 1 else ()
+        found = {finding.layer for finding in now}
+        yield from (one for one in held if one.layer not in found and history.last.named(one.layer))
+
+    return cast("_Function", lasts)
 
 
 def metrics_of_the_past(rules: Iterable[Rule]) -> frozenset[str] | None:

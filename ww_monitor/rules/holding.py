@@ -97,7 +97,6 @@ class Holding:
     def clear(self) -> None:
         """A new run begins."""
         self.active: list[Finding] = []
-        self.absent: set[tuple[str, str]] = set()
         self.held: Counter[tuple[str, str]] = Counter()
         self.stop_reason = ""
 
@@ -115,22 +114,10 @@ class Holding:
             except Exception as error:  # noqa: BLE001 - a rule of the user's costs its own findings only
                 failed(name_of(rule), error)
                 holding += [finding for finding in self.active if finding.rule == name_of(rule)]
-        now = [*holding, *self._absent_once(holding)]
-        told = transitions(self.active, now, step=history.last.step)
-        self.active = now
+        told = transitions(self.active, holding, step=history.last.step)
+        self.active = holding
         self._count(holding)
         return told
-
-    def _absent_once(self, holding: Sequence[Finding]) -> list[Finding]:
-        """What has not held for one snapshot goes on, unless it is critical.
-
-        So a value about its threshold does not begin and end by turns.
-        """
-        now = {(finding.rule, finding.layer) for finding in holding}
-        missing = [one for one in self.active if one.severity != "critical" and (one.rule, one.layer) not in now]
-        kept = [one for one in missing if (one.rule, one.layer) not in self.absent]
-        self.absent = {(one.rule, one.layer) for one in kept}
-        return kept
 
     def _count(self, holding: Sequence[Finding]) -> None:
         keys = {(finding.rule, finding.layer) for finding in holding}
@@ -148,7 +135,6 @@ class Holding:
         """Plain Python values that `load` continues from."""
         return {
             "active": [asdict(finding) for finding in self.active],
-            "absent": [list(key) for key in sorted(self.absent)],
             "held": [[rule, layer, count] for (rule, layer), count in sorted(self.held.items())],
         }
 
@@ -156,7 +142,6 @@ class Holding:
         """Continue where the state was taken; one that shall not stop forgets the reason."""
         active = [Finding(**finding) for finding in state["active"]]
         self.held = Counter({(rule, layer): count for rule, layer, count in state["held"]})
-        self.absent = {(rule, layer) for rule, layer in state.get("absent", ())}
         self.active, self.stop_reason = active, stop_reason if self.stop_on else ""
 
 

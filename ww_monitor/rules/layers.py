@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from ww_monitor.record import Finding, History, Layer, Severity
-from ww_monitor.rules.declare import BROKEN, finding_of, looks_back
+from ww_monitor.rules.declare import BROKEN, finding_of, lasting, looks_back
 
 
 @looks_back()
@@ -71,6 +71,7 @@ def trap_approaching(history: History, *, headroom: float = 0.8, rise: float = 1
 
 
 @looks_back()
+@lasting
 def mean_shift(history: History, *, ratio: float = 1.0) -> Iterator[Finding]:
     """The mean of the entries makes an outlier of its own; weightwatcher counts it as a trap, it is none."""
     for layer in history.last.layers:
@@ -81,6 +82,7 @@ def mean_shift(history: History, *, ratio: float = 1.0) -> Iterator[Finding]:
 
 
 @looks_back()
+@lasting
 def over_trained(history: History, *, alpha: float = 2.0, sigmas: float = 2.0) -> Iterator[Finding]:
     """Alpha is below 2 by more than `sigmas` of its own standard error, and the power law fits (verdict `ok`).
 
@@ -88,13 +90,14 @@ def over_trained(history: History, *, alpha: float = 2.0, sigmas: float = 2.0) -
     only: in 24 of 40 runs that kept their accuracy it held three times in a row (`benchmarks/evidence`).
     """
     for layer in history.last.layers:
-        value, sigma = layer.value("alpha"), layer.value("sigma")
-        if layer.verdict == "ok" and value + sigmas * sigma < alpha:
+        value, sigma = (layer.value(name) if layer.verdict == "ok" else float("nan") for name in ("alpha", "sigma"))
+        if value + sigmas * sigma < alpha:
             message = f"alpha {value:.2f} ± {sigma:.2f} is below {alpha:g}: very heavy-tailed, over-trained"
             yield finding_of(history, over_trained, layer, "info", message)
 
 
 @looks_back()
+@lasting
 def under_trained(
     history: History, *, snapshots: int = 3, alpha: float = 6.0, sigmas: float = 2.0
 ) -> Iterator[Finding]:
@@ -118,7 +121,7 @@ def under_trained(
                 yield finding_of(history, under_trained, layer, "info", message)
 
 
-@looks_back("alpha")
+@looks_back()
 def other_layers(history: History) -> Iterator[Finding]:
     """The model's alpha is the mean over other layers than one snapshot before; over those known at both it is told."""
     if len(history) < 2:
