@@ -27,6 +27,7 @@ from ww_monitor.sinks.jsonl import JsonLines
 from ww_monitor.walk.torch import walk
 mode, phase, path = sys.argv[1:]
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+signal.signal(signal.SIGINT, signal.default_int_handler)
 net = torch.nn.Linear(1500, 1500) if phase == "analysis" else torch.nn.Linear(64, 64)
 asked = []
 def stop(*_):
