@@ -41,7 +41,7 @@ def main() -> None:
         eval_strategy="steps",
         eval_steps=20,
         save_strategy="best",
-        metric_for_best_model="ww_num_traps",  # any model-level metric; "loss" works as ever
+        metric_for_best_model="ww_alpha",  # any model-level metric; "loss" works as ever
         greater_is_better=False,
         use_cpu=True,
     )

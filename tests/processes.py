@@ -43,6 +43,12 @@ def start_python(*arguments: str, output: IO[bytes] | IO[str], **more: str) -> s
     return subprocess.Popen(command, env=environment(**more), stdout=output, stderr=subprocess.STDOUT)
 
 
+def start_quietly(*arguments: str) -> subprocess.Popen[str]:
+    """`python *arguments` in the background, what it prints to be read while it runs; its complaints are lost."""
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(), stderr=subprocess.DEVNULL)
+
+
 @contextmanager
 def ask_python(script: Path, timeout: float = 240) -> Iterator[Callable[..., Any]]:
     """A process that stays for many questions: what is called with goes to it as a line of JSON, a line comes back.

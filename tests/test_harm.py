@@ -181,7 +181,7 @@ class Loop(Adapter):
     """A trainer of our own, of which nothing but the weights changes."""
 
     def train(self, model, *, steps=6):
-        self._open(step=0, folder=None, print_line=None)
+        self._open(step=0, folder=lambda: None, print_line=None)
         for step in range(steps):
             if self.monitor.due(step):
                 self._snapshot(model, step=step, epoch=None, whole=True)

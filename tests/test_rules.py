@@ -261,7 +261,7 @@ def test_the_cost_of_all_rules_is_linear_in_layers_and_bounded_in_snapshots(snap
     (few_reads, few_names), (many_reads, many_names) = cost(10), cost(100)
     assert (many_reads, many_names) == (10 * few_reads, 10 * few_names)
     assert many_reads <= 100 * (looked_at + len(TRAINING_RULES))
-    assert many_names <= 100 * (2 * looked_at + 16)
+    assert many_names <= 100 * (2 * looked_at + 2 * len(TRAINING_RULES))
 
 
 # --- trends

@@ -242,6 +242,7 @@ def seen(folder: Path) -> dict:
     watched = monitor(folder, 100, sinks=[TensorBoard(folder / "tb")])
     best = keras.callbacks.ModelCheckpoint(folder / "{epoch}.keras", monitor="ww_alpha", mode="min", verbose=0)
     stopper = keras.callbacks.EarlyStopping(monitor="ww_alpha", mode="min", min_delta=1e6, patience=2)
+    folder.mkdir()
     table = keras.callbacks.CSVLogger(str(folder / "log.csv"))
     log = fit(net(), watched, best, stopper, table, epochs=6)
     with (folder / "log.csv").open() as file:

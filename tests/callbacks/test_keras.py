@@ -155,7 +155,7 @@ def test_of_several_optimizers_the_one_that_has_done_most_counts(tmp_path):
 
 def test_the_logs_of_an_epoch_have_every_value_from_the_first_on(tmp_path):
     """The last known ones, as plain floats under the same keys, also where none is due."""
-    logs, monitor = Logs(), spectral_monitor(tmp_path, 12)
+    logs, monitor = Logs(), spectral_monitor(tmp_path, 12, publish="all")
     fit(make_model(), monitor, logs, epochs=4)
     history = monitor.monitor.history
     assert steps_of(history) == [0, 12, 24, 32]

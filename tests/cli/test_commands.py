@@ -281,7 +281,7 @@ def test_a_run_is_followed_as_it_grows_and_begins_anew(tmp_path):
     path = tmp_path / "ww_history.jsonl"
     run = Following(path)
     assert not run.read(now=0.0)
-    assert "no snapshot yet" in drawn(view(run, layers=3, now=0.0))
+    assert "no snapshot yet" in " ".join(drawn(view(run, layers=3, now=0.0)).split())
     lines = history_of(path, steps=(0, 10, 20, 30)).read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + lines[1][:30])
     assert run.read(now=0.0)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.histories import steps_of
 from tests.matrices import draw, matrix
-from tests.processes import environment
+from tests.processes import start_quietly
 from tests.registries import before_measurement
 from ww_monitor import History
 from ww_monitor.engine import Options, analyze_matrices
@@ -53,10 +53,7 @@ finally:
 
 def run_to_its_end(mode, size, how, path):
     """Exit code, seconds from a signal to the return of the loop, steps in the file."""
-    command = [sys.executable, "-c", SCRIPT, mode, str(size), how, str(path)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=environment(), stderr=subprocess.DEVNULL
-    ) as run:
+    with start_quietly("-c", SCRIPT, mode, str(size), how, str(path)) as run:
         assert run.stdout.readline() == "begun\n"
         if how != "end":
             time.sleep(0.5)

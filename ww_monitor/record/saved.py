@@ -112,7 +112,7 @@ def _record_reader(kind: Any) -> Callable[[Any], Any]:
 
 def _tuple_reader(read: Callable[[Any], Any], length: int | None) -> Callable[[Any], Any]:
     def read_all(value: Any) -> Any:
-        found = tuple([read(one) for one in _a(list, value)])
+        found = tuple([read(one) for one in (value if isinstance(value, tuple) else _a(list, value))])
         return found if length in (None, len(found)) else _refuse(value, f"{length} values", ValueError)
 
     return read_all

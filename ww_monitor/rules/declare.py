@@ -27,6 +27,7 @@ def looks_back(*metrics: str) -> Callable[[_Function], _Function]:
     A run that a checkpoint resumes knows those, and of every earlier layer its name, kind, role, shape, status,
     verdict and phase, and the model's values; no histogram, no trap entries.
 
+    >>> from ww_monitor.rules import trap
     >>> @looks_back("alpha")
     ... def alpha_falls(history):
     ...     for layer in history.last.layers:
@@ -83,6 +84,8 @@ def finding_of(
 def named(rule: Rule) -> str:
     """A rule in words, the same in every process.
 
+    >>> from functools import partial
+    >>> from ww_monitor.rules import trap
     >>> named(partial(trap, at_least=2.0))
     'trap(at_least=2.0)'
     """

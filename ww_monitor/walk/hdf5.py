@@ -169,7 +169,7 @@ def _last_words(keys: list[str]) -> dict[str, str]:
 def _attributes(values: list[Any], word: str) -> dict[str, str]:
     """What the numbered variables of a layer are called in it: the kernel first; of a cell the recurrent one second."""
     shapes = [tuple(value.shape) for value in values]
-    names = ["embeddings" if "embedding" in word else "kernel"]
+    names = ["embeddings" if "embedd" in word else "kernel"]
     if word.endswith("cell") and len(shapes) > 1:
         names += ["recurrent_kernel", "bias"]
     elif word.startswith("separable_conv"):
