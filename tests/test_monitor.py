@@ -840,7 +840,7 @@ def test_what_training_had_queued_is_waited_for_by_a_look_that_reads_now_and_is_
         now[0] += 1.0
         return record.Snapshot((), step=where["step"])
 
-    monkeypatch.setattr("ww_monitor.monitor.monitor.perf_counter", lambda: now[0])
+    monkeypatch.setattr("ww_monitor.monitor.pacing.perf_counter", lambda: now[0])
     monkeypatch.setattr("ww_monitor.monitor.monitor.wait_for_queued", wait)
     watcher = Monitor(every_n_steps=1, **arguments)
     watcher.budget = schedule.Budget(clock=lambda: now[0])

@@ -17,10 +17,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from torch import nn
 
-from tests.browser import CHROMIUM, FLAGS, NEEDS_A_BROWSER
+from tests.browser import CHROMIUM, FLAGS, NEEDS_A_BROWSER, train
 from tests.processes import start_python
 from ww_monitor import History, Monitor, plots
 from ww_monitor.sinks.heatmap import alpha_colours
@@ -32,29 +31,15 @@ SECONDS = 60
 pytestmark = NEEDS_A_BROWSER
 
 
-def train(folder: Path) -> History:
-    """A few steps with the monitor looking; an entry of `encoder.2` is set to make a trap on the way."""
+def recorded(folder: Path) -> History:
+    """What TensorBoard has in the folder, and the monitor in memory."""
     from ww_monitor.sinks.tensorboard import TensorBoard
 
-    torch.manual_seed(0)
-    net = nn.ModuleDict(
-        {"encoder": nn.Sequential(nn.Linear(48, 96), nn.ReLU(), nn.Linear(96, 64)), "head": nn.Linear(64, 24)}
-    )
-    figures = plots.SpectralFigures(["encoder.2"], every=4, matrices=lambda: walk(net))
-    monitor = Monitor(every_n_steps=5, sinks=[TensorBoard(folder, figures=figures)])
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
-    x, y = torch.randn(64, 48), torch.arange(64) % 24
-    for step in range(41):
-        if monitor.due(step):
-            monitor.observe(walk(net), step=step)
-        if step == 22:
-            with torch.no_grad():
-                net["encoder"][2].weight[3, 4] = 3.0
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(net["head"](net["encoder"](x)), y).backward()
-        optimizer.step()
-    monitor.close()
-    return monitor.history
+    def watching(net: nn.Module) -> Monitor:
+        figures = plots.SpectralFigures(["encoder.2"], every=4, matrices=lambda: walk(net))
+        return Monitor(every_n_steps=5, sinks=[TensorBoard(folder, figures=figures)])
+
+    return train(watching).history
 
 
 def free_port() -> int:
@@ -82,7 +67,7 @@ def board(tmp_path_factory):
     """The address of a TensorBoard over a real run, and the history of that run."""
     pytest.importorskip("tensorboard", reason="it is looked at itself; `pip install tensorboard`")
     folder = tmp_path_factory.mktemp("board")
-    history = train(folder / "logs" / "run")
+    history = recorded(folder / "logs" / "run")
     log, port = folder / "tensorboard.log", free_port()
     command = ["-m", "tensorboard.main", "--logdir", str(folder / "logs"), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--load_fast=false", "--reload_interval", "2"]

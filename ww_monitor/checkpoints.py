@@ -16,7 +16,7 @@ from ww_monitor.analysis import Progress, SourceOptions
 from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.errors import InvalidArgument, NoSuchFile, WWMonitorError
 from ww_monitor.monitor.drift import LastSpectra
-from ww_monitor.record import History, Snapshot
+from ww_monitor.record import History, Snapshot, begins_as_ours
 from ww_monitor.rules import LOOKBACK, TRAINING_RULES, Holding
 from ww_monitor.settings import AnalysisOptions, warn
 from ww_monitor.signatures import taking
@@ -32,7 +32,6 @@ _STEP_NAME, _EPOCH_NAME = (
     re.compile(rf"(?<![a-z])(?:{words})s?[=_.-]?(\d+)", re.IGNORECASE) for words in ("step|iter|iteration", "epoch")
 )
 _WHOLE = re.compile(r"(?<!\d)(?<!\d\.)\d+(?!\d|\.\d)")
-_HEAD = b'{"schema":'  # how a line of a history begins
 _MOST_STATE = 1 << 28  # bytes of a trainer_state.json, which grows with the log of the run
 
 
@@ -225,7 +224,7 @@ def _saved(path: Path) -> History:
         whole, _, last = data.rpartition(b"\n")
         if last and _is_json(last):  # killed before the end of the line alone was written
             file.write(b"\n")
-        elif last and last.startswith(_HEAD[: len(last)]):
+        elif last and begins_as_ours(last):
             file.truncate(len(data) - len(last))
             last = b""
     saved = History.read(path) if whole or last else History()

@@ -23,21 +23,21 @@ import torch
 
 from tests.test_contracts_callbacks import FRAMEWORKS, Run
 
-ADAPTER = "ww_monitor.callbacks._adapter"
+ADAPTER, SESSION = "ww_monitor.callbacks._adapter", "ww_monitor.callbacks._session"
 MONITOR = "ww_monitor.monitor.monitor"
 
 COLLABORATORS = (
     f"{ADAPTER}.walk_source",
-    f"{ADAPTER}.table",
-    f"{ADAPTER}.Session.__init__",
-    f"{ADAPTER}.Session.announce",
-    f"{ADAPTER}.Session.say",
-    f"{ADAPTER}.Session.show_table",
-    f"{ADAPTER}.Session.close",
-    f"{ADAPTER}.JsonLines.__init__",
-    f"{ADAPTER}.JsonLines.write",
-    f"{ADAPTER}.JsonLines.close",
-    f"{ADAPTER}.Console.write",
+    f"{SESSION}.table",
+    f"{SESSION}.Session.__init__",
+    f"{SESSION}.Session.announce",
+    f"{SESSION}.Session.say",
+    f"{SESSION}.Session.show_table",
+    f"{SESSION}.Session.close",
+    f"{SESSION}.JsonLines.__init__",
+    f"{SESSION}.JsonLines.write",
+    f"{SESSION}.JsonLines.close",
+    f"{SESSION}.Console.write",
     f"{ADAPTER}.Dashboards.update",
     f"{ADAPTER}.Dashboards.finish",
     f"{ADAPTER}.Adapter._open",

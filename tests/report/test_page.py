@@ -11,13 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
-from tests.browser import CHROMIUM, FLAGS, NEEDS_A_BROWSER
+from tests.browser import CHROMIUM, FLAGS, NEEDS_A_BROWSER, train
 from ww_monitor import Finding, History, Layer, Monitor, Snapshot, write_report
 from ww_monitor.sinks.jsonl import JsonLines
-from ww_monitor.walk.torch import walk
 
 pytest.importorskip("plotly", reason="its script is in the page; `pip install plotly`")
 pytestmark = NEEDS_A_BROWSER
@@ -60,25 +57,9 @@ CONTRAST = """() => {
 """Every text in sight and the contrast of its colour with what is behind it (WCAG 2.1)."""
 
 
-def train(folder: Path) -> History:
-    """A few steps with the monitor looking; an entry of `encoder.2` is set to make a trap on the way."""
-    torch.manual_seed(0)
-    net = nn.ModuleDict(
-        {"encoder": nn.Sequential(nn.Linear(48, 96), nn.ReLU(), nn.Linear(96, 64)), "head": nn.Linear(64, 24)}
-    )
-    monitor = Monitor(every_n_steps=5, sinks=[JsonLines(folder / "ww_history.jsonl")])
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
-    x, y = torch.randn(64, 48), torch.arange(64) % 24
-    for step in range(41):
-        if monitor.due(step):
-            monitor.observe(walk(net), step=step)
-        if step == 22:
-            with torch.no_grad():
-                net["encoder"][2].weight[3, 4] = 3.0
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(net["head"](net["encoder"](x)), y).backward()
-        optimizer.step()
-    monitor.close()
+def recorded(folder: Path) -> History:
+    """The history file of a run."""
+    train(lambda net: Monitor(every_n_steps=5, sinks=[JsonLines(folder / "ww_history.jsonl")]))
     return History.read(folder / "ww_history.jsonl")
 
 
@@ -92,7 +73,7 @@ def hostile() -> Snapshot:
 
 @pytest.fixture(scope="module")
 def history(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("run"))
+    return recorded(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")

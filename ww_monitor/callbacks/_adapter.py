@@ -1,4 +1,4 @@
-"""What every callback does alike: its arguments, and the session of one training run around a Monitor."""
+"""What every callback does alike: its arguments, and what its hooks share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from copy import copy
 from functools import wraps
 from pathlib import Path
 from types import FrameType
@@ -16,24 +15,21 @@ from typing import Any, TypeVar, cast
 import torch
 
 from ww_monitor.callbacks._apart import StateKey, place_in
+from ww_monitor.callbacks._session import Session
 from ww_monitor.callbacks._watched import Watched
 from ww_monitor.engine import Options
 from ww_monitor.harm import trap_harm
 from ww_monitor.matrix import Matrix
 from ww_monitor.monitor import Monitor
-from ww_monitor.record import Sink, Skipped, Snapshot
+from ww_monitor.record import Skipped, Snapshot
 from ww_monitor.settings import AnalysisOptions, CallbackOptions, RunOptions, Select
 from ww_monitor.signatures import method_taking
-from ww_monitor.sinks.console import Console, table
-from ww_monitor.sinks.jsonl import JsonLines
 from ww_monitor.sinks.published import Published
 from ww_monitor.sinks.trackers import Dashboards
 from ww_monitor.walk.sources import Source, walk_source
 
 _Kind = TypeVar("_Kind")
 _Hook = TypeVar("_Hook", bound=Callable[..., Any])
-
-HISTORY_FILE = "ww_history.jsonl"
 
 
 def hook(function: _Hook) -> _Hook:
@@ -234,12 +230,12 @@ class Adapter:
 
     def _sample(self, model: Source) -> list[float]:
         """A few numbers of every matrix that trains, which tell whether somebody has exchanged the weights."""
-        sample: list[float] = []
         with suppress(Exception), torch.no_grad():  # what cannot be read fails in the analysis, and is said there
             items = [item for item in self.monitor.select.apply(self._walk(model)) if isinstance(item, Matrix)]
             trained = [item for item in items if not item.frozen and item.shards is None]
-            sample += [float(item.load()[0, :8].sum(dtype=torch.float64)) for item in trained]
-        return sample
+            sums = [item.load()[0, :8].sum(dtype=torch.float64) for item in trained]
+            return torch.stack([one.to(sums[0].device) for one in sums]).tolist()  # one wait for the device
+        return []
 
     def _are_exchanged(self, model: Source, step: int) -> bool:
         """Whether the model has other weights than those of the snapshot of this step, such as averages."""
@@ -295,68 +291,6 @@ class Adapter:
             self.monitor.load_state_dict(state)
             self._history_name = state["history_file"]
             self._resumed = True
-
-
-class Session:
-    """One training run on the process that analyses: its history file, its console lines, its monitor.
-
-    Args:
-        monitor: Keeps the state; outlives the session.
-        folder: Where the history file goes; `None` writes none.
-        print_line: Where console lines go; `None` prints none.
-        continues: Name of the history file of the run that this one continues, or `""`.
-    """
-
-    def __init__(
-        self, monitor: Monitor, *, folder: Path | None, print_line: Callable[[str], object] | None, continues: str = ""
-    ) -> None:
-        self.monitor = monitor
-        self.print_line = print_line
-        self._file = None if folder is None else JsonLines(folder / (continues or HISTORY_FILE), own=not continues)
-        self._own: list[Sink] = [] if self._file is None else [self._file]
-        if print_line is not None:
-            self._own.append(Console(print_line))
-        monitor.sinks.extend(self._own)
-
-    @property
-    def history_name(self) -> str:
-        """The name of the history file, for the run that continues this one; `""` where none was made."""
-        return "" if self._file is None or self._file.own else self._file.path.name
-
-    def without_own(self) -> Monitor:
-        """The monitor without the sinks of this session, for a copy that another run may begin with."""
-        monitor = copy(self.monitor)
-        monitor.sinks = [sink for sink in monitor.sinks if sink not in self._own]
-        return monitor
-
-    def announce(self, snapshot: Snapshot) -> None:
-        """One line: what is watched, what one analysis took, how often it runs, where the history goes."""
-        monitor = self.monitor
-        count = len(snapshot.layers)
-        parts = [f"watching {count} {'matrix' if count == 1 else 'matrices'}", f"{len(snapshot.skipped)} skipped"]
-        parts.append(f"an analysis takes {snapshot.seconds:.2g} s, {monitor.cadence}")
-        if self._file is not None:
-            parts.append(f"history in {self._file.path}")
-        self.say(", ".join(parts))
-
-    def say(self, line: str) -> None:
-        """A line on the console."""
-        if self.print_line is not None:
-            with self.monitor.guard("console", always=True):
-                self.print_line(f"ww_monitor: {line}")
-
-    def show_table(self) -> None:
-        """The layers, first → last."""
-        if self.print_line is not None and len(self.monitor.history) > 1:
-            with self.monitor.guard("console table", always=True):
-                self.print_line(table(self.monitor.history))
-
-    def close(self) -> None:
-        """Close all sinks and take the session's own off the monitor."""
-        try:
-            self.monitor.close()
-        finally:
-            self.monitor.sinks = self.without_own().sinks
 
 
 def calling_object(kind: type[_Kind]) -> _Kind | None:

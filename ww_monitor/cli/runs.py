@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -81,19 +80,6 @@ def _history(run: Sequence[str]) -> Path | None:
     return path
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """What is wrong with a file is said with its name."""
-    try:
-        yield
-    except WWMonitorError as error:
-        if str(path) in str(error):
-            raise
-        raise WWMonitorError(f"{path}: {error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise WWMonitorError(f"{path} is no history: {type(error).__name__}: {error}") from error
-
-
 def _judged(path: Path) -> Iterator[Snapshot]:
     """The snapshots of a history file with the findings that today's rules see begin and end."""
     holding, seen = Holding(TRAINING_RULES, stop_on=None, patience=1), History()
@@ -101,14 +87,13 @@ def _judged(path: Path) -> Iterator[Snapshot]:
     def failed(rule: str, error: Exception) -> None:
         raise WWMonitorError(f"{path}: rule {rule} failed: {type(error).__name__}: {error}") from error
 
-    with _reading(path):
-        history = History.read(path)
-        if not len(history):
-            raise InvalidArgument(f"replay: {path}: expected a snapshot, got none")
-        for snapshot in history:
-            seen.append(snapshot)
-            seen.forget(latest=LOOKBACK + 1)
-            yield snapshot.with_findings(holding.judge(seen, failed=failed))
+    history = History.read(path)
+    if not len(history):
+        raise InvalidArgument(f"replay: {path}: expected a snapshot, got none")
+    for snapshot in history:
+        seen.append(snapshot)
+        seen.forget(latest=LOOKBACK + 1)
+        yield snapshot.with_findings(holding.judge(seen, failed=failed))
 
 
 def _tell(snapshots: Iterator[Snapshot]) -> None:
@@ -118,10 +103,7 @@ def _tell(snapshots: Iterator[Snapshot]) -> None:
         seen.forget(latest=1)
         for finding in snapshot.findings:
             typer.echo(str(finding))
-    try:
-        typer.echo(table(seen))
-    except (TypeError, ValueError) as error:
-        raise WWMonitorError(f"replay: a layer has values that are no numbers: {error}") from error
+    typer.echo(table(seen))
 
 
 @app.command()
@@ -144,5 +126,4 @@ def watch(
     """Show a run while it is still writing: its worst layers, findings, and when the next analysis is due."""
     if not interval > 0 or layers < 1:
         raise typer.BadParameter(f"expected --interval > 0 and --layers >= 1; got {interval:g} and {layers}")
-    with _reading(run):
-        watch_run(run, interval=interval, layers=layers, once=once)
+    watch_run(run, interval=interval, layers=layers, once=once)

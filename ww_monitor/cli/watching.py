@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ww_monitor.cli.terminal import drawn, number, table_of
 from ww_monitor.errors import InvalidArgument, WWMonitorError
-from ww_monitor.record import Finding, History, Layer, Snapshot
+from ww_monitor.record import HISTORY_FILE, Finding, History, Layer, Snapshot
 from ww_monitor.report.recording import history_file
 from ww_monitor.rules import BROKEN
 from ww_monitor.sinks.console import MARK
@@ -64,8 +64,8 @@ class Following:
     def _take(self, line: bytes) -> bool:
         try:
             snapshot = Snapshot.from_dict(json.loads(line))
-        except WWMonitorError:
-            raise
+        except WWMonitorError as error:
+            raise WWMonitorError(f"watch: {self.path}: {error}") from error
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             self.damaged += bool(line.strip())
             return False
@@ -165,5 +165,5 @@ def watch_run(path: Path, *, interval: float, layers: int, once: bool) -> None:
 def _file(path: Path) -> Path:
     """The history file; of a folder that has none yet the one that a run would write."""
     if path.is_dir() and not any(path.rglob("*.jsonl")):
-        return path / "ww_history.jsonl"
+        return path / HISTORY_FILE
     return history_file(path)

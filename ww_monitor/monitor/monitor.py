@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from time import perf_counter
 from typing import Annotated, Any, ClassVar
 
 from ww_monitor.engine import Options, warm_up
@@ -20,17 +18,12 @@ from ww_monitor.monitor.queued import wait_for_queued
 from ww_monitor.monitor.stepping import Stepping
 from ww_monitor.record import UNREAD, Finding, History, Rule, Sink, Snapshot
 from ww_monitor.rules import LOOKBACK, TRAINING_RULES, Holding, metrics_of_the_past
-from ww_monitor.schedule import Budget, Schedule, never
-from ww_monitor.schedule import every_n_steps as schedule_every_n_steps
 from ww_monitor.settings import RunOptions, Select
 from ww_monitor.signatures import method_taking
 from ww_monitor.sinks.jsonl import JsonLines
 
 JOIN_SECONDS, INTERRUPTED_SECONDS = 60.0, 1.5
 """How long the end of a run waits for an analysis in the background, and that of an interrupted run."""
-
-WARN_AFTER_SECONDS = 60.0
-"""Time of a run before it is told that an explicit cadence costs more than its budget."""
 
 KEEP_ROWS = 20_000
 """Rows of layers up to which snapshots are kept in memory: a row takes some 3 KB, hence at most some 64 MB (our
@@ -78,7 +71,9 @@ class Monitor(Stepping):
             InvalidArgument: naming the argument, its value and the choices.
         """
         self.options = given.options or Options()
-        super().__init__(strict=self.options.strict)
+        super().__init__(
+            given, Analyzer(self.options, given, across_ranks=given.across_ranks), strict=self.options.strict
+        )
         if given.stop_on in ("traps", "harmful_traps") and "num_traps" not in {
             metric.name for metric in self.options.chosen
         }:
@@ -86,26 +81,15 @@ class Monitor(Stepping):
                 f"Monitor: stop_on={given.stop_on!r} needs the metric 'num_traps', which these options leave out; got"
                 f" metrics={self.options.metrics!r} with preset={self.options.preset!r}; name it, or use 'all'"
             )
-        self.every_n_steps, self.every_n_epochs = given.every_n_steps, given.every_n_epochs
-        self.within_budget = self.every_n_steps is None and self.every_n_epochs is None
-        self.schedule: Schedule = never if self.every_n_steps is None else schedule_every_n_steps(self.every_n_steps)
-        self.budget = Budget(given.max_overhead)
         rules = TRAINING_RULES if given.rules is None else given.rules
         self.findings = Holding(rules, stop_on=given.stop_on, patience=given.patience)
         self.sinks: list[Sink] = list(given.sinks)
         self.keep = given.keep
         self.select = given.select or Select()
-        self.analyzer = Analyzer(self.options, given, across_ranks=given.across_ranks)
         self.history = History()
         self._spectra = LastSpectra()
         self.harm: Callable[[Snapshot], Mapping[str, float]] | None = None
         """By layer, what the outputs owe to its trap, as `ww_monitor.trap_harm` measures it; a callback sets it."""
-        self.last_step: int | None = None
-        self._passed: int | None = None
-        self._next_step: int | None = None
-        self._timing = False
-        self._waited = 0.0
-        self._published = 0
         self._notes: list[Finding] = []
         self.place = ""
         """The folder of the run's history, for the run that continues it."""
@@ -119,14 +103,6 @@ class Monitor(Stepping):
     def stop_reason(self) -> str:
         """Why the run should end, `""` while it should not."""
         return self.findings.stop_reason
-
-    @property
-    def cadence(self) -> str:
-        """How often it analyses, in words."""
-        if self.within_budget:
-            return f"as often as {100 * self.budget.share:.3g} % of the run's time allows"
-        every = ((self.every_n_steps, "step"), (self.every_n_epochs, "epoch"))
-        return " and ".join(f"every {f'{n} {what}s' if n > 1 else what}" for n, what in every if n is not None)
 
     @property
     def across_ranks(self) -> bool:
@@ -153,60 +129,7 @@ class Monitor(Stepping):
     def due(self, step: int) -> bool:
         """Whether an analysis is due at optimizer step `step`; ask once a step."""
         self._begin_anew_before(step, after=self._passed)
-        if step == self.last_step:
-            return False
-        self.budget.tick(step, busy=self.analyzer.busy)
-        due = self._due_within_budget(step) if self.within_budget else self.schedule(step, self.last_step)
-        self._passed = self._passed if due else step
-        return due
-
-    def awaits(self, step: int) -> bool:
-        """Whether an analysis will be due at a coming step, as far as is known; changes nothing, unlike `due`."""
-        if self.within_budget:
-            return self.last_step is None or (self._next_step is not None and step >= self._next_step)
-        return self.schedule(step, self.last_step)
-
-    def _due_within_budget(self, step: int) -> bool:
-        if self.last_step is None:
-            return True
-        if self._next_step is None and self.budget.can_plan(step):
-            with self.guard("planning"):
-                planned = self.analyzer.agreed(self.budget.plan(step))
-                if planned is not None and self.analyzer.track_updates:  # the weights before it are to be copied
-                    planned = max(planned, step + 1)
-                self._next_step = planned
-        return self._next_step is not None and step >= self._next_step
-
-    def due_at_epoch_end(self, epoch: int, step: int) -> bool:
-        """Whether to analyse after epoch number `epoch` (from 0), which ended at optimizer step `step`."""
-        return self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs == 0 and step != self.last_step
-
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Time that training stands still, whatever is done in it; the outermost counts.
-
-        What training had queued on its accelerator before an analysis is training's time, though the analysis waits.
-        """
-        if self._timing:
-            yield
-            return
-        self._timing, self._waited, start, before = True, 0.0, perf_counter(), self._published
-        try:
-            yield
-        finally:
-            self._timing = False
-            self.budget.spent(perf_counter() - start - self._waited, complete=self._published > before)
-            self._warn_of_overhead()
-
-    def _warn_of_overhead(self) -> None:
-        budget = self.budget
-        if self.within_budget or budget.elapsed < WARN_AFTER_SECONDS or budget.overhead <= budget.share:
-            return
-        self.say_once(
-            "overhead",
-            f"training has lost {budget.overhead:.1%} of its time to {self.cadence}, more than max_overhead="
-            f"{budget.share:.3g}; leave the cadence out and it will keep within it",
-        )
+        return super().due(step)
 
     def observe(
         self, matrices: Iterable[Matrix | Skipped], *, step: int, epoch: int | None = None, whole: bool = False

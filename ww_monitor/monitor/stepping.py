@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.monitor.analyzer import Analyzer
-from ww_monitor.monitor.guarded import Guarded
+from ww_monitor.monitor.pacing import Pacing
 from ww_monitor.monitor.queued import wait_for_queued
 from ww_monitor.monitor.update import Before
 from ww_monitor.settings import Select
 
 
-class Stepping(Guarded):
+class Stepping(Pacing):
     """The part of a `Monitor` that is called before updates."""
 
-    analyzer: Analyzer
     select: Select
-    _waited: float
-
-    @abstractmethod
-    def awaits(self, step: int) -> bool:
-        """Whether an analysis will be due at a coming step."""
-
-    @abstractmethod
-    def timed(self) -> AbstractContextManager[None]:
-        """Time that training stands still."""
 
     @contextmanager
     def step(

@@ -1,6 +1,6 @@
 """What was seen: snapshots, findings and their history, as plain frozen data that outlives the run."""
 
-from ww_monitor.record.history import History, Rule, Sink
+from ww_monitor.record.history import HISTORY_FILE, History, Rule, Sink, begins_as_ours, each_line
 from ww_monitor.record.saved import NAN
 from ww_monitor.record.snapshot import (
     SCHEMA,
@@ -17,6 +17,7 @@ from ww_monitor.record.snapshot import (
 )
 
 __all__ = [
+    "HISTORY_FILE",
     "NAN",
     "SCHEMA",
     "UNREAD",
@@ -30,6 +31,8 @@ __all__ = [
     "Skipped",
     "Snapshot",
     "TrapEntry",
+    "begins_as_ours",
+    "each_line",
     "layer_key",
     "summary_key",
 ]

@@ -9,18 +9,27 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, TypeVar, runtime_checkable
 
 from ww_monitor.errors import SpectralWarning, WWMonitorError
 from ww_monitor.record.notebook import Shown, table
 from ww_monitor.record.saved import NAN
 from ww_monitor.record.snapshot import Finding, Layer, Snapshot
 
+HISTORY_FILE = "ww_history.jsonl"
+"""What a run calls the file of its history."""
+
 _HEAD = b'{"schema":'
 """How a line of ours begins."""
 
+_DAMAGE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, MemoryError)
+"""What reading a line raises that is no snapshot."""
+
 _LONGEST_LINE = 1 << 29
 """Bytes that a line may have: some 200,000 layers, at 2 KB each (our choice)."""
+
+
+Read = TypeVar("Read")
 
 
 class History(Shown):
@@ -116,22 +125,15 @@ class History(Shown):
                 names the file and, where there is one, the line.
         """
         history, damaged, foreign = cls(), [], False
-        with _opened(path) as file:
-            for number, line in enumerate(_lines(file), start=1):
-                if not line.strip():
-                    continue
-                try:
-                    snapshot = Snapshot.from_dict(json.loads(line))
-                except WWMonitorError as error:
-                    raise WWMonitorError(f"History.read: line {number} of {path}: {error}") from error
-                except (ValueError, TypeError, RecursionError, MemoryError) as error:
-                    torn = isinstance(error, json.JSONDecodeError) and _begins_as_ours(line)
-                    foreign = foreign or not torn
-                    if not torn or line.endswith(b"\n"):
-                        damaged.append((number, error))
-                else:
-                    history._rewind(snapshot.step)
-                    history.append(snapshot)
+        for number, found, line in each_line(path, Snapshot.from_dict, where="History.read"):
+            if isinstance(found, Snapshot):
+                history._rewind(found.step)
+                history.append(found)
+                continue
+            torn = isinstance(found, json.JSONDecodeError) and begins_as_ours(line)
+            foreign = foreign or not torn
+            if not torn or line.endswith(b"\n"):
+                damaged.append((number, found))
         if damaged:
             said = f"line {_numbers([number for number, _ in damaged])} of {path} is no snapshot"
             said += f" ({type(damaged[0][1]).__name__}: {str(damaged[0][1])[:200]})"
@@ -141,8 +143,29 @@ class History(Shown):
         return history
 
 
+def each_line(
+    path: str | Path, read: Callable[[Any], Read], *, where: str
+) -> Iterator[tuple[int, Read | Exception, bytes]]:
+    """Number, what `read` makes of its JSON or the error of a damaged one, and bytes, of every line that is not blank.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        WWMonitorError: from `where`, if it cannot be read, or of a line that `read` refuses with one.
+    """
+    with _opened(path, where) as file:
+        for number, line in enumerate(_lines(file), start=1):
+            if not line.strip():
+                continue
+            try:
+                yield number, read(json.loads(line)), line
+            except WWMonitorError as error:
+                raise WWMonitorError(f"{where}: line {number} of {path}: {error}") from error
+            except _DAMAGE as error:
+                yield number, error, line
+
+
 @contextmanager
-def _opened(path: str | Path) -> Iterator[BinaryIO]:
+def _opened(path: str | Path, where: str) -> Iterator[BinaryIO]:
     """A regular file: reading a pipe would wait for whoever writes there."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -152,7 +175,7 @@ def _opened(path: str | Path) -> Iterator[BinaryIO]:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
-        raise WWMonitorError(f"History.read: {str(path)!r} cannot be read: {error}") from error
+        raise WWMonitorError(f"{where}: {str(path)!r} cannot be read: {error}") from error
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
@@ -164,7 +187,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
         yield line
 
 
-def _begins_as_ours(line: bytes) -> bool:
+def begins_as_ours(line: bytes) -> bool:
     """Whether it may be a part of a line of ours, as a killed run leaves it."""
     return line.startswith(_HEAD) or _HEAD.startswith(line.strip())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +11,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from ww_monitor.errors import InvalidArgument, WWMonitorError
-from ww_monitor.record import Finding, History, Snapshot
-
-HISTORY_FILE = "ww_history.jsonl"
+from ww_monitor.errors import InvalidArgument
+from ww_monitor.record import HISTORY_FILE, Finding, History, Snapshot, each_line
 
 MAX_ROWS = 1_048_576
 """Rows (a layer at a snapshot) whose metrics are kept: 1,000 layers at 1,000 snapshots."""
@@ -230,20 +227,11 @@ def recorded(run: History | Iterable[Snapshot] | Snapshot | str | Path) -> Recor
 
 
 def _read(path: Path, recording: Recording) -> None:
-    damaged, number = [], 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                recording.add(json.loads(line))
-            except WWMonitorError as error:
-                raise WWMonitorError(f"report: line {number} of {path}: {error}") from error
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-                damaged.append(number)
+    lines = each_line(path, recording.add, where="report")
+    damaged = [number for number, found, _ in lines if isinstance(found, Exception)]
     if damaged:
-        lines = f"line {damaged[0]:,}" if len(damaged) == 1 else f"{len(damaged):,} lines, the first {damaged[0]:,},"
-        recording.notes.append(f"Left out: {lines} of the file, damaged or cut off.")
+        said = f"line {damaged[0]:,}" if len(damaged) == 1 else f"{len(damaged):,} lines, the first {damaged[0]:,},"
+        recording.notes.append(f"Left out: {said} of the file, damaged or cut off.")
 
 
 def history_file(path: Path) -> Path:

@@ -10,35 +10,25 @@ from itertools import islice
 from typing import Any, get_args
 
 from ww_monitor.record import Finding, History, Rule, Severity
+from ww_monitor.rules import layers, trends
 from ww_monitor.rules.declare import LOOKBACK, MOST_FINDINGS, name_of
-from ww_monitor.rules.layers import (
-    broken_layer,
-    harmful_trap,
-    mean_shift,
-    other_layers,
-    over_trained,
-    trap,
-    trap_approaching,
-    under_trained,
-)
-from ww_monitor.rules.trends import norm_growth, stable_rank_collapse
 
 TRAINING_RULES: tuple[Rule, ...] = (
-    broken_layer,
-    trap,
-    harmful_trap,
-    trap_approaching,
-    mean_shift,
-    over_trained,
-    stable_rank_collapse,
-    norm_growth,
-    other_layers,
-    under_trained,
+    layers.broken_layer,
+    layers.trap,
+    layers.harmful_trap,
+    layers.trap_approaching,
+    layers.mean_shift,
+    layers.over_trained,
+    trends.stable_rank_collapse,
+    trends.norm_growth,
+    layers.other_layers,
+    layers.under_trained,
 )
 """What a monitor applies: a layer counts as under-trained after three random-like snapshots."""
 
 
-SINGLE_RULES: tuple[Rule, ...] = (*TRAINING_RULES[:-1], partial(under_trained, snapshots=1))
+SINGLE_RULES: tuple[Rule, ...] = (*TRAINING_RULES[:-1], partial(layers.under_trained, snapshots=1))
 """What `analyze` applies to its one snapshot."""
 
 
@@ -49,8 +39,8 @@ STOP_ON: Mapping[str, str] = {"traps": "trap", "harmful_traps": "harmful_trap", 
 def with_stop_rule(rules: Sequence[Rule], stop_on: str | None) -> tuple[Rule, ...]:
     """The rules, and the one whose persistence stops the run if it is not among them (as itself or as a variant)."""
     names = {name_of(rule) for rule in rules}
-    missing = [rule for rule in (trap, harmful_trap, broken_layer) if stop_on and rule.__name__ == STOP_ON[stop_on]]
-    return (*rules, *(rule for rule in missing if rule.__name__ not in names))
+    missing = [rule for rule in TRAINING_RULES if stop_on and name_of(rule) == STOP_ON[stop_on]]
+    return (*rules, *(rule for rule in missing if name_of(rule) not in names))
 
 
 def apply_rules(rules: Sequence[Rule], history: History) -> list[Finding]:

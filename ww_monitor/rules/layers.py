@@ -147,7 +147,7 @@ def _mean(values: Mapping[str, float]) -> float:
 
 def _trap_message(layer: Layer) -> str:
     count = layer.value("num_traps")
-    parts = [f"{count:g} correlation trap{'s' * (count != 1)} a shuffle"]
+    parts = [f"{count:.3g} correlation trap{'s' * (count != 1)} a shuffle"]
     if layer.value("trap_severity") == layer.value("trap_severity"):
         parts.append(f"λmax/edge {layer.value('trap_severity'):.2f} (p = {layer.value('trap_p_value'):.1g})")
     if layer.trap_entries:
