@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from ww_monitor import Monitor, SpectralWarning
+from ww_monitor import Monitor, SpectralWarning, schedule
 from ww_monitor.walk.torch import walk
 
 
@@ -69,8 +70,11 @@ def test_no_weight_is_read_before_a_step_without_a_snapshot_nor_of_a_frozen_laye
     assert snapshot.summary["update_ratio"] == rates(snapshot)[1]  # what is frozen enters no mean
 
 
-def test_within_the_budget_every_planned_snapshot_knows_its_update():
+def test_within_the_budget_every_planned_snapshot_knows_its_update(monkeypatch):
+    seconds = itertools.count(0.0, 0.1)  # every look at the clock takes as long, whatever else the machine does
+    monkeypatch.setattr("ww_monitor.monitor.pacing.perf_counter", lambda: next(seconds))
     net, monitor = make_net(), Monitor(max_overhead=0.9, track_updates=True)
+    monitor.budget = schedule.Budget(0.9, clock=lambda: next(seconds))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     monitor.observe(walk(net), step=0)
     lost = monitor.budget.lost
