@@ -45,7 +45,7 @@ bench-overhead: $(STAMP) ## training with the monitor and without, 25 minutes (9
 faults: $(STAMP)        ## kills, full disks, odd folders, rules and sinks that misbehave, interrupts, forks: 20 minutes
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.faults
 
-evidence: $(STAMP)      ## the runs behind docs/evidence.md, two hours; QUICK=1: shortened ones, ten minutes
+evidence: $(STAMP)      ## the runs behind docs/evidence.md, two hours; QUICK=1: shortened ones, minutes
 	$(BIN)/python -m benchmarks.evidence $(if $(QUICK),--quick)
 
 docs: $(STAMP)          ## the documentation as a site, into site/
