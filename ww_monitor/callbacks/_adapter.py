@@ -92,7 +92,7 @@ class Adapter:
         """Where on the framework's own axis a step lies whose snapshot is under way."""
 
     def _make_dashboards(self) -> Dashboards:
-        return Dashboards(prefix=self._prefix + self._name, step_key=self._step_key, publish=self._chosen_keys)
+        return Dashboards(prefix=self._prefix, name=self._name, step_key=self._step_key, publish=self._chosen_keys)
 
     def _keep_apart(self, callbacks: Sequence[Any]) -> None:
         """Take keys of one's own among the callbacks of a run: the second monitor that would share them gets `2/`."""
