@@ -55,9 +55,6 @@ class Adapter:
     _prefix = ""
     """What the framework puts before our keys in TensorBoard."""
 
-    _step_key: str | None = None
-    """The x axis that the framework declares in W&B."""
-
     _left_out = frozenset(("_left_open", "_dashboards", "_handler", "log", "log_dict"))
     """What a copy has not; the last two are methods of the module, which Lightning puts there."""
 
@@ -92,7 +89,7 @@ class Adapter:
         """Where on the framework's own axis a step lies whose snapshot is under way."""
 
     def _make_dashboards(self) -> Dashboards:
-        return Dashboards(prefix=self._prefix, name=self._name, step_key=self._step_key, publish=self._chosen_keys)
+        return Dashboards(prefix=self._prefix, name=self._name, publish=self._chosen_keys)
 
     def _keep_apart(self, callbacks: Sequence[Any]) -> None:
         """Take keys of one's own among the callbacks of a run: the second monitor that would share them gets `2/`."""

@@ -60,7 +60,6 @@ class SpectralMonitor(Adapter, TrainerCallback):
     """
 
     _prefix = "train/"
-    _step_key = "train/global_step"
     _handler: CallbackHandler | None = None
     _training = False
     _begun = False
@@ -218,11 +217,14 @@ class SpectralMonitor(Adapter, TrainerCallback):
         for callback in self._handler.callbacks if self._handler and logs else ():
             if isinstance(callback, _PRINTING):
                 continue
-            what = f"callback {type(callback).__name__}"
+            what, board = f"callback {type(callback).__name__}", None
             if state.is_world_process_zero:
                 with self.monitor.guard(f"dashboard of {what}", key=f"dashboard {id(callback)}", always=True):
-                    # before the values: W&B puts both into one row, which these end
-                    self._dashboards.update(_tracker(callback), snapshot, then.global_step)
+                    board = dashboard_of(tracker := _tracker(callback))
+                    keyed = {self._prefix + key: value for key, value in logs.items()}
+                    self._dashboards.update(tracker, snapshot, then.global_step, keyed)
+            if board is not None and board.carries_values:
+                continue
             with self.monitor.guard(what, key=f"callback {id(callback)}", always=True), uncounted_by_trackio():
                 callback.on_log(args, then, control, logs=dict(logs), **kwargs)
 

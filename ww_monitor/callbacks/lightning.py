@@ -17,6 +17,7 @@ from ww_monitor.callbacks._adapter import Adapter, hook
 from ww_monitor.callbacks._watched import Watched, fields_of
 from ww_monitor.errors import MissingDependency
 from ww_monitor.record import NAN, Snapshot, summary_key
+from ww_monitor.sinks.trackers import dashboard_of
 
 _READERS_OF_KEYS = (
     "_validate_callbacks_list",
@@ -61,7 +62,6 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
     The arguments are described with `__init__`.
     """
 
-    _step_key = "trainer/global_step"
     _epoch = 0
     """The last one of which a batch was trained: the Trainer counts on when an epoch has ended."""
 
@@ -220,12 +220,14 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
         """Tell every logger, on the first rank."""
         scalars = self._shown_values(snapshot)
         for logger in trainer.loggers if trainer.is_global_zero else ():
-            name = type(logger).__name__
+            name, board = type(logger).__name__, None
             with self.monitor.guard(f"dashboard of {name}", key=f"dashboard {id(logger)}", always=True):
-                # before the values: W&B puts both into one row, which these end
-                self._dashboards.update(logger.experiment, snapshot, x)
+                board, start = dashboard_of(tracker := logger.experiment), getattr(logger, "_prefix", "")
+                keyed = {f"{start}-{key}": value for key, value in scalars.items()} if start else scalars
+                self._dashboards.update(tracker, snapshot, x, keyed)
             with self.monitor.guard(f"logger {name}", key=f"logger {id(logger)}", always=True):
-                logger.log_metrics(scalars, step=x)
+                if board is None or not board.carries_values:
+                    logger.log_metrics(scalars, step=x)
 
     def _publish_metrics(self, trainer: Any, snapshot: Snapshot) -> None:
         values = {**self._values(snapshot, layers=False), **self._watched.values(self.monitor.history)}
