@@ -14,13 +14,15 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from ww_monitor.baseline import DELTAS
 from ww_monitor.callbacks._apart import StateKey, place_in
 from ww_monitor.callbacks._session import Session
-from ww_monitor.callbacks._watched import Watched
+from ww_monitor.callbacks._watched import TRAP_FREE, Watched
 from ww_monitor.engine import Options
 from ww_monitor.harm import trap_harm
 from ww_monitor.matrix import Matrix
 from ww_monitor.monitor import Monitor
+from ww_monitor.monitor.update import UPDATE
 from ww_monitor.record import Skipped, Snapshot
 from ww_monitor.settings import AnalysisOptions, CallbackOptions, RunOptions, Select
 from ww_monitor.signatures import method_taking
@@ -114,6 +116,14 @@ class Adapter:
         """The key in a checkpoint of the state that this monitor of a run continues."""
         others = [one._state_key for one in callbacks if isinstance(one, Adapter) and one is not self]
         return self._state_key.among(saved, others)
+
+    @property
+    def _model_metrics(self) -> set[str]:
+        """Names of the model-level values that there may be."""
+        analyzer, names = self.monitor.analyzer, {metric.name for metric in self.monitor.options.chosen}
+        names |= {TRAP_FREE, *DELTAS * analyzer.track_delta, *UPDATE * analyzer.track_updates}
+        names |= {"trap_harm"} if self._measures_harm else set()
+        return names | ({"snapshots_dropped"} if analyzer.mode == "async" else set())
 
     @property
     def _key(self) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ww_monitor.callbacks._adapter import Adapter, calling_object, hook
-from ww_monitor.callbacks._watched import TRAP_FREE, Watched
+from ww_monitor.callbacks._watched import Watched
 from ww_monitor.errors import MissingDependency
 from ww_monitor.record import NAN, Snapshot, summary_key
 from ww_monitor.sinks.trackers import dashboard_of, uncounted_by_trackio
@@ -145,7 +145,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
         watched = self._watched_key(args)
         if watched and not self._is_seen(state):
             self._observe(args, state, control, whole=True, **kwargs)
-        known = {**self._known, **self._watched.values(self.monitor.history)}
+        known = {**self._known, **self._watched.values(self.monitor.history, state.global_step)}
         values = {_evaluation_key(key): value for key, value in known.items() if value == value}
         if watched and watched not in values:
             values[watched] = self._worst(args, watched)
@@ -239,10 +239,11 @@ class SpectralMonitor(Adapter, TrainerCallback):
         """The evaluation key that `metric_for_best_model` names, if it is one of ours."""
         wanted = args.metric_for_best_model or ""
         key = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
-        names = {TRAP_FREE, *(metric.name for metric in self.monitor.options.chosen)}
-        ours = {self._name + summary_key(name) for name in names} | self._known.keys()
+        ours = [self._name + summary_key(name) for name in self._model_metrics]
         found = next((one for one in ours if _evaluation_key(one) == key), "")
-        self._watched = Watched(self._name, {found: NAN} if found else {})
+        watched = Watched(self._name, {found: NAN} if found else {}, self._model_metrics)
+        if watched.worst.keys() != self._watched.worst.keys():
+            self._watched = watched
         return key if found else ""
 
     def _worst(self, args: Any, key: str) -> float:

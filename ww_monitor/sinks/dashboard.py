@@ -41,6 +41,9 @@ class Dashboard:
         self._failed: list[Exception] = []
         self.alpha_map = AlphaMap()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_failed": []}
+
     def update(self, tracker: Any, snapshot: Snapshot, step: int, *, values: Mapping[str, float] | None = None) -> None:
         """Show one snapshot.
 

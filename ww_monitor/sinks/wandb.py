@@ -81,6 +81,12 @@ class WandB:
         }
         self._dashboards: WeakKeyDictionary[Any, Dashboard] = WeakKeyDictionary()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "run": None, "_dashboards": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _dashboards=WeakKeyDictionary())
+
     def write(self, snapshot: Snapshot) -> None:
         """One row, and alerts for what begins.
 
