@@ -365,6 +365,22 @@ def test_two_monitors_of_one_run_get_keys_of_their_own(tmp_path, name):
     assert (steps_of(one.monitor.history), steps_of(other.monitor.history)) == ([0, 4], [0, 2, 4])
 
 
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_sinks_of_two_monitors_have_keys_of_their_own_too(tmp_path, name):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from ww_monitor.sinks.tensorboard import TensorBoard
+
+    framework = FRAMEWORKS[name]()
+    monitors = [
+        make(framework, tmp_path, 2, sinks=[TensorBoard(tmp_path / "tb")], prefix=prefix) for prefix in ("", "b/")
+    ]
+    framework.train(tmp_path, *monitors, steps=4)
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    for key in ("ww/alpha", "b/ww/alpha"):
+        assert [event.step for event in events.Scalars(key)] == [0, 2, 4]
+
+
 def test_a_prefix_stands_before_every_key(tmp_path):
     framework, seen = Lightning(), {}
 
