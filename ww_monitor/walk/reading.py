@@ -16,7 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ww_monitor.kind import Kind
 from ww_monitor.walk.parts import unfit
-from ww_monitor.walk.quantized import Codes, codes_in, companions, read_codes
+from ww_monitor.walk.quantized import Codes, codes_in, numbers_of, read_codes
 from ww_monitor.walk.sharded import like_whole, read_whole
 
 
@@ -59,8 +59,8 @@ def refusal(module: nn.Module, attribute: str, stored: Tensor) -> str:
 
 def scales_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The names of scales and zero points → the codes they belong to."""
-    coded = [name for name, tensor in tensors.items() if not is_lazy(tensor) and codes_in(module, name, tensor)]
-    return {scale: name for name in coded for scale in companions(name, tensors) if scale != name}
+    coded = {name: tensor for name, tensor in tensors.items() if not is_lazy(tensor) and codes_in(module, name, tensor)}
+    return {scale: name for name in coded for scale in numbers_of(name, coded[name], tensors) if scale != name}
 
 
 def dequantized_shape(module: nn.Module, attribute: str, stored: Tensor) -> tuple[int, ...] | None:

@@ -321,9 +321,11 @@ def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk
             continue
         if attribute in parameters and attribute not in scales:
             yield from _by_name(module, path, attribute, beside, this)
-        elif attribute in scales or tensor.is_floating_point() or attribute in ("weight", "qweight"):
-            kept = names.BUFFER if tensor.is_floating_point() else reading.refusal(module, attribute, tensor)
-            reason = f"scales of {scales[attribute]}" if attribute in scales else kept or "integer weights"
+            continue
+        kept = "integer weights" * (attribute == "weight")
+        kept = names.BUFFER if tensor.is_floating_point() else reading.refusal(module, attribute, tensor) or kept
+        reason = f"scales of {scales[attribute]}" if attribute in scales else kept
+        if reason:
             yield Skipped(_join(path, attribute), Kind.OTHER, reading.shape(tensor), reason)
 
 
