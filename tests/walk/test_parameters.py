@@ -210,3 +210,24 @@ def test_the_examples_in_the_docstrings_run():
 
     assert doctest.testmod(names).attempted
     assert not doctest.testmod(names).failed
+
+
+class Conditional(nn.Module):
+    """Experts of a convolution, each a row, whose shape the module says."""
+
+    def __init__(self, declared):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 24 * 12 * 9))
+        self.weight_shape = declared
+
+
+def test_rows_whose_shape_a_module_says_are_kernels_of_that_shape():
+    module = Conditional((24, 12, 3, 3))
+    found = matrices(nn.ModuleDict({"conv": module}))
+    assert {name: (item.shape, item.role) for name, item in found.items()} == {
+        f"conv.{expert}": ((9, 24, 12), "conv") for expert in range(4)
+    }
+    kernel = module.weight[2].view(24, 12, 3, 3)
+    assert torch.equal(found["conv.2"].load(), kernel.permute(2, 3, 0, 1).reshape(9, 24, 12))
+    for other in (None, "24, 12, 3, 3", (24, 12, 3, 2), (24, 108)):
+        assert matrices(Conditional(other))["Conditional"].shape == (1, 4, 24 * 12 * 9)

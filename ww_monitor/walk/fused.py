@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 
-from torch import nn
+from torch import Tensor, nn
 
-from ww_monitor.walk.parts import WHOLE, Part, blocks, each_expert, halves, interleaved_heads
+from ww_monitor.walk.parts import KERNEL, WHOLE, Part, blocks, each_expert, halves, interleaved_heads
 
 _QKV = ("q", "k", "v")
 _OF_CLASS = {  # attentions that put their rows in another order than the others with a projection of that name
@@ -82,6 +84,22 @@ def _first(sources: Sequence[object], attributes: Sequence[str]) -> int:
 
 
 # --- experts
+
+
+def stacked_kernels(owner: object, attribute: str, shape: Sequence[int]) -> tuple[Part, ...]:
+    """A kernel a row of `[E, n]`, where the module says the shape of a row under `<attribute>_shape`; else nothing.
+
+    So are the experts of a conditionally parametrised convolution stored (Yang et al. 2019, arXiv:1904.04971).
+    """
+    declared = getattr(owner, f"{attribute}_shape", None)
+    sizes = declared if isinstance(declared, (tuple, list)) and all(type(size) is int for size in declared) else ()
+    if len(shape) != 2 or len(sizes) < 3 or prod(sizes) != shape[1]:
+        return ()
+    return tuple(Part(str(row), partial(_kernel_of_row, row=row, sizes=tuple(sizes))) for row in range(shape[0]))
+
+
+def _kernel_of_row(tensor: Tensor, row: int, sizes: tuple[int, ...]) -> Tensor:
+    return KERNEL[0].take(tensor[row].view(sizes))
 
 
 @dataclass(frozen=True)

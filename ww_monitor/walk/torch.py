@@ -336,6 +336,8 @@ def _by_name(
     siblings = {parts.joined(path, name): value for name, value in beside.items()}
     key = parts.joined(path, attribute)
     kind, cuts, reason = meaning(key, siblings[key], siblings, this.split)
+    if kernels := fused.stacked_kernels(module, attribute, siblings[key].shape):
+        kind, cuts = Kind.CONV, kernels
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         reason = f"parameters of {class_name(module)} are not a known weight"
     own = this.identity(module, reading.own_tensors(module).get(attribute))
