@@ -22,6 +22,7 @@ from ww_monitor.signatures import taking
 from ww_monitor.walk.containers import choose
 from ww_monitor.walk.files import num_stored
 from ww_monitor.walk.names import BUFFER
+from ww_monitor.walk.reading import all_parameters
 from ww_monitor.walk.sharded import shards_of
 from ww_monitor.walk.sources import Source, walk_source
 
@@ -179,7 +180,7 @@ def num_parameters(model: object, part: str = "") -> int:
     if not isinstance(model, nn.Module):
         return 0
     # a partitioned parameter is empty here, and says how large the whole is
-    sizes = (getattr(p, "ds_shape", None) or p.shape for p in model.parameters() if not is_lazy(p))
+    sizes = (getattr(p, "ds_shape", None) or p.shape for _, p in all_parameters(model) if not is_lazy(p))
     return sum(math.prod(size) for size in sizes)
 
 

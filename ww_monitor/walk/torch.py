@@ -127,7 +127,7 @@ def _walk(root: nn.Module, this: _Walk) -> Iterator[Matrix | Skipped]:
 def _items_of(this: _Walk, path: str, module: nn.Module) -> list[Matrix | Skipped]:
     """The items of one module, which know whether it trains."""
     this.owners.setdefault(path, module)  # a module comes before its children, which ask for their owner
-    frozen = not any(parameter.requires_grad for parameter in module.parameters())
+    frozen = not any(parameter.requires_grad for _, parameter in reading.all_parameters(module))
     items = _items(module, path, this)  # consumed here: a unit of FSDP is gathered for this call only
     return [replace(item, frozen=frozen) if isinstance(item, Matrix) else item for item in items]
 
@@ -275,31 +275,16 @@ def _parts(
     for part in weight.parts or _cut(module, name, weight, size, this):
         shards = (this.layout or shards_of)(stored, part.stack, size, computed=computed)
         item = parts.matrix(name, weight.kind, part, size, load, role, shards)
-        yield replace(item, inputs_first=weight.axis == 1 or _holds_inputs_first(module, size)), part
+        yield replace(item, inputs_first=weight.axis == 1 or fused.holds_inputs_first(module, size)), part
 
 
 def _cut(module: nn.Module, name: str, weight: _Weight, size: tuple[int, ...], this: _Walk) -> tuple[Part, ...]:
     """The parts of a dense weight that its name, its owner and the caller decide."""
     if len(size) == 3:
-        layout = _expert_layout(module, size)
-        return fused.expert_parts(weight.attribute, size, layout, separate=this.separate)
+        return fused.expert_parts(weight.attribute, size, fused.layout_of(module, size), separate=this.separate)
     owner = this.owners.get(name.rpartition(".")[0])
     wished = parts.split_parts(this.split, name, size, weight.axis)
     return wished or fused.fused_parts(name, size, weight.axis, owner) or WHOLE
-
-
-def _expert_layout(module: nn.Module, size: tuple[int, ...]) -> fused.ExpertLayout | None:
-    beside = getattr(module, "down_proj", None)
-    return fused.declared_layout(module) or fused.layout_beside(size, getattr(beside, "shape", None))
-
-
-def _holds_inputs_first(module: nn.Module, size: tuple[int, ...]) -> bool:
-    """Whether a stack of experts, or the one beside it, has its outputs last."""
-    like = getattr(module, "gate_up_proj", None)
-    if len(size) != 3 or like is None:
-        return False
-    layout = _expert_layout(module, tuple(getattr(like, "shape", size)))
-    return layout is not None and layout.axis == 2
 
 
 def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk) -> Iterator[Matrix | Skipped]:
@@ -308,6 +293,10 @@ def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk
     ends = ("", "_orig", "_g", "_v", "_u", "_mask")
     listed = {weight.attribute + end for weight in weights for end in ends}
     tensors, parameters = reading.own_tensors(module), reading.own_parameters(module)
+    for name, (stored, _) in reading.made_by_hooks(module).items():
+        listed |= {name + end for end in ends[1:]}
+        if name not in listed and stored in parameters:
+            tensors[name] = parameters[name] = parameters[stored]
     if parametrize.is_parametrized(module):
         computed = module.get_submodule("parametrizations").named_children()
         found = {attribute: reading.originals(functions)[-1] for attribute, functions in computed}
