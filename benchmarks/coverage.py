@@ -168,7 +168,7 @@ def tables(lines: Sequence[dict[str, Any]]) -> str:
     counts = [(sum(o["source"] == s for o in built), sum(o["source"] == s for o in lines)) for s in sources]
     text.append("| built, of all | " + " | ".join(f"{some} of {every}" for some, every in counts) + " |")
     text += ["", "| below 97 % | followed | the rest |", "|---|---|---|"]
-    text += [f"| {line['name']} | {line['share']:.1%} | {line['why']} |" for line in left]
+    text += [f"| {line['name']} | {line['share']:.1%} | {line['why']} |" for line in built if line["share"] < LEAST]
     return "\n".join(text)
 
 

@@ -168,9 +168,11 @@ class _Attribute(nn.Module):
         return getattr(self.owner, self.attribute, None)
 
 
-def all_parameters(module: nn.Module, **how: bool) -> Iterator[tuple[str, Tensor]]:
+def all_parameters(
+    module: nn.Module, *, recurse: bool = True, remove_duplicate: bool = True
+) -> Iterator[tuple[str, Tensor]]:
     """`named_parameters` of torch's class: a model may have a method of that name that does something else."""
-    return nn.Module.named_parameters(module, **how)
+    return nn.Module.named_parameters(module, recurse=recurse, remove_duplicate=remove_duplicate)
 
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:

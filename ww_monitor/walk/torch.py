@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from ww_monitor.errors import InvalidArgument, check_choice
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.walk import fused, names, parts, reading
+from ww_monitor.walk import factors, fused, names, parts, reading
 from ww_monitor.walk import lora as adapters
 from ww_monitor.walk.modules import class_name, modules, unwrap
 from ww_monitor.walk.parts import KERNEL, WHOLE, Part, Split
@@ -327,6 +327,7 @@ def _by_name(
     kind, cuts, reason = meaning(key, siblings[key], siblings, this.split)
     if kernels := fused.stacked_kernels(module, attribute, siblings[key].shape):
         kind, cuts = Kind.CONV, kernels
+    reason = factors.other_adapter(key) or reason
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         reason = f"parameters of {class_name(module)} are not a known weight"
     own = this.identity(module, reading.own_tensors(module).get(attribute))
