@@ -21,6 +21,7 @@ from ww_monitor.settings import Select, Stored, WalkOptions
 from ww_monitor.signatures import taking
 from ww_monitor.walk.containers import choose
 from ww_monitor.walk.files import num_stored
+from ww_monitor.walk.lora import is_adapted
 from ww_monitor.walk.names import BUFFER
 from ww_monitor.walk.reading import all_parameters
 from ww_monitor.walk.sharded import shards_of
@@ -195,7 +196,7 @@ def kinds_of(items: Iterable[Matrix | Skipped], parameters: int) -> tuple[OfKind
     sizes: dict[str, Counter[bool]] = defaultdict(Counter)
     for item in items:
         reason = item.reason if isinstance(item, Skipped) else ""
-        again = item.name.endswith(("]", ".merged")) or reason.startswith(("tied to", BUFFER))
+        again = is_adapted(item.name) or reason.startswith(("tied to", BUFFER))
         counts[str(item.kind)][reason] += 1
         sizes[str(item.kind)][not reason] += 0 if again or not item.shape else math.prod(item.shape)
     listed = sum(size for of_kind in sizes.values() for size in of_kind.values())

@@ -227,3 +227,42 @@ def test_a_hostile_pattern_is_refused_at_once_with_our_own_error(tmp_path, patte
     with pytest.raises(WWMonitorError, match="walk_files: expected"):
         list(walk_files(folder(tmp_path, alpha_pattern={pattern: 1})))
     assert time.process_time() - start < 5
+
+
+class Adapted(nn.Linear):
+    """A layer with a low-rank adapter of its own: its factors are parameters (loralib) or layers (torchtune)."""
+
+    def __init__(self, *, layers, **about):
+        super().__init__(20, 24)
+        vars(self).update(about)
+        for name, factor in (("a" if layers else "A", RIGHT), ("b" if layers else "B", LEFT)):
+            inner = nn.Linear(1, 1, bias=False)
+            inner.weight = nn.Parameter(factor.clone())
+            setattr(self, f"lora_{name}", inner if layers else nn.Parameter(factor.clone()))
+
+
+@pytest.mark.parametrize(
+    ("layers", "about"), [(False, {"scaling": 0.5}), (True, {"alpha": 2.0}), (True, {"lora_alpha": 2})]
+)
+def test_an_adapter_of_a_user_s_own_in_a_live_module_gives_its_delta(layers, about):
+    module = nn.ModuleDict({"q": Adapted(layers=layers, **about), "out": nn.Linear(24, 9)})
+    module["q"].weight.requires_grad = False
+    found = of(Matrix, module)
+    assert set(found) == {"q", "q.lora[default]", "out"}
+    assert torch.allclose(found["q.lora[default]"].load()[0], 0.5 * LEFT @ RIGHT)
+    assert not found["q.lora[default]"].frozen
+    assert {item.reason for item in of(Skipped, module).values()} == {"factor of lora[default]"}
+    assert set(of(Matrix, module.state_dict())) == set(found)
+    with torch.no_grad():
+        module["q"].get_parameter("lora_a.weight" if layers else "lora_A").mul_(2)
+    assert torch.allclose(found["q.lora[default]"].load()[0], LEFT @ RIGHT)
+
+
+def test_the_alpha_of_a_live_module_may_be_a_buffer_and_lora_leaves_the_delta_out():
+    module = nn.Module()
+    module.lora_down, module.lora_up = nn.Linear(20, 4, bias=False), nn.Linear(4, 24, bias=False)
+    module.register_buffer("alpha", torch.tensor(2.0))
+    (item,) = of(Matrix, nn.ModuleDict({"u_fc": module})).values()
+    assert torch.allclose(item.load()[0], 0.5 * module.lora_up.weight @ module.lora_down.weight)
+    left = list(walk_source(nn.ModuleDict({"u_fc": module}), lora=["base"]))
+    assert [item.reason for item in left] == ["factor of lora[default]"] * 2

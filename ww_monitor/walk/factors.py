@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
 
 from ww_monitor.errors import WWMonitorError
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.folders import check_regular
+from ww_monitor.walk.fused import hint
 from ww_monitor.walk.lora import low_rank
-from ww_monitor.walk.parts import KERNEL, WHOLE, matrix
+from ww_monitor.walk.parts import KERNEL, WHOLE, joined, matrix
+from ww_monitor.walk.reading import own_tensors
 from ww_monitor.walk.roles import infer_role
-from ww_monitor.walk.unread import Unread
+from ww_monitor.walk.unread import Unread, unread
 
 Scaling = Callable[[str, int], float]
 """Name of the adapted module and rank → the scaling s of its delta s·B·A."""
@@ -93,6 +96,35 @@ def delta(
     made = _Delta(left, right, diagonal, core, _scale(name, rows, tensors, scaling), shape, embedding, transposed)
     part = KERNEL[0] if kernel else WHOLE[0]
     yield matrix(f"{name}.{label}", kind, part, shape[::-1] if embedding else shape, made.read, infer_role(name, kind))
+
+
+def of_modules(found: Iterable[tuple[str, nn.Module]]) -> dict[str, Unread]:
+    """The factors among the parameters of modules, and their alphas, by name; those that lie here as a whole only."""
+    return {
+        key: unread(tensor, tensor.detach)
+        for path, module in found
+        for key, tensor in ((joined(path, name), tensor) for name, tensor in own_tensors(module).items())
+        if (key.endswith(".alpha") or factor_of(key)) and type(tensor) in (Tensor, Parameter)
+        if not hasattr(tensor, "ds_id")
+    }
+
+
+def live_delta(
+    key: str, found: Mapping[str, Unread], owners: Mapping[str, nn.Module], lora: Sequence[str]
+) -> Iterator[Matrix | Skipped]:
+    """`delta` of a parameter, if it is a factor; s is the `scaling` of the adapted module, or its alpha / rank."""
+    factor = factor_of(key) if key in found else None
+    if factor is not None:
+        made = delta(key, factor, found, partial(_own_scaling, owners.get(factor["name"])))
+        yield from (item for item in made if isinstance(item, Skipped) or "delta" in lora)
+
+
+def _own_scaling(owner: nn.Module | None, _: str, rank: int) -> float:
+    for attribute, divisor in (("scaling", 1), ("lora_alpha", rank), ("alpha", rank)):
+        value = hint(owner, attribute)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return value / divisor
+    return 1.0
 
 
 def _scale(name: str, rank: int, tensors: Mapping[str, Unread], scaling: Scaling | None) -> float:

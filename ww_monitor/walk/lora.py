@@ -64,6 +64,17 @@ def find_adapters(root: nn.Module) -> Adapters:
     return {(id(layer.get_base_layer()), _attribute(layer)): layer for layer in layers}
 
 
+def trains(found: Adapters, module: nn.Module) -> bool:
+    """Whether an adapter of a weight of the module learns, which the module does not know."""
+    layers = (found[id(module), name] for name in ("weight", "in_proj_weight") if (id(module), name) in found)
+    return any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+
+
+def is_adapted(name: str) -> bool:
+    """Whether a name is that of a delta, or of a weight with its adapters."""
+    return name.endswith(("]", ".merged"))
+
+
 def _attribute(layer: Any) -> str:
     if _is(layer, "ParamWrapper"):
         return str(layer.parameter_name)

@@ -88,9 +88,9 @@ def walk(
     check_choice("walk", "experts", experts, ("separate", "pooled"))
     adapters.check_lora("walk", lora)
     root = unwrap(model)
-    return _walk(
-        root, _Walk(split, experts == "separate", tuple(lora), layout, adapters.find_adapters(root), units(model))
-    )
+    inside, found = units(model), adapters.find_adapters(root)
+    own = {} if inside else factors.of_modules(modules(root, "", set()))
+    return _walk(root, _Walk(split, experts == "separate", tuple(lora), layout, found, inside, own))
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ class _Walk:
     layout: Layout | None
     adapters: adapters.Adapters
     units: dict[int, nn.Module]  # FSDP1's, by the modules in them
+    factors: Mapping[str, Unread]  # of low-rank adapters of a user's own, and their alphas
     owners: dict[str, nn.Module] = field(default_factory=dict)  # by cleaned path
     seen: dict[object, str] = field(default_factory=dict)  # the first name of a stored tensor, by its identity
     owned: dict[object, str] = field(default_factory=dict)  # the same, of known layers, from the start
@@ -128,8 +129,10 @@ def _items_of(this: _Walk, path: str, module: nn.Module) -> list[Matrix | Skippe
     """The items of one module, which know whether it trains."""
     this.owners.setdefault(path, module)  # a module comes before its children, which ask for their owner
     frozen = not any(parameter.requires_grad for _, parameter in reading.all_parameters(module))
+    adapted = bool(this.factors) or adapters.trains(this.adapters, module)
     items = _items(module, path, this)  # consumed here: a unit of FSDP is gathered for this call only
-    return [replace(item, frozen=frozen) if isinstance(item, Matrix) else item for item in items]
+    still = ((item, frozen and not (adapted and adapters.is_adapted(item.name))) for item in items)
+    return [replace(item, frozen=frozen) if isinstance(item, Matrix) else item for item, frozen in still]
 
 
 # --- which attributes of a module are weights
@@ -221,7 +224,10 @@ def _items(module: nn.Module, path: str, this: _Walk) -> Iterator[Matrix | Skipp
         return
     weights = [_stored(module, weight) for weight in _weights(module, path)]
     for weight in weights:
-        yield from _cut_weight(module, path, weight, this)
+        if parts.joined(path, weight.attribute) not in this.factors:
+            yield from _cut_weight(module, path, weight, this)
+    for attribute in reading.own_parameters(module):
+        yield from factors.live_delta(parts.joined(path, attribute), this.factors, this.owners, this.lora)
     yield from _leftovers(module, path, weights, this)
 
 
@@ -309,7 +315,8 @@ def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk
         if attribute in listed or tensor.ndim < 2:
             continue
         if attribute in parameters and attribute not in scales:
-            yield from _by_name(module, path, attribute, beside, this)
+            if parts.joined(path, attribute) not in this.factors:
+                yield from _by_name(module, path, attribute, beside, this)
             continue
         kept = "integer weights" * (attribute == "weight")
         kept = names.BUFFER if tensor.is_floating_point() else reading.refusal(module, attribute, tensor) or kept
