@@ -6,8 +6,9 @@ Every architecture is built from the defaults of its class, without weights, and
 does. The summary is the tables of docs/coverage.md. With `--into` each architecture is a line of that file as soon as
 it is measured, and what the file has is not measured again.
 
-timm imports torchvision, of which its architectures need one class, a norm that does not train. Where torchvision is
-missing, or does not load, empty modules stand in for it, in this process alone, and said in the summary.
+timm, which some architectures of transformers hold, imports torchvision, of which its architectures need one class, a
+norm that does not train. Where torchvision is missing, or does not load, empty modules stand in for it, in this process
+alone, and the summary says so.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ Build = Callable[[], nn.Module]
 
 def of_transformers() -> Iterator[tuple[str, Build]]:
     """A builder for each class of configuration that `AutoModel` knows."""
+    stand_in_for_torchvision()
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 

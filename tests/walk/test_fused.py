@@ -262,6 +262,11 @@ def test_split():
     assert {matrix.role for matrix in found.values()} == {""}
 
 
+def test_a_name_with_brackets_splits_itself():
+    model = nn.ModuleDict({name: nn.Linear(8, 12) for name in ("a[0]", "b")})
+    assert set(matrices(model, split={"a[0]": 2})) == {"a[0].0", "a[0].1", "b"}
+
+
 def test_split_of_a_transposed_layer():
     """The outputs of GPT-2's layers are columns."""
     model = gpt2()

@@ -313,3 +313,17 @@ def test_an_adapter_s_pattern_that_may_take_for_ever_is_refused(tmp_path, patter
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(WWMonitorError):
         walk_files(tmp_path)
+
+
+def test_of_several_models_in_a_folder_the_first_is_read_and_the_others_are_named(tmp_path):
+    save(tmp_path / "model.safetensors")
+    save(tmp_path / "model_1.safetensors")
+    with pytest.warns(SpectralWarning, match=r"read model.safetensors, left out model_1.safetensors"):
+        check(tmp_path)
+
+
+def test_a_folder_whose_files_have_other_names_says_which_they_are(tmp_path):
+    save(tmp_path / "best.pt")
+    save(tmp_path / "epoch=1-step=3.ckpt")
+    with pytest.raises(WWMonitorError, match=r"found none; it has best.pt, epoch=1-step=3.ckpt: give one of them"):
+        walk_files(tmp_path)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 
 import numpy as np
 
 from ww_monitor.errors import check_names
 from ww_monitor.record import Histogram, Layer, Snapshot, layer_key, summary_key
+from ww_monitor.settings import matching
 
 Publish = str | Sequence[str]
 
@@ -81,7 +81,7 @@ class Published:
     def asked(self, key: str) -> bool:
         """Whether the user named this key, or the metric that it is of."""
         metric = key.partition("/")[2] if key.startswith(summary_key("")) else key.partition("/")[0][len("ww_") :]
-        return any(fnmatchcase(key if "/" in pattern else metric, pattern) for pattern in self.patterns)
+        return any(matching(pattern, (key if "/" in pattern else metric,)) for pattern in self.patterns)
 
     def histograms(self, snapshot: Snapshot) -> Iterator[tuple[str, Histogram]]:
         """Key and histogram of the layers whose eigenvalues are shown."""
@@ -118,7 +118,7 @@ def roles(snapshot: Snapshot) -> dict[str, list[Layer]]:
     """The layers by what they do, or by their kind where that is not known; adapters and merged weights apart."""
     groups: dict[str, list[Layer]] = {}
     for layer in snapshot.layers:
-        part = re.search(r"\.(lora)\[[^\]]*\]$|\.(merged)$", layer.name)
+        part = re.search(r"\.([a-z]\w*)\[[^\]]*\]$|\.(merged)$", layer.name)
         name = "_".join(filter(None, [layer.role or layer.kind, part and (part[1] or part[2])]))
         groups.setdefault(name, []).append(layer)
     return groups

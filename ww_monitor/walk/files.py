@@ -19,7 +19,7 @@ from torch import Tensor
 from ww_monitor.errors import InvalidArgument, MissingDependency, SpectralWarning, WWMonitorError
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.archives import check_sizes, content_of, is_script, load
-from ww_monitor.walk.containers import choose, of_others
+from ww_monitor.walk.containers import choose, entries, of_others
 from ww_monitor.walk.factors import lora_scaling
 from ww_monitor.walk.folders import KERAS, RECOGNISED, TORCH, Files, check_regular, weight_files
 from ww_monitor.walk.parts import Split, check_split, joined
@@ -203,4 +203,4 @@ def _from_archive(path: Path, keys: tuple[Any, ...], name: str) -> Tensor:
     inner = load(path, mapped=True)
     for key in keys:
         inner = inner[key]
-    return next(value for key, value in inner.items() if str(key) == name and isinstance(value, Tensor))
+    return next(value for key, value in entries(inner) if str(key) == name and isinstance(value, Tensor))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import partial
 from itertools import accumulate, chain, count
 from operator import itemgetter
@@ -15,6 +14,7 @@ from torch import Tensor
 from ww_monitor.errors import InvalidArgument
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Shards, Skipped
+from ww_monitor.settings import matching
 from ww_monitor.walk.sharded import whole
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
@@ -200,7 +200,7 @@ def split_parts(split: Split | None, name: str, shape: Sequence[int], axis: int)
         InvalidArgument: if the sizes do not add up to the output axis.
     """
     for pattern, sizes in (split or {}).items():
-        if not fnmatchcase(name, pattern):
+        if not matching(pattern, (name,)):
             continue
         listed = [shape[axis] // sizes] * sizes if isinstance(sizes, int) else list(sizes)
         if sum(listed) != shape[axis]:

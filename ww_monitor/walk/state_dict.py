@@ -14,7 +14,7 @@ from ww_monitor.errors import InvalidArgument, SpectralWarning
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import factors, fused, names, parts
-from ww_monitor.walk.containers import choose, of_others
+from ww_monitor.walk.containers import AVERAGE, choose, of_others
 from ww_monitor.walk.factors import Scaling
 from ww_monitor.walk.packed import readable
 from ww_monitor.walk.parts import WHOLE, WRAPPERS, Part, Split
@@ -81,8 +81,12 @@ def walk_unread(
     """`walk_state_dict` of tensors that are not read yet, with the scaling of LoRA deltas (1 if it is not known)."""
     tensors = readable(_cleaned(tensors))
     seen: dict[object, str] = {}
+    copies = _undotted_copies(tensors)
     for key, value in tensors.items():
         if len(value.shape) < 2:
+            continue
+        if key in copies:
+            yield Skipped(key, Kind.OTHER, value.shape, f"a copy of {copies[key]}, averaged")
             continue
         own = value.identity is None or factors.factor_of(key)  # a factor may serve several layers: each has its delta
         if not own and value.identity in seen:
@@ -92,6 +96,14 @@ def walk_unread(
         if not own and any(isinstance(item, Matrix) for item in items):
             seen[value.identity] = _name(key)
         yield from items
+
+
+def _undotted_copies(tensors: Mapping[str, Unread]) -> dict[str, str]:
+    """Buffers of an average that are called as a parameter without its dots → that parameter; so LitEma keeps them."""
+    names = ((key, name) for key in tensors for name in (key, key.partition(".")[2]) if "." in name)
+    plain = {name.replace(".", ""): key for key, name in names}
+    found = {key: plain.get(key.rpartition(".")[2]) for key in tensors if AVERAGE.search(key.rpartition(".")[0])}
+    return {key: other for key, other in found.items() if other and tensors[key].shape == tensors[other].shape}
 
 
 def _cleaned(tensors: Mapping[str, Unread]) -> dict[str, Unread]:
