@@ -170,9 +170,13 @@ def test_names_and_globs_are_all_that_is_shown(publish, expected):
     assert Published(publish).scalars(snapshot([("a", "q"), ("b", "q")])).keys() == expected
 
 
-def test_brackets_in_a_key_are_its_own():
-    seen = snapshot([("a.lora[d]", "q"), ("a.lorad", "q")])
-    assert Published(["ww_alpha/*.lora[d]"]).scalars(seen).keys() == {"ww_alpha/a.lora[d]"}
+def test_the_brackets_of_a_layer_s_name_are_its_own():
+    seen = snapshot([("a.lora[default]", "q"), ("a.lorad", "q"), ("h1", "q")])
+    assert Published(["ww_alpha/*.lora[default]"]).scalars(seen).keys() == {
+        "ww_alpha/a.lora_default",
+        "ww_alpha/a.lorad",
+    }
+    assert Published(["ww_alpha/h[12]"]).scalars(seen).keys() == {"ww_alpha/h1"}
 
 
 def test_key_among_names_stands_for_its_own_set():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import numpy as np
 
 from ww_monitor.errors import check_names
 from ww_monitor.record import Histogram, Layer, Snapshot, layer_key, summary_key
-from ww_monitor.settings import matching
 
 Publish = str | Sequence[str]
 
@@ -55,7 +55,9 @@ class Published:
         check_names("publish", "it", publish)
         given = (publish,) if isinstance(publish, str) else tuple(publish)
         self.key = "key" in given
-        self.patterns = tuple("*" if one == "all" else one for one in given if one != "key")
+        patterns = ["*" if one == "all" else one for one in given if one != "key"]
+        # the names of layers lose their brackets as they become keys
+        self.patterns = (*patterns, *(one.replace("]", "").replace("[", "_") for one in patterns if "[" in one))
         self._verdicts: dict[str, None] = {}
 
     def scalars(self, snapshot: Snapshot, *, layers: bool = True) -> dict[str, float]:
@@ -81,7 +83,7 @@ class Published:
     def asked(self, key: str) -> bool:
         """Whether the user named this key, or the metric that it is of."""
         metric = key.partition("/")[2] if key.startswith(summary_key("")) else key.partition("/")[0][len("ww_") :]
-        return any(matching(pattern, (key if "/" in pattern else metric,)) for pattern in self.patterns)
+        return any(fnmatchcase(key if "/" in pattern else metric, pattern) for pattern in self.patterns)
 
     def histograms(self, snapshot: Snapshot) -> Iterator[tuple[str, Histogram]]:
         """Key and histogram of the layers whose eigenvalues are shown."""

@@ -15,7 +15,7 @@ from ww_monitor.errors import MissingDependency, WWMonitorError
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.keras import load_keras_file, walk_keras
-from ww_monitor.walk.parts import WHOLE, Part, Split, blocks, joined, matrix, split_parts, unfit, unique
+from ww_monitor.walk.parts import WHOLE, Part, Split, blocks, joined, matrix, resolved, split_parts, unfit, unique
 from ww_monitor.walk.roles import infer_role
 
 _SLACK = 64 << 20
@@ -120,6 +120,7 @@ def _weights(file: Any, path: Path, split: Split | None) -> Iterator[Matrix | Sk
         tensors = {child.name: child for child in inner if hasattr(child, "shape")}
         if tensors and "optimizer" not in group.name.partition("/vars")[0].strip("/").split("/")[0]:
             groups[group.name] = tensors
+    split = resolved(split, [_name(file, folder) for folder in groups])
     for folder, tensors in groups.items():
         yield from _layer(file, path, folder, tensors, split)
 

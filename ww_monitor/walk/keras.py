@@ -18,7 +18,19 @@ from ww_monitor.errors import MissingDependency, WWMonitorError
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import names
-from ww_monitor.walk.parts import WHOLE, Part, Split, blocks, check_split, flat, matrix, split_parts, unfit, unique
+from ww_monitor.walk.parts import (
+    WHOLE,
+    Part,
+    Split,
+    blocks,
+    check_split,
+    flat,
+    matrix,
+    resolved,
+    split_parts,
+    unfit,
+    unique,
+)
 from ww_monitor.walk.reading import tied_to
 from ww_monitor.walk.roles import infer_role
 
@@ -84,6 +96,7 @@ def walk_keras(model: Any, *, split: Split | None = None) -> Iterator[Matrix | S
         InvalidArgument: if `split` is malformed.
     """
     check_split("walk_keras", split)
+    split = resolved(split, [path for *_, path in _layers(model)]) if split else None
     return unique(chain(_known(model, split), _others(model)))
 
 

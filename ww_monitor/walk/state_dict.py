@@ -80,6 +80,7 @@ def walk_unread(
 ) -> Iterator[Matrix | Skipped]:
     """`walk_state_dict` of tensors that are not read yet, with the scaling of LoRA deltas (1 if it is not known)."""
     tensors = readable(_cleaned(tensors))
+    split = parts.resolved(split, [_name(key) for key in tensors])
     seen: dict[object, str] = {}
     copies = _undotted_copies(tensors)
     for key, value in tensors.items():

@@ -19,7 +19,7 @@ from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import factors, fused, names, parts, reading
 from ww_monitor.walk import lora as adapters
-from ww_monitor.walk.modules import class_name, modules, unwrap
+from ww_monitor.walk.modules import class_name, modules, names_in, unwrap
 from ww_monitor.walk.parts import KERNEL, WHOLE, Part, Split
 from ww_monitor.walk.roles import infer_role
 from ww_monitor.walk.sharded import Layout, by_unit, like_whole, shards_of, units
@@ -90,6 +90,7 @@ def walk(
     root = unwrap(model)
     inside, found = units(model), adapters.find_adapters(root)
     own = {} if inside else factors.of_modules(modules(root, "", set()))
+    split = parts.resolved(split, list(names_in(root))) if split else None
     return _walk(root, _Walk(split, experts == "separate", tuple(lora), layout, found, inside, own))
 
 
