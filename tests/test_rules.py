@@ -6,7 +6,9 @@ import math
 from functools import partial
 
 import pytest
+import torch
 
+import ww_monitor
 from ww_monitor import rules
 from ww_monitor.monitor import checkpoint
 from ww_monitor.record import Finding, History, Layer, Snapshot, TrapEntry
@@ -115,8 +117,16 @@ def test_over_trained_needs_a_power_law_that_fits(verdict):
     [("ok", "critical"), ("poor_fit", "critical"), ("rank_deficient", "critical"), ("few_eigenvalues", "warning")],
 )
 def test_a_trap_in_a_layer_with_few_eigenvalues_is_a_warning(verdict, severity):
-    (found,) = trap(run(layer(verdict=verdict, num_traps=2.0)))
+    (found,) = trap(run(layer(verdict=verdict, num_traps=2.0, matrix_rank=16.0 + 4 * (severity == "critical"))))
     assert found.severity == severity
+
+
+def test_a_trap_in_a_low_rank_delta_is_a_warning():
+    torch.manual_seed(0)
+    left, right = 0.05 * torch.randn(256, 4), 0.05 * torch.randn(4, 256)
+    left[3, 0] = right[0, 5] = 3
+    snapshot = ww_monitor.analyze({"q.lora_A.weight": right, "q.lora_B.weight": left})
+    assert [finding.severity for finding in snapshot.findings if finding.rule == "trap"] == ["warning"]
 
 
 # --- rules that look back

@@ -166,6 +166,39 @@ def test_the_scale_of_mlx_is_in_its_configuration(tmp_path):
     assert torch.allclose(item.load()[0], 20 * LEFT @ RIGHT, atol=1e-4)
 
 
+HEADERS = {
+    "diffusers": {
+        "lora_adapter_metadata": json.dumps(
+            {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.alpha_pattern": {"^b.fc": 12}}
+        )
+    },
+    "kohya": {"ss_network_alpha": "8.0", "ss_network_dim": "4"},
+}
+
+
+@pytest.mark.parametrize("writer", HEADERS)
+def test_the_header_of_a_file_says_the_scaling(tmp_path, writer):
+    safetensors = pytest.importorskip("safetensors.torch", reason="its files are read")
+    tensors = {
+        f"transformer.{at}.fc.lora_{which}.weight": factor
+        for at in "ab"
+        for which, factor in (("A", RIGHT), ("B", LEFT))
+    }
+    safetensors.save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors", HEADERS[writer])
+    a, b = of(Matrix, tmp_path).values()
+    assert torch.allclose(a.load()[0], 2 * LEFT @ RIGHT, atol=1e-5)
+    assert torch.allclose(b.load()[0], (3 if writer == "diffusers" else 2) * LEFT @ RIGHT, atol=1e-5)
+
+
+def test_a_file_that_says_no_scaling_is_read_with_one_and_says_so(tmp_path):
+    torch.save({"a.lora_A.weight": RIGHT, "a.lora_B.weight": LEFT}, tmp_path / "lora.pt")
+    with pytest.warns(
+        ww_monitor.SpectralWarning, match=r"nothing says how the 2 factors .*lora.pt are scaled; taken as 1"
+    ):
+        (item,) = of(Matrix, tmp_path / "lora.pt").values()
+    assert torch.equal(item.load()[0], LEFT @ RIGHT)
+
+
 def test_a_kernel_between_the_factors_is_part_of_the_delta():
     """As LoCon composes three convolutions: down 1 × 1, the kernel in the middle, up 1 × 1."""
     down, middle, up = random(4, 10, 1, 1), random(4, 4, 3, 3), random(12, 4, 1, 1)

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import ww_monitor
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import names
+from ww_monitor.walk.state_dict import walk_state_dict
 from ww_monitor.walk.torch import walk
 
 
@@ -238,7 +240,7 @@ def test_a_weight_that_a_hook_makes_in_a_class_of_its_own_is_followed(made):
     make = {
         "weight norm": nn.utils.weight_norm,
         "spectral norm": nn.utils.spectral_norm,
-        "pruned": lambda module: nn.utils.prune.random_unstructured(module, "weight", 0.5),
+        "pruned": lambda module: prune.random_unstructured(module, "weight", 0.5),
     }[made]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -302,3 +304,53 @@ def test_what_a_model_does_not_tell_costs_no_weight():
         *((f"a.qkv.{e}", False) for e in "qkv"),
     ]
     assert ww_monitor.describe(Reticent()).parameters == 16 * 48 + 48 + 12 * 16
+
+
+class Projections(nn.Module):
+    """Matrices whose names end as those of a weight norm, of packed codes, or mention what they act on."""
+
+    def __init__(self):
+        super().__init__()
+        for name in NAMES_OF_WEIGHTS:
+            self.register_parameter(name, nn.Parameter(torch.randn(32, 24)))
+        self.register_buffer("indices", torch.zeros(2, 500, dtype=torch.int64))
+
+
+NAMES_OF_WEIGHTS = [
+    "weight_q", "weight_k", "weight_v", "weight_g", "weights_v", "weight_orig", "W_q", "qweight", "pos_proj", "rope_w",
+    "rel_pos_proj", "pe_kernel", "mask_proj", "bias_proj", "weight_bias_proj", "offset_kernel", "scale_net",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["module", "state dict"])
+def test_a_matrix_is_a_weight_whatever_else_its_name_may_mean(kind):
+    module = nn.ModuleDict({"own": Projections()})
+    found = list(walk(module) if kind == "module" else walk_state_dict(module.state_dict()))
+    assert [item.name for item in found if isinstance(item, Matrix)] == [f"own.{name}" for name in NAMES_OF_WEIGHTS]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "made_of"),
+    [
+        (lambda: nn.utils.weight_norm(nn.Linear(9, 12)), "weight_v"),
+        (lambda: nn.utils.weight_norm(nn.Linear(9, 12), dim=None), "weight_v"),
+        (lambda: nn.utils.weight_norm(nn.Conv2d(9, 12, 3)), "weight_v"),
+        (lambda: nn.utils.spectral_norm(nn.Linear(9, 12)), "weight_orig"),
+        (lambda: prune.l1_unstructured(nn.MultiheadAttention(16, 2), "in_proj_weight", 0.5), "in_proj_weight_orig"),
+    ],
+)
+def test_what_a_weight_is_made_of_is_none_in_a_state_dict(make, made_of):
+    reasons = {item.name: item.reason for item in walk_state_dict(make().state_dict()) if isinstance(item, Skipped)}
+    assert reasons[made_of] == "stored before pruning or a parametrization, which needs the model"
+
+
+def test_a_frozen_script_lists_its_constants():
+    """Their numbers are part of the code, and none of them learns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        frozen = torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(32, 24), nn.ReLU()).eval()))
+    assert (matrices(frozen), reasons(nn.ModuleDict({"a": frozen}))) == (
+        {},
+        {"a": "a frozen script: its weights are constants"},
+    )

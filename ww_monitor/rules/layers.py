@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping
 from ww_monitor.record import Finding, History, Layer, Severity
 from ww_monitor.rules.declare import BROKEN, finding_of, lasting, looks_back
 
+FEW = 20
+"""Eigenvalues below which a layer cannot be judged, as in the verdict `few_eigenvalues`."""
+
 
 @looks_back()
 def broken_layer(history: History) -> Iterator[Finding]:
@@ -24,16 +27,18 @@ def trap(history: History, *, at_least: float = 0.5) -> Iterator[Finding]:
     An orthogonal layer is left out: the entries of an identity matrix are large because the others are zero. One half:
     the outlier shows in most shuffles (our choice; the Tracy–Widom level already keeps noise out).
 
-    A layer with few eigenvalues (verdict `few_eigenvalues`: a head of ten classes) gets a warning instead of a critical
-    finding, and `stop_on="traps"` may act on it. In four runs of anti-grokking, seen at 49 steps each, such a head was
-    the only layer to raise a finding in the three that collapsed (test accuracy .876, .878, .857 at best, .686, .661,
-    .619 at the end); it also did in the one that never did (.917, .915), before a wide layer of that run. Stopping
-    at its third snapshot in a row would have ended at .869, .852 and .857, which saves .18 to .24, and cost .005 in the
-    healthy run; without it nothing would have stopped the three. One healthy run measures no rate of false alarms.
+    A layer with few eigenvalues (verdict `few_eigenvalues`: a head of ten classes; or fewer than 20 that are not zero:
+    a low-rank delta) gets a warning instead of a critical finding, and `stop_on="traps"` may act on it. In four runs of
+    anti-grokking, seen at 49 steps each, such a head was the only layer to raise a finding in the three that collapsed
+    (test accuracy .876, .878, .857 at best, .686, .661, .619 at the end); it also did in the one that never did (.917,
+    .915), before a wide layer of that run. Stopping at its third snapshot in a row would have ended at .869, .852 and
+    .857, which saves .18 to .24, and cost .005 in the healthy run; without it nothing would have stopped the three. One
+    healthy run measures no rate of false alarms.
     """
     for layer in history.last.layers:
         if layer.value("num_traps") >= at_least and layer.verdict != "degenerate":
-            severity: Severity = "warning" if layer.verdict == "few_eigenvalues" else "critical"
+            few = layer.verdict == "few_eigenvalues" or layer.value("matrix_rank") < FEW
+            severity: Severity = "warning" if few else "critical"
             yield finding_of(history, trap, layer, severity, _trap_message(layer))
 
 

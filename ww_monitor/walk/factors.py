@@ -160,22 +160,46 @@ class _Delta:
         return product.T if self.embedding else product.view(self.shape)
 
 
-# --- the scaling in an adapter_config.json
+# --- the scaling that a configuration says
 
 
-def lora_scaling(folder: Path) -> Scaling | None:
-    """The scaling alpha / r, or alpha / √r with `use_rslora`, from an adapter_config.json beside the weights.
+def lora_scaling(weights: Path, header: Mapping[str, str]) -> Scaling | None:
+    """The scaling alpha / r, or alpha / √r with `use_rslora`, by an adapter_config.json beside the weights or a header.
+
+    Args:
+        weights: The file with the factors.
+        header: Its metadata: of diffusers and of kohya's scripts they say what a configuration does.
 
     Raises:
         WWMonitorError: if it is no such configuration, or has a pattern that is not matched.
     """
-    file = folder / "adapter_config.json"
+    file = weights.parent / "adapter_config.json"
     if not file.is_file():
-        return None
+        return _in_header(weights, header)
     if check_regular(file).stat().st_size > MOST_CONFIG:
         raise WWMonitorError(f"walk_files: expected a configuration of at most {MOST_CONFIG} bytes, got {file}")
+    return _of_config(file.read_bytes(), "", file)
+
+
+def _in_header(file: Path, header: Mapping[str, str]) -> Scaling | None:
+    if "lora_adapter_metadata" in header:  # of diffusers: a configuration a model, flat
+        text = header["lora_adapter_metadata"]
+        models = set(re.findall(r'"(\w+)\.lora_alpha"', text))
+        return partial(_by_model, models={model: _of_config(text, f"{model}.", file) for model in models})
+    alpha = header.get("ss_network_alpha", "")  # of kohya's scripts
+    number = re.fullmatch(r"\d+(\.\d+)?", alpha)
+    return partial(_scaling, patterns=[], alpha=float(alpha), root=False) if number else None
+
+
+def _by_model(name: str, rank: int, *, models: Mapping[str, Scaling]) -> float:
+    model, _, inner = name.partition(".")
+    return models[model](inner, rank) if model in models else 1.0
+
+
+def _of_config(text: str | bytes, prefix: str, file: Path) -> Scaling:
+    """What a configuration of PEFT or MLX in JSON says, under keys with a prefix."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = {key.removeprefix(prefix): value for key, value in json.loads(text).items() if key.startswith(prefix)}
         if "scale" in (mlx := config.get("lora_parameters") or {}):  # of MLX: one number for all ranks
             return partial(_constant, scale=float(mlx["scale"]))
         found = dict(config.get("alpha_pattern") or {})

@@ -20,7 +20,7 @@ from ww_monitor.errors import InvalidArgument, MissingDependency, SpectralWarnin
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.archives import check_sizes, content_of, is_script, load
 from ww_monitor.walk.containers import choose, entries, of_others
-from ww_monitor.walk.factors import lora_scaling
+from ww_monitor.walk.factors import factor_of, lora_scaling
 from ww_monitor.walk.folders import KERAS, RECOGNISED, TORCH, Files, check_regular, weight_files
 from ww_monitor.walk.parts import Split, check_split, joined
 from ww_monitor.walk.script import script_weights
@@ -119,7 +119,15 @@ def _items(files: Files, split: Split | None, part: str) -> Iterator[Matrix | Sk
         skipped += left_out
     if not any(len(value.shape) > 1 for value in tensors.values()):
         raise _without_weights(first, [f"{name} {value.shape}" for name, value in tensors.items()])
-    return chain(walk_unread(tensors, split, lora_scaling(first.parent)), skipped)
+    scaling = None
+    if factors := [key for key in tensors if factor_of(key)]:
+        scaling = lora_scaling(first, _header(first))
+        if scaling is None and not any(key.endswith(".alpha") for key in tensors):
+            said = (
+                f"walk_files: nothing says how the {len(factors)} factors of adapters in {first} are scaled; taken as 1"
+            )
+            warnings.warn(said, SpectralWarning, stacklevel=3)
+    return chain(walk_unread(tensors, split, scaling), skipped)
 
 
 def num_stored(path: str | Path, part: str) -> int:
@@ -160,6 +168,16 @@ def _safetensors(path: Path) -> dict[str, Unread]:
     except SafetensorError as error:
         raise WWMonitorError(f"walk_files: {path} is no readable safetensors file: {error}") from error
     return found
+
+
+def _header(path: Path) -> Mapping[str, str]:
+    """What a safetensors file says of itself; nothing of another file."""
+    if not path.name.lower().endswith(".safetensors"):
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def _dtype(header: Any) -> torch.dtype | None:

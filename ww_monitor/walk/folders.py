@@ -80,7 +80,9 @@ def _in_folder(folder: Path) -> Files:
     }
     for step in sorted(steps, reverse=True):
         if (files := _weights_in(steps[step])).paths:
-            said = f"walk_files: read {steps[step].name}, the newest of {len(steps)} checkpoints in {folder}"
+            empty = ", ".join(steps[newer].name for newer in sorted(steps) if newer > step)
+            which = f"the newest of {len(steps)} checkpoints" + f" with weights, which {empty} lacks" * bool(empty)
+            said = f"walk_files: read {steps[step].name}, {which} in {folder}"
             return replace(files, said="; ".join(filter(None, (said, files.said))))
     inside = [inner.name for inner in sorted(folder.iterdir()) if inner.is_dir() and _weights_in(inner).paths]
     names = [inner.name for inner in sorted(folder.iterdir()) if inner.name.lower().endswith(_SUFFIXES)]

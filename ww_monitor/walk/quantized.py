@@ -26,7 +26,9 @@ _COMPANION = re.compile(
     r"scales?(?![a-z])|zero|offset|a(bs)?max|quant_|SCB|(^|[._])(g_idx|shift)$|(^|_)weight_(shape|format)$"
     r"|codebook|centroid|(^|_)(tables?|lut)\d*$"
 )
-_ONLY = ("weight", "qweight", "weight_packed", "W_q", "_data", "codes", "indices")  # the only weight of its module
+_BOOK = re.compile("codebook|centroid|table|lut")
+_PLACES = ("codes", "indices")
+_ONLY = ("weight", "qweight", "weight_packed", "W_q", "_data", *_PLACES)  # the only weight of its module
 _OTHER = re.compile(
     r"bias|lora|input|output|act(ivation)?s?(?![a-z])"
 )  # beside eight-bit floats and no scale of theirs
@@ -74,11 +76,14 @@ def codes_of(attribute: str, stored: _Stored, beside: Mapping[str, _Stored]) -> 
     >>> codes_of("weight", fp8, {"weight_scale_inv": torch.ones(5, 7)})
     'codes with weight_scale_inv of shape (5, 7), a layout that is not known'
     """
-    if attribute in _PACKED or (stored.dtype is not None and stored.dtype is _FLOAT4):
+    floats = stored.dtype is not None and stored.dtype.is_floating_point and stored.dtype not in FLOAT8
+    if (attribute in _PACKED and not floats) or (stored.dtype is not None and stored.dtype is _FLOAT4):
         return f"packed codes ({_PACKED.get(attribute, 'four bits')}), which are not read"
     if not _may_be_codes(stored.dtype) or len(stored.shape) < 2 or _COMPANION.search(attribute):
         return ""
     found = companions(attribute, beside)
+    if attribute in _PLACES and not any(_BOOK.search(name) for name in found):
+        return ""  # places in something else
     scales = [name for name in found if "scale" in name or not re.search("zero|format|shape", name)]
     if not scales:
         found = numbers_of(attribute, stored, beside)

@@ -58,6 +58,16 @@ def refusal(module: nn.Module, attribute: str, stored: Tensor) -> str:
     return codes if isinstance(codes, str) else ""
 
 
+def holds_no_weights(module: nn.Module) -> str:
+    """Why a module of TorchScript that was frozen has no weight, or `""`: they are constants of its code."""
+    if not isinstance(module, torch.jit.ScriptModule) or own_tensors(module):
+        return ""
+    graph: Any = module.graph if hasattr(module, "graph") else None
+    nodes = graph.findAllNodes("prim::Constant", recurse=True) if graph else ()
+    held = (node.t("value") for node in nodes if node.hasAttribute("value") and node.kindOf("value") == "t")
+    return "a frozen script: its weights are constants" if any(tensor.ndim > 1 for tensor in held) else ""
+
+
 def scales_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The names of scales and zero points → the codes they belong to."""
     coded = {name: tensor for name, tensor in tensors.items() if not is_lazy(tensor) and codes_in(module, name, tensor)}

@@ -24,7 +24,7 @@ from ww_monitor.walk.unread import Unread, unread
 
 _EMBEDDING = re.compile(r"(.*_)?(embed(ding)?s?|emb|wte|wpe)(_(?!out).*)?|[a-z]*embed", re.IGNORECASE)
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
-_COMPUTED = re.compile(r"(.*\.)?(parametrizations\..*|weight\w*_(orig|g|v))")
+_COMPUTED = "stored before pruning or a parametrization, which needs the model"
 
 
 def walk_state_dict(
@@ -163,8 +163,8 @@ def meaning(
     """
     path, _, attribute = key.rpartition(".")
     rows, ndim = value.shape[0], len(value.shape)
-    if _COMPUTED.fullmatch(key):
-        return Kind.OTHER, (), "stored before pruning or a parametrization, which needs the model"
+    if stored and _is_computed(key, tensors):
+        return Kind.OTHER, (), _COMPUTED
     if _RECURRENT.fullmatch(attribute):
         return Kind.RECURRENT, WHOLE, ""
     if attribute == "in_proj_weight" and ndim == 2 and rows % 3 == 0:
@@ -183,6 +183,19 @@ def meaning(
     transposed = path.endswith("c_attn") and value.shape[1] in (2 * rows, 3 * rows)  # GPT-2 stores [in, out]
     wished = parts.split_parts(split, path, value.shape, int(transposed))
     return Kind.DENSE, wished or fused.fused_parts(path, value.shape, int(transposed), None) or WHOLE, ""
+
+
+def _is_computed(key: str, tensors: Mapping[str, Unread]) -> bool:
+    """Whether a weight is made of a tensor: by torch's parametrizations, or by pruning and norms of the older kind."""
+    stem, _, end = key.rpartition("_")
+    shape = {name: tensors[f"{stem}_{name}"].shape for name in "guv" if f"{stem}_{name}" in tensors}
+    if end in ("v", "g") and "v" in shape and "g" in shape:  # lengths, of the slices along one dimension or of all
+        lengths = [(size, whole) for size, whole in zip(shape["g"], shape["v"], strict=False) if size > 1]
+        fits = len(shape["g"]) in (0, len(shape["v"])) and len(lengths) < 2
+        return fits and all(size == whole for size, whole in lengths)
+    mask = tensors.get(f"{stem}_mask")
+    pruned = mask is not None and mask.shape == tensors[key].shape
+    return "parametrizations" in key.split(".") or (end == "orig" and (pruned or len(shape.get("u", ())) == 1))
 
 
 def _by_shape(key: str, value: Unread, *, called_weight: bool, stored: bool) -> tuple[Kind, tuple[Part, ...], str]:

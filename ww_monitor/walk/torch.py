@@ -217,8 +217,9 @@ def _bare_weights(module: nn.Module, path: str) -> Iterator[_Weight]:
 
 def _items(module: nn.Module, path: str, this: _Walk) -> Iterator[Matrix | Skipped]:
     """The matrices of one module, then its parameters of two or more dimensions that are no known weight."""
-    if any(isinstance(module, adapters.loaded(home, name)) for home, name in _QUANTIZED):
-        yield Skipped(path, Kind.OTHER, (), "a quantized module: no floating-point weight")
+    left_out = reading.holds_no_weights(module)
+    if left_out or any(isinstance(module, adapters.loaded(home, name)) for home, name in _QUANTIZED):
+        yield Skipped(path, Kind.OTHER, (), left_out or "a quantized module: no floating-point weight")
         return
     if adapters.is_adapter(module):
         yield from adapters.factors(module, path)
