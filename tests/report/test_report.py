@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import zlib
+from dataclasses import replace
 from html import unescape
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 import ww_monitor
 from ww_monitor import Finding, History, InvalidArgument, Layer, Snapshot, WWMonitorError, write_report
-from ww_monitor.record import Histogram
+from ww_monitor.record import Histogram, TrapEntry
 from ww_monitor.report import recording
 from ww_monitor.report.packing import packed
 
@@ -299,6 +300,16 @@ def test_a_long_run_of_a_large_model_is_thinned_and_says_so(write, monkeypatch):
     assert len(run["summary"]["alpha"]) == 19
     assert "all numbers are those of one snapshot in 2, and of the last" in notes(page)
     assert "spectra are those of one snapshot in 8, and of the last" in notes(page)
+
+
+def test_trap_entries_that_are_left_out_are_counted(write, monkeypatch):
+    monkeypatch.setattr(recording, "MAX_ENTRIES", 40)
+    trapped = replace(layer("fc1"), trap_entries=tuple(TrapEntry(0, row, 3, 9.0 - row, 1.5) for row in range(5)))
+    page = write([snapshot(step, trapped, layer("fc2")) for step in (*range(20), 19)])
+    (run,) = facts(page)
+    assert list(run["entries"]) == ["0", "4", "8", "12", "16", "19"]
+    assert "70 of 100 trap entries are left out, of all but one snapshot in 4 and the last." in notes(page)
+    assert "trap entries" not in notes(write([snapshot(step, trapped) for step in range(8)]))
 
 
 def test_layers_and_metrics_that_come_and_go_keep_their_places(write):

@@ -29,6 +29,8 @@ KEY = (
 
 MAX_ROWS_OF_OTHERS = 131_072
 MAX_FINDINGS = 5_000
+MAX_ENTRIES = 8
+"""Trap entries of a layer at a snapshot that are listed; an analysis keeps no more."""
 CHUNK = 64
 """Layers whose spectra are one block."""
 
@@ -124,6 +126,10 @@ def _notes(runs: Sequence[Recording]) -> list[str]:
             for what, kept in thinned.items()
             if kept > 1
         ]
+        shown = sum(len(rows[:MAX_ENTRIES]) for item in run.entries.items.values() for rows in item.values())
+        if left := sum(run.num_entries) - shown:
+            which = f", of all but one snapshot in {run.entries.every} and the last" * (run.entries.every > 1)
+            told.append(f"To keep the page small, {left:,} of {left + shown:,} trap entries are left out{which}.")
         if not any(len(one.rows) for one in run.spectra.items.values()):
             told.append("This history has no spectra.")
         if (left := len(spans(run)) - MAX_FINDINGS) > 0:
@@ -179,7 +185,7 @@ def _described(run: Recording, prefix: str, blocks: dict[str, str], *, until: in
     codes = _verdicts(run, columns)
     found = spans(run)[:MAX_FINDINGS]
     entries = {
-        number: {row: [[short(value) for value in entry] for entry in rows[:8]] for row, rows in item.items()}
+        number: {row: [[short(value) for value in entry] for entry in rows[:MAX_ENTRIES]] for row, rows in item.items()}
         for number, item in run.entries.items.items()
     }
     return {
