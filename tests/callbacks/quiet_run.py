@@ -60,7 +60,13 @@ def huggingface() -> Callable[[bool, str], None]:
             from ww_monitor.callbacks.huggingface import SpectralMonitor
 
             callbacks = [SpectralMonitor(console=False)]
-        given = {"report_to": ["tensorboard"], "max_steps": 3, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+        given = {
+            "report_to": ["tensorboard"],
+            "max_steps": 3,
+            "use_cpu": True,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        }
         data = [{"x": torch.randn(60)} for _ in range(9)]
         Trainer(Net(), TrainingArguments(folder, **given), train_dataset=data, callbacks=callbacks).train()
 
@@ -110,4 +116,4 @@ if __name__ == "__main__":
         Path(path, "tensorflow.py").write_text(greeting)
         sys.path.insert(0, path)
         made = {"lightning": lightning, "huggingface": huggingface, "keras": keras}[sys.argv[1]]()
-        print(json.dumps({name: lines(made, name == "with") for name in ("without", "with")}))
+        json.dump({name: lines(made, name == "with") for name in ("without", "with")}, sys.stdout)

@@ -1,4 +1,4 @@
-"""Nothing that others print comes through us: TensorFlow and oneDNN greet whoever makes PyTorch's TensorBoard writer."""
+"""Nothing that others print comes through us: TensorFlow greets whoever makes PyTorch's TensorBoard writer."""
 
 from __future__ import annotations
 

@@ -322,6 +322,23 @@ def test_layers_and_metrics_that_come_and_go_keep_their_places(write):
     assert [one[0] for one in facts_["layers"]] == ["a", "b", "b (2)"]
     how = facts_["metrics"]["late"]
     assert how["shape"] == [3, 3]
+    assert [word.partition(":")[0] for word in facts_["judged"]] == ["until step 1", "well trained", "well trained"]
+
+
+def test_snapshots_that_a_run_went_back_behind_are_counted(write):
+    page = write([snapshot(step) for step in (0, 10, 10, 20, 30, 15)])
+    assert facts(page)[0]["steps"] == [0, 10, 15]
+    assert "3 snapshots were replaced: the run went back to an earlier step." in notes(page)
+    assert "replaced" not in notes(write([snapshot(0), snapshot(1)]))
+
+
+def test_numbers_in_sentences_are_short(write):
+    assert "mean alpha is 1e+200, above 6" in sentences(write([snapshot(0, alpha=1e200)]))[2]
+
+
+def test_two_runs_without_a_common_layer_say_so(write):
+    told = sentences(write([snapshot(0, layer("a"))], [snapshot(0, layer("b"))]))[2]
+    assert told.endswith("; no layer of A has a partner of its name in B.")
 
 
 def test_the_command_writes_the_page_and_refuses_in_one_line(tmp_path):

@@ -134,6 +134,9 @@ def _notes(runs: Sequence[Recording]) -> list[str]:
             told.append("This history has no spectra.")
         if (left := len(spans(run)) - MAX_FINDINGS) > 0:
             told.append(f"{left:,} more findings, of the least severe, are not listed.")
+        if run.repeated:
+            noun = "snapshot was" if run.repeated == 1 else "snapshots were"
+            told.append(f"{run.repeated:,} {noun} replaced: the run went back to an earlier step.")
         if run.skipped:
             told.append(f"{len(run.skipped):,} weights were not analysed, such as {next(iter(run.skipped))}.")
         notes += [prefix + note for note in told]
@@ -182,7 +185,7 @@ def _described(run: Recording, prefix: str, blocks: dict[str, str], *, until: in
         how[name] = {**about, "block": f"{prefix}{index}", "columns": "all" if shown is columns else "thin"}
         if name in KEY:
             bands[name] = _band(values)
-    codes = _verdicts(run, columns)
+    codes, shown_until = _verdicts(run, columns), bisect_right(columns, until)
     found = spans(run)[:MAX_FINDINGS]
     entries = {
         number: {row: [[short(value) for value in entry] for entry in rows[:MAX_ENTRIES]] for row, rows in item.items()}
@@ -196,7 +199,7 @@ def _described(run: Recording, prefix: str, blocks: dict[str, str], *, until: in
         "metrics": how,
         "verdicts": list(run.verdicts),
         "until": until,
-        "judged": _judged(run, codes[:, : bisect_right(columns, until)], until),
+        "judged": _judged(run, columns[:shown_until], codes[:, :shown_until]),
         "last": {
             name: [short(float(value)) for value in last_values(run, name, until=until)]
             for name in KEY
@@ -241,15 +244,19 @@ def _band(values: np.ndarray) -> list[list[float | None]]:
     return [[short(float(value)) for value in row] for row in points]
 
 
-def _judged(run: Recording, codes: np.ndarray, until: int) -> list[str]:
-    """Of every layer, where it last occurs."""
+def _judged(run: Recording, columns: Sequence[int], codes: np.ndarray) -> list[str]:
+    """Of every layer, where it last occurs in these snapshots."""
     words = list(run.verdicts)
-    alpha, sigma, traps = (last_values(run, name, until=until) for name in ("alpha", "sigma", "num_traps"))
+    alpha, sigma, traps = (last_values(run, name, until=columns[-1]) for name in ("alpha", "sigma", "num_traps"))
     told = []
     for row in range(len(run.layers)):
-        known = codes[row][np.isfinite(codes[row])]
-        verdict = words[int(known[-1])] if known.size else ""
-        told.append(judged(verdict, float(alpha[row]), float(sigma[row]), float(traps[row])))
+        seen = np.flatnonzero(np.isfinite(codes[row])).tolist()
+        if not seen:
+            told.append("not there yet")
+            continue
+        word = judged(words[int(codes[row, seen[-1]])], float(alpha[row]), float(sigma[row]), float(traps[row]))
+        gone = f"until step {run.steps[columns[seen[-1]]]:,}: " * (seen[-1] < len(columns) - 1)
+        told.append(gone + word)
     return told
 
 

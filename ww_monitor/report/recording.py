@@ -104,6 +104,7 @@ class Recording:
         spectra: `Spectra` of the snapshots that are kept.
         entries: Trap entries by layer index, of the snapshots that are kept.
         num_entries: How many trap entries each snapshot has.
+        repeated: How many snapshots later ones replaced, of a step that is no larger.
         skipped: Name → reason, of the latest snapshot.
         notes: Sentences about what the file lacks.
     """
@@ -119,6 +120,7 @@ class Recording:
     spectra: Thinned[Spectra] = field(default_factory=lambda: Thinned(MAX_SPECTRA))
     entries: Thinned[dict[int, list[list[float]]]] = field(default_factory=lambda: Thinned(MAX_ENTRIES))
     num_entries: list[int] = field(default_factory=list)
+    repeated: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     _index: dict[str, int] = field(default_factory=dict)
@@ -146,6 +148,7 @@ class Recording:
 
     def _rewind(self, step: int | None) -> None:
         while step is not None and self.steps and self.steps[-1] >= step:
+            self.repeated += 1
             del self.steps[-1], self.summaries[-1], self.findings[-1], self.num_entries[-1]
         for kept in (self.table, self.spectra, self.entries):
             kept.rewind(len(self.steps))
