@@ -24,10 +24,10 @@ from ww_monitor import History, rules
 
 RESULT = Path(__file__).parent / "results" / "healthy.json"
 
-NETS = {"MLP 48": (48,), "MLP 96-48": (96, 48), "MLP 128-64-32": (128, 64, 32), "CNN 16-32": (), "CNN 32-64": ()}
+NETS = ("MLP 48", "MLP 96-48", "MLP 128-64-32", "CNN 8-16")
 TRAININGS = (("sgd", 0.1), ("momentum", 0.02), ("adamw", 1e-3), ("adamw", 3e-3))
 DECAYS = {"sgd": (0.0, 5e-4), "momentum": (0.0, 5e-4), "adamw": (0.0, 0.01)}
-SEEDS, STEPS, EVERY = 8, 1500, 75
+SEEDS, STEPS, EVERY = 10, 1000, 50
 ALARMING = ("warning", "critical")
 
 
@@ -43,9 +43,17 @@ def every_run() -> list[Run]:
     return found
 
 
-def one(index: int, quick: bool) -> dict[str, Any]:
-    """Train and judge a run: its row, with the alarms of every rule by severity."""
-    run = every_run()[index]
+def one(index: int, quick: bool, folder: Path) -> dict[str, Any]:
+    """The row of a run, with the alarms of every rule by severity; trained and judged unless it is in the folder."""
+    path = folder / f"{index}.json"
+    if not path.exists():
+        row = judged_run(every_run()[index], quick)
+        path.write_text(json.dumps(row))
+    return json.loads(path.read_text())
+
+
+def judged_run(run: Run, quick: bool) -> dict[str, Any]:
+    """Train and judge a run."""
     with tempfile.TemporaryDirectory() as place:
         train(run, folder := Path(place), steps=STEPS // 10 if quick else None)
         home = folder / run.study / run.name
@@ -98,10 +106,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one seed, a tenth as long")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=Path("runs/healthy"), help="what is there is not trained again")
     options = parser.parse_args()
+    folder = options.folder / ("quick" if options.quick else "full")
+    folder.mkdir(parents=True, exist_ok=True)
     chosen = [at for at, run in enumerate(every_run()) if run.seed == 0 or not options.quick]
     with ProcessPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(one, chosen, [options.quick] * len(chosen)))
+        rows = list(pool.map(one, chosen, [options.quick] * len(chosen), [folder] * len(chosen)))
     for row in rows:  # what never held is left out
         row["held"] = {name: held for name, held in row["alarms"].items() if held["any"]}
     found = {"versions": versions(), "table": table(rows)}

@@ -188,7 +188,7 @@ class Transformer(nn.Module):
         return self.head(self.blocks(self.embedding(x) + self.position, mask=self.mask))
 
 
-def small_gpt(rate: float, characters: int, seed: int) -> Task:
+def small_gpt(rate: float, characters: int, seed: int, size: int = 32) -> Task:
     """A GPT of two blocks of width 64 on so little text that it overfits: Python's own help topics, which are prose."""
     torch.manual_seed(seed)
     text = "".join(text for _, text in sorted(pydoc_data.topics.topics.items())).encode("ascii", "ignore")
@@ -202,7 +202,7 @@ def small_gpt(rate: float, characters: int, seed: int) -> Task:
     train, rest = pieces(tokens[:characters]), pieces(tokens[characters:])
     net = Transformer(128, length, 64, 2, 4)
     step = optimizer("adamw", net, rate, 0.01)
-    return Task(net, step, endless(*train, 32, seed), per_token, rest, (train[0][:500], train[1][:500]))
+    return Task(net, step, endless(*train, size, seed), per_token, rest, (train[0][:500], train[1][:500]))
 
 
 def per_token(outputs: Tensor, targets: Tensor) -> Tensor:

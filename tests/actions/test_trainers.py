@@ -159,7 +159,9 @@ def test_keras_refuses_to_act_and_takes_a_dry_run(tmp_path):
     keras = pytest.importorskip("keras")
     from ww_monitor.callbacks.keras import SpectralMonitor
 
-    with pytest.raises(InvalidArgument, match="SpectralMonitor: actions must be dry runs in Keras, .*use dry_run=True"):
+    with pytest.raises(
+        InvalidArgument, match=r"SpectralMonitor: actions must be dry runs in Keras, .*use dry_run=True"
+    ):
         SpectralMonitor(every_n_steps=EVERY, actions=ACTING)
 
     def fit(*callbacks):
