@@ -123,6 +123,9 @@ def test_a_dry_run_logs_the_factors_and_changes_nothing(mode, groups):
     assert str(state["optimizer"]) == str(other["optimizer"])
     assert sorted(layer.value("rate_factor") for layer in monitor.history.last.layers)[::2] == [1.0, 5.0]
     assert monitor.history.last.summary["decay_factor"] > 0
+    (note,) = [finding.message for one in monitor.history for finding in one.findings if finding.rule == "actions"]
+    assert note.startswith("LayerwiseRate(low=1, high=5, ")
+    assert note.count("is logged only") == 2
 
 
 def test_a_dry_run_puts_no_hook_on_the_optimizer():
@@ -155,6 +158,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(cut, looks):
 def test_a_look_between_two_multiples_changes_no_factor():
     one, other = (Monitor(every_n_steps=EVERY, actions=[RATE]) for _ in range(2))
     assert weights(train(one, steps=7, observe_also=(2, 5, 6))[0]) == weights(train(other, steps=7)[0])
+    assert one.history.snapshots[0].findings[-1].message.endswith(" acts")
     values = {one.step: [layer.value("rate_factor") for layer in one.layers] for one in one.history}
     assert values[0] == values[2] != values[4] == values[5] == values[6]
 

@@ -25,10 +25,13 @@ class Acting:
         actions: Of the run.
         every: Steps between two changes; `None`, which only a dry run may have, for every snapshot.
         say: See `Say`.
+        note: Takes a word, a message and a step for the history.
     """
 
-    def __init__(self, actions: Sequence[Action], *, every: int | None, say: Say) -> None:
-        self.actions, self._every, self._say = tuple(actions), every, say
+    def __init__(
+        self, actions: Sequence[Action], *, every: int | None, say: Say, note: Callable[[str, str, int | None], None]
+    ) -> None:
+        self.actions, self._every, self._say, self._note = tuple(actions), every, say, note
         self._steppers: list[Stepper] = []
         self._asked = False
         self.restart()
@@ -50,6 +53,9 @@ class Acting:
                 found = {name: float(factor) for name, factor in action.factors(snapshot).items()}
                 self._factors[at] = {name: factor for name, factor in found.items() if 0 <= factor < math.inf}
             self._warn_of_unheard()
+            if self._changed_at is None:
+                how = [f"{action!r} {'is logged only' if action.dry_run else 'acts'}" for action in self.actions]
+                self._note("actions", "; ".join(how), snapshot.step)
             self._changed_at = snapshot.step or 0
         rows: dict[str, dict[str, float]] = {}
         for action, factors in zip(self.actions, self._factors, strict=True):

@@ -67,7 +67,8 @@ class LayerwiseRate(_Layerwise):
     Source: TempBalance (Zhou et al. 2023, arXiv 2312.00359), with 0.5 to 1.5, the least of 50 eigenvalues, once an
     epoch; LLR (arXiv 2605.22297) is `LayerwiseRate(low=1, high=5)` at `every_n_steps=100`. Both leave the first and the
     last layer out or set them by hand, and TempBalance gives a batch norm the rate of its convolution; here what is no
-    matrix keeps the base rate. Factors of 1 to 5 raise the mean rate: `keep_mean` tells balance from that.
+    matrix keeps the base rate. A decay that is multiplied by the rate (AdamW's) grows with it, as in the papers.
+    Factors of 1 to 5 raise the mean rate: `keep_mean` tells balance from that.
 
     Args:
         low: Factor of the layer with the least alpha.

@@ -86,7 +86,7 @@ class Monitor(Stepping):
         rules = TRAINING_RULES if given.rules is None else given.rules
         self.findings = Holding(rules, stop_on=given.stop_on, patience=given.patience)
         self.sinks: list[Sink] = list(given.sinks)
-        self.acting = Acting(given.actions, every=given.every_n_steps, say=self.say_once)
+        self.acting = Acting(given.actions, every=given.every_n_steps, say=self.say_once, note=self.note)
         self.keep = given.keep
         self.select = given.select or Select()
         self.history = History()
