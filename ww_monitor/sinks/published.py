@@ -16,10 +16,10 @@ Publish = str | Sequence[str]
 
 MODEL_METRICS = (
     "alpha", "alpha_hat", "num_spikes", "num_traps", "trap_headroom", "stable_rank", "log_spectral_norm",
-    "delta_norm", "left_rotation", "right_rotation", "update_ratio", "snapshots_dropped",
+    "delta_norm", "left_rotation", "right_rotation", "update_ratio", "snapshots_dropped", "rate_factor", "decay_factor",
 )  # fmt: skip
-"""Of the model, as far as they are there; the second line is what `track_delta`, `track_updates` and `mode="async"`
-add."""
+"""Of the model, as far as they are there; the second line is what `track_delta`, `track_updates`, `mode="async"` and
+`actions` add."""
 
 LAYER_METRICS = ("alpha", "trap_headroom", "num_traps", "alpha_hat", "num_spikes")
 """Of a layer, the most important first."""
