@@ -108,9 +108,7 @@ def _inside(path: Path) -> list[Path]:
         own = weight_files(path).paths
     except WWMonitorError:
         own = ()
-    if own and not all(one.name.endswith(".weights.h5") for one in own):
-        return [path]
-    return files or [path]
+    return [path] if own and not all(one.name.endswith(".weights.h5") for one in own) else files
 
 
 def _stem(path: Path) -> str:
@@ -204,8 +202,8 @@ def replay_checkpoints(given: ReplayOptions) -> Iterator[Snapshot]:
 
     Raises:
         NoSuchFile: if there is no checkpoint.
-        InvalidArgument: if the steps cannot be told, or the file is of another replay: of another preset, or with a
-            later step than a checkpoint that it lacks.
+        InvalidArgument: if the steps cannot be told, there is no matrix to analyse, or the file is of another replay:
+            of another preset, or with a later step than a checkpoint that it lacks.
         WWMonitorError: if a checkpoint or the file cannot be read, naming it; what came before it is in the file.
     """
     todo = checkpoints_in_order(given.paths)
@@ -289,7 +287,16 @@ def _replayed(
 
 
 def _snapshot(given: ReplayOptions, checkpoint: Checkpoint, options: Options) -> Snapshot:
-    return analyze_matrices(given.items(checkpoint.path), options, step=checkpoint.step, epoch=checkpoint.epoch)
+    snapshot = analyze_matrices(given.items(checkpoint.path), options, step=checkpoint.step, epoch=checkpoint.epoch)
+    if not snapshot.layers:
+        raise InvalidArgument(f"replay: {checkpoint.path}: expected a matrix to analyse, got {none_of(snapshot)}")
+    return snapshot
+
+
+def none_of(snapshot: Snapshot) -> str:
+    """Why a snapshot has no layer."""
+    skipped = snapshot.skipped
+    return f"none of {len(skipped)}, such as {skipped[0].name}: {skipped[0].reason}" if skipped else "none"
 
 
 def _failed(rule: str, error: Exception) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeAlias
 
+from ww_monitor.errors import InvalidArgument
 from ww_monitor.record import History, Snapshot
 from ww_monitor.report.page import html, plotly_script
 from ww_monitor.report.recording import recorded
@@ -30,7 +31,7 @@ def write_report(run: Run, other: Run | None = None, *, path: str | Path = "repo
 
     Raises:
         FileNotFoundError: if there is no such run.
-        InvalidArgument: if a folder has no history file or several, or a run has no snapshot.
+        InvalidArgument: if a folder has no history file or several, a run has no snapshot, or the path is a folder.
         WWMonitorError: if a later version wrote the history.
         MissingDependency: if plotly is not installed.
 
@@ -41,10 +42,12 @@ def write_report(run: Run, other: Run | None = None, *, path: str | Path = "repo
     ...     page.name, page.stat().st_size < 3_000_000
     ('report.html', True)
     """
-    plotly_script()  # where it is missing, say so before a long file is read
+    target = Path(path)
+    if target.is_dir():  # say so before a long file is read, and what is not installed too
+        raise InvalidArgument(f"report: path must be a file, got the folder {target}")
+    plotly_script()
     runs = [recorded(one) for one in (run, other) if one is not None]
     page = html(runs).encode("utf-8", "replace")  # a name may hold what no text can
-    target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(page)
     return target

@@ -240,7 +240,7 @@ def _read(path: Path, recording: Recording) -> None:
         recording.notes.append(f"Left out: {said} of the file, damaged or cut off.")
 
 
-def history_file(path: Path) -> Path:
+def history_file(path: Path, *, where: str = "report") -> Path:
     """The history file that a path means: itself, or the only one in a folder or below it.
 
     Raises:
@@ -250,9 +250,11 @@ def history_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        raise FileNotFoundError(f"report: no such file or folder: {path}")
+        raise FileNotFoundError(f"{where}: no such file or folder: {path}")
     if not path.is_dir():
-        raise InvalidArgument(f"report: expected a history file or a folder that has one, got {path}, which is neither")
+        raise InvalidArgument(
+            f"{where}: expected a history file or a folder that has one, got {path}, which is neither"
+        )
     if (path / HISTORY_FILE).is_file():
         return path / HISTORY_FILE
     found: list[Path] = []
@@ -263,7 +265,7 @@ def history_file(path: Path) -> Path:
     if len(found) == 1:
         return found[0]
     got = f"{len(found)}; name one of {', '.join(map(str, _few(found)))}" if found else "none"
-    raise InvalidArgument(f"report: {path}: expected one history file ({HISTORY_FILE}), got {got}")
+    raise InvalidArgument(f"{where}: {path}: expected one history file ({HISTORY_FILE}), got {got}")
 
 
 def _few(found: Sequence[Path]) -> Iterator[str]:
