@@ -137,7 +137,7 @@ def test_a_shuffle_touches_no_random_state_and_repeats(net):
         (Layer("fc", "dense", (1, 8, 8), esd=Histogram(-1, 1, (1, 2)), metrics={"alpha": NAN}), {"eigenvalues"}),
         (
             Layer("fc", "dense", (1, 8, 8), esd=Histogram(-1, 1, (1, 2)), metrics={"alpha": 2.5, "xmin": 0.5}),
-            {"eigenvalues", "power law"},
+            {"eigenvalues", "power law", "xmin = 0.5"},
         ),
         (Layer("fc", "dense", (1, 8, 8), eigenvalues=(0.0, 1.0, 1.0, 2.0)), {"eigenvalues"}),
     ],
@@ -295,6 +295,14 @@ def at(axes, label: str) -> float:
     (x, _) = line(axes, label)
     assert x[0] == x[1]
     return float(x[0])
+
+
+def test_the_lines_of_a_spectrum_stand_where_the_snapshot_has_them_and_are_named(snapshot):
+    for layer in snapshot.layers:
+        axes = plots.spectrum(layer)
+        assert at(axes, "xmin = ") == layer.value("xmin")
+        assert at(axes, "its edge = ") == layer.value("bulk_max")
+        assert {f"xmin = {layer.value('xmin'):.3g}", f"its edge = {layer.value('bulk_max'):.3g}"} <= labels(axes)
 
 
 @pytest.mark.parametrize("scale", ["log-lin", "lin-lin"])

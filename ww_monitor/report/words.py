@@ -74,8 +74,8 @@ def _rank(severity: str) -> int:
 def judged(verdict: str, alpha: float, sigma: float, traps: float) -> str:
     """A row of the table of layers in words.
 
-    >>> judged("ok", 3.1, 0.2, 0.0), judged("ok", 1.4, 0.1, 2.0)
-    ('well trained: alpha is from 2 to 6', 'correlation traps; very heavy-tailed, over-trained')
+    >>> judged("ok", 3.1, 0.2, 0.0), judged("ok", 3.1, 0.2, 2.0)
+    ('well trained: alpha is from 2 to 6', 'correlation traps; alpha is from 2 to 6')
     """
     words = VERDICT_WORDS.get(verdict, verdict.replace("_", " "))
     if verdict == "ok" and alpha == alpha:
@@ -84,7 +84,7 @@ def judged(verdict: str, alpha: float, sigma: float, traps: float) -> str:
         elif alpha < 2:
             words = "alpha is below 2, within its error"
         elif alpha <= 6:
-            words = "well trained: alpha is from 2 to 6"
+            words = "well trained: " * (not traps >= 0.5) + "alpha is from 2 to 6"
         else:
             words = "weakly trained: alpha is above 6"
     return f"correlation traps; {words}" if traps >= 0.5 and verdict != "degenerate" else words
