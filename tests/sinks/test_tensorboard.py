@@ -186,7 +186,9 @@ def test_the_layout_is_written_once_a_writer(tmp_path, layouts):
     }
 
 
-def test_the_edge_of_headroom_is_in_sight_where_a_layer_passes_it_although_tensorboard_leaves_outliers_out(tmp_path, layouts, scalars):
+def test_the_edge_of_headroom_is_in_sight_where_a_layer_passes_it_although_tensorboard_leaves_outliers_out(
+    tmp_path, layouts, scalars
+):
     """One layer of 16 rises in the last third of the run; the outermost 5 % of all points are left out."""
     sink = TensorBoard(tmp_path)
     for step in range(60):
