@@ -134,7 +134,9 @@ def test_analyze_selects_and_writes_a_page(model, tmp_path):
     arguments = ["analyze", model, "--include", "fc", "--json", "--html", tmp_path / "out.html"]
     found = called(*arguments, "--device", "cpu")
     assert [layer["name"] for layer in json.loads(found.stdout)["layers"]] == ["fc"]
-    assert (tmp_path / "out.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert f"<title>{model}: spectral report</title>" in page
     found = json.loads(called("analyze", model, "--exclude", "fc", "--preset", "weightwatcher", "--json").stdout)
     assert ([layer["name"] for layer in found["layers"]], found["preset"]) == (["[red]<script>"], "weightwatcher")
 
@@ -146,7 +148,8 @@ def test_the_status_is_3_where_what_was_asked_about_is_found(model, tmp_path):
     called("analyze", model, "--fail-on", "over-trained")
     called("analyze", model, "--fail-on", "traps", "--exclude", "fc")
     torch.save({"a.weight": torch.full((16, 16), float("nan"))}, tmp_path / "nan.pt")
-    called("analyze", tmp_path / "nan.pt", "--fail-on", "broken-layers", status=3)
+    for gate in ("broken-layers", "traps", "over-trained"):  # what has no spectrum has not passed
+        assert called("analyze", tmp_path / "nan.pt", "--fail-on", gate, status=3).stderr.endswith(f"{gate}: a\n")
 
 
 def test_over_trained_layers_fail_too(tmp_path):

@@ -61,7 +61,7 @@ def analyze(
     part: Part = "",
     fail_on: Annotated[
         list[str] | None,
-        typer.Option(help=f"Exit with status 3 on {', '.join(FAIL_ON)}; may be given more than once."),
+        typer.Option(help=f"Exit with status 3 on {', '.join(FAIL_ON)}, and on what cannot be judged."),
     ] = None,
 ) -> None:
     """Analyse a checkpoint: spectra, metrics and findings of every weight matrix."""
@@ -90,7 +90,7 @@ def analyze(
     else:
         _print_snapshot(path, snapshot)
     if html is not None:
-        typer.echo(write_report(snapshot, path=html), err=as_json or as_csv)
+        typer.echo(write_report(snapshot, path=html, names=[path]), err=as_json or as_csv)
     _fail_on(asked, snapshot)
 
 
@@ -120,7 +120,8 @@ def _fail_on(asked: list[str], snapshot: Snapshot) -> None:
     for choice in asked:
         if _NEEDS[choice] and snapshot.layers and _NEEDS[choice] not in measured:
             raise typer.BadParameter(f"--fail-on {choice} needs {_NEEDS[choice]}, which this preset leaves out")
-        hit = [finding.layer for finding in snapshot.findings if finding.rule == FAIL_ON[choice]]
+        rules = {FAIL_ON[choice], "broken_layer"}  # what has no spectrum has not passed
+        hit = [finding.layer for finding in snapshot.findings if finding.rule in rules]
         if hit:
             more = f" and {len(hit) - 3} more" * (len(hit) > 3)
             typer.echo(f"ww-monitor: --fail-on {choice}: {', '.join(hit[:3])}{more}", err=True)

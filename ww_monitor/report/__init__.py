@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,7 +15,9 @@ Run: TypeAlias = History | Iterable[Snapshot] | Snapshot | str | Path
 """A run: a history file, a folder that has one, or snapshots at hand."""
 
 
-def write_report(run: Run, other: Run | None = None, *, path: str | Path = "report.html") -> Path:
+def write_report(
+    run: Run, other: Run | None = None, *, path: str | Path = "report.html", names: Sequence[str] = ()
+) -> Path:
     """Write what a run has shown as one page: what to look at, curves, a map of depth and time, layers, spectra.
 
     The page needs no server and no network and is at most some 20 MB: of very long runs of very large models it keeps
@@ -25,6 +27,7 @@ def write_report(run: Run, other: Run | None = None, *, path: str | Path = "repo
         run: A history, a history file, or a folder that has one (a run's `ww_history.jsonl`), or one snapshot.
         other: A second run, shown beside the first, aligned by step; layers are paired by name.
         path: Where the page goes; what is there is replaced.
+        names: What the page calls the runs; else after their folders or files.
 
     Returns:
         The path of the page.
@@ -47,6 +50,8 @@ def write_report(run: Run, other: Run | None = None, *, path: str | Path = "repo
         raise InvalidArgument(f"report: path must be a file, got the folder {target}")
     plotly_script()
     runs = [recorded(one) for one in (run, other) if one is not None]
+    for one, name in zip(runs, names, strict=False):
+        one.name = name
     page = html(runs).encode("utf-8", "replace")  # a name may hold what no text can
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(page)

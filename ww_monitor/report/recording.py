@@ -95,6 +95,7 @@ class Recording:
     Attributes:
         name: What the page calls it.
         steps: Of every snapshot; its number where it has none.
+        has_steps: Whether the snapshots have any.
         layers: Every layer that occurs, by key: its name, and a number behind it where a snapshot has a name twice.
         metrics: Every metric of a layer that occurs, with its index.
         verdicts: Every verdict that occurs (the status where there is none), with its index.
@@ -123,6 +124,7 @@ class Recording:
     repeated: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    has_steps: bool = False
     _index: dict[str, int] = field(default_factory=dict)
 
     def add(self, data: Mapping[str, Any]) -> None:
@@ -138,6 +140,7 @@ class Recording:
         self._rewind(head.step)
         number = len(self.steps)
         self.steps.append(number if head.step is None else head.step)
+        self.has_steps = self.has_steps or head.step is not None
         self.summaries.append(head.summary)
         self.findings.append(head.findings)
         self.skipped = {item.name: item.reason for item in head.skipped}
