@@ -29,7 +29,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-lowest:                 ## each callback with the lowest versions that are declared, some five minutes
+lowest:                 ## each callback and every command with the lowest versions that are declared, two minutes
 	.ci/lowest
 
 bench: $(STAMP)         ## the engine against weightwatcher and the bare solver, ten minutes, into benchmarks/RESULTS.md

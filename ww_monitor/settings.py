@@ -99,7 +99,25 @@ def warn(message: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Select(Settings):
+class Patterns(Settings):
+    """Which layers to look at, by their names."""
+
+    include: Annotated[
+        Sequence[str],
+        "Globs on layer names; none keeps all. A name selects itself, and brackets are read as they are where a name"
+        " has them (`*.lora[default]`).",
+    ] = ()
+    exclude: Annotated[Sequence[str], "Globs on layer names to leave out, also where they are included."] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("include", self.include), ("exclude", self.exclude)):
+            if isinstance(value, str):
+                raise InvalidArgument(f"{self.where}: {name} must be a sequence of globs; got the string {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select(Patterns):
     """Which matrices to analyse.
 
     >>> import torch
@@ -108,12 +126,6 @@ class Select(Settings):
     "excluded by pattern '*.head'"
     """
 
-    include: Annotated[
-        Sequence[str],
-        "Globs on layer names; none keeps all. A name selects itself, and brackets are read as they are where a name"
-        " has them (`*.lora[default]`).",
-    ] = ()
-    exclude: Annotated[Sequence[str], "Globs on layer names to leave out, also where they are included."] = ()
     min_size: Annotated[
         int, "Least number of eigenvalues of a layer; 8 is the least tail a power-law fit accepts.", check_positive_int
     ] = 8
@@ -121,9 +133,6 @@ class Select(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in (("include", self.include), ("exclude", self.exclude)):
-            if isinstance(value, str):
-                raise InvalidArgument(f"{self.where}: {name} must be a sequence of globs; got the string {value!r}")
         if self.max_size is not None and self.max_size < self.min_size:
             raise InvalidArgument(
                 f"{self.where}: max_size must be None or >= min_size={self.min_size}; got {self.max_size!r}"
@@ -167,6 +176,17 @@ class Select(Settings):
         for item in listed:
             reason = self.reason_to_skip(item, names) if isinstance(item, Matrix) else ""
             yield Skipped(item.name, item.kind, item.shape, reason) if reason else item
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored(Settings):
+    """Which of the models that a checkpoint or a mapping holds."""
+
+    part: Annotated[
+        str,
+        'Which of several state dicts in a checkpoint or mapping to read, by its path (`"generator"`, `"ema"`);'
+        " without it all but moving averages, their names with that path in front.",
+    ] = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -169,6 +169,18 @@ def test_wandb_gets_every_scalar_on_the_trainers_own_axis(tmp_path, net, read_wa
     assert {row["ww/layers/_type"] for row in pictures.values()} == {"table-file"}
 
 
+def test_histograms_and_pictures_of_two_monitors_have_keys_of_their_own(tmp_path, net):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    fit(tmp_path, net, spectral_monitor(), spectral_monitor(prefix="again/"), logger=logger)
+    tags = EventAccumulator(logger.log_dir).Reload().Tags()
+    for kind in ("scalars", "histograms", "images", "tensors"):
+        ours = {tag for tag in tags[kind] if tag.startswith(("ww", "again/"))}
+        assert {tag.removeprefix("again/") for tag in ours} == {tag for tag in ours if not tag.startswith("again/")}
+        assert len(ours) == 2 * len({tag.removeprefix("again/") for tag in ours}) > 0
+
+
 def test_several_loggers_get_the_same(tmp_path, net):
     monitor = spectral_monitor()
     loggers = [CSVLogger(tmp_path, name="a"), TensorBoardLogger(tmp_path, name="tb"), CSVLogger(tmp_path, name="b")]

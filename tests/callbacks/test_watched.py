@@ -324,16 +324,37 @@ def test_a_run_that_now_stops_on_traps_resumes_beside_another_monitor(tmp_path, 
 def test_a_resumed_run_in_another_folder_says_what_it_continues(tmp_path, name):
     framework, (old, new) = FRAMEWORKS[name](), (tmp_path / "old", tmp_path / "new")
     old.mkdir()
-    monitor = make(framework, old, 2, track_delta=True)
-    first = framework.train(old, monitor, steps=4, save=True)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        framework.train(new, make(framework, new, 2, track_delta=True), resume=first.checkpoint)
+    first = framework.train(old, make(framework, old, 2), steps=4, save=True)
+    framework.train(new, make(framework, new, 2), resume=first.checkpoint)
     begun = History.read(new / "ww_history.jsonl")[0].findings
     said_there = {finding.rule: finding.message for finding in begun}
     assert said_there["continues"] == f"continues {old / 'ww_history.jsonl'}, which ends with step 4"
-    assert said_there["track_delta"].startswith("delta_norm and rotations begin anew at step 4")
-    assert [message for message in said(caught) if "begin anew at step 4" in message]
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_a_resumed_run_says_everywhere_from_where_distances_count(tmp_path, name):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from ww_monitor.report import write_report
+    from ww_monitor.sinks.tensorboard import TensorBoard
+
+    framework = FRAMEWORKS[name]()
+    first = framework.train(tmp_path, make(framework, tmp_path, 2, track_delta=True), steps=4, save=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sinks = [TensorBoard(tmp_path / "events")]
+        framework.train(tmp_path, make(framework, tmp_path, 2, track_delta=True, sinks=sinks), resume=first.checkpoint)
+    (message,) = [text for text in said(caught) if "begin anew" in text]
+    message = message.removeprefix("ww_monitor: ")
+    history = History.read(tmp_path / "ww_history.jsonl")
+    assert steps_of(history) == [0, 2, 4, 6, 8]
+    notes = [finding for one in history for finding in one.findings if finding.rule == "track_delta"]
+    assert [finding.message for finding in notes] == [message]
+    assert [one.step for one in history if one.summary["delta_norm"] == 0.0] == [0, 6]
+    assert message.startswith("delta_norm and rotations begin anew at step 6: ")
+    assert message in write_report(tmp_path, path=tmp_path / "run.html").read_text()
+    events = EventAccumulator(str(tmp_path / "events")).Reload().Tensors("ww/findings/text_summary")
+    assert any(message in event.tensor_proto.string_val[0].decode().replace("\\", "") for event in events)
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)

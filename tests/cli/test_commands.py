@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+import sys
+import warnings
 
 import pytest
 import torch
@@ -72,6 +75,26 @@ def history_of(path, steps=(0, 10, 20)):
 # --- analyze
 
 
+def test_a_keras_file_is_read_without_tensorflow_and_its_lines(tmp_path, monkeypatch):
+    """Whatever backend Keras has by default; the environment is what it was in the end."""
+    keras = pytest.importorskip("keras")
+    monkeypatch.setitem(sys.modules, "tensorflow", None)  # for the writer of legacy files
+    net = keras.Sequential([keras.layers.Dense(24)])
+    net.build((None, 48))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net.save(tmp_path / "epoch_1.keras")
+        net.save(tmp_path / "epoch_2.h5")
+    (tmp_path / "tensorflow.py").write_text("import os; os.write(2, b'TensorFlow greets\\n')")
+    paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    code = "import os, sys; from ww_monitor.cli import app; before = dict(os.environ), 'tensorflow' in sys.modules\n"
+    code += "try: app()\nfinally: assert before == (dict(os.environ), 'tensorflow' in sys.modules)"
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    done = run_python("-c", code, "replay", str(tmp_path), PYTHONPATH=paths, KERAS_HOME=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [one.step for one in History.read(tmp_path / "ww_replay.jsonl")] == [1, 2]
+
+
 def test_analyze_shows_a_row_a_layer_its_names_as_they_are_and_the_findings(model):
     output = called("analyze", model).stdout
     assert "[red]<script>" in output
@@ -97,6 +120,9 @@ def test_a_note_goes_to_standard_error(model, tmp_path):
     json.loads(found.stdout)
     assert found.stderr.startswith("ww-monitor: note: walk_files: ")
     assert called("analyze", tmp_path / "two.pt", "--json", "--part", "ema").stderr == ""
+    assert called("describe", tmp_path / "two.pt", "--json", "--part", "ema").stderr == ""
+    found = called("compare", tmp_path / "two.pt", tmp_path / "two.pt", "--json", "--part", "ema", "--part-b", "model")
+    assert (found.stderr, json.loads(found.stdout)["summary"]["frobenius"]) == ("", 0)
 
 
 def test_analyze_selects_and_writes_a_page(model, tmp_path):

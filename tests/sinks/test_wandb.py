@@ -302,6 +302,24 @@ def test_a_run_stays_its_owners(tmp_path, start_wandb):
     run.log({"loss": 1.0})
 
 
+def test_two_monitors_of_a_run_share_no_key_and_no_alert(tmp_path, start_wandb, read_wandb):
+    def written(folder: Path, *prefixes: str) -> tuple[dict[str, Any], Any]:
+        run = start_wandb(folder)
+        for prefix in prefixes:
+            sink = WandB(prefix=prefix, figures=lambda _: {"fc": np.zeros((4, 4, 3), np.uint8)})
+            sink.write(snapshot(10, finding("trap", "fc")))
+            sink.close()
+        run.finish()
+        read = read_wandb(folder)
+        return {key: value for row in read["rows"] for key, value in row.items() if key[0] != "_"}, read
+
+    (alone, _), (both, read) = written(tmp_path / "alone", ""), written(tmp_path / "both", "teacher/", "student/")
+    assert both.keys() == {prefix + key for prefix in ("teacher/", "student/") for key in alone}
+    assert {"ww/layers/_type", "ww/alpha_map/_type", "ww_esd/encoder.fc/_type", "ww_spectrum/fc/_type"} <= alone.keys()
+    assert ("student/ww_*", "student/ww/step") in read["steps"]
+    assert [title for title, *_ in read["alerts"]] == ["ww_monitor: teacher/trap", "ww_monitor: student/trap"]
+
+
 def test_a_run_that_is_given_goes_before_the_active_one(tmp_path, start_wandb, read_wandb):
     active, given = start_wandb(tmp_path / "active"), start_wandb(tmp_path / "given", active=False)
     WandB(given).write(snapshot())

@@ -21,6 +21,17 @@ ADDED = {
     "Vera": {"r": 4, "init_weights": False},
     "FourierFT": {"n_frequency": 60},
     "RandLora": {"r": 4, "init_weights": False},
+    "Adamss": {},
+    "C3A": {"block_size": 4},
+    "Delora": {},
+    "Frod": {},
+    "Gralora": {},
+    "OSF": {},
+    "Psoft": {"r": 4},
+    "Pvera": {"r": 4},
+    "TinyLora": {},
+    "VBLoRA": {"vector_length": 4, "num_vectors": 8},
+    "WaveFT": {"n_frequency": 60},
 }
 NOT_ADDED = {
     "OFT": {"oft_block_size": 4, "init_weights": False},
@@ -47,6 +58,8 @@ def of(kind, source):
 
 def adapted(name, options):
     peft = pytest.importorskip("peft", reason="the adapters are theirs")
+    if not hasattr(peft, f"{name}Config"):
+        pytest.skip(f"this version of peft has no {name}")
     torch.manual_seed(0)
     model = peft.get_peft_model(Net(), getattr(peft, f"{name}Config")(target_modules=["fc"], **options))
     with torch.no_grad():
@@ -93,6 +106,14 @@ def test_an_adapter_that_adds_no_delta_is_skipped_with_the_reason(name):
     assert {key for key in before if key.endswith("plain.weight")}
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", [*ADDED, *NOT_ADDED][1:])
+def test_stored_factors_of_adapters_without_a_delta_of_their_own_are_no_layers(name):
+    peft = pytest.importorskip("peft", reason="the adapters are theirs")
+    model = adapted(name, (ADDED | NOT_ADDED)[name])
+    assert not of(Matrix, peft.get_peft_model_state_dict(model))
+
+
 def random(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
@@ -107,6 +128,13 @@ FILES = {
     ),
     "diffusers": ({"a.to_q.lora.down.weight": RIGHT, "a.to_q.lora.up.weight": LEFT}, "a.to_q", 1.0),
     "diffusers processor": ({"a.to_q_lora.down.weight": RIGHT, "a.to_q_lora.up.weight": LEFT}, "a.to_q", 1.0),
+    "diffusers text encoder": (
+        {"q_proj.lora_linear_layer.down.weight": RIGHT, "q_proj.lora_linear_layer.up.weight": LEFT},
+        "q_proj",
+        1.0,
+    ),
+    "XLabs": ({"p.qkv_lora1.down.weight": RIGHT, "p.qkv_lora1.up.weight": LEFT}, "p.qkv", 1.0),
+    "MLX": ({"l.0.q_proj.lora_a": RIGHT.T.contiguous(), "l.0.q_proj.lora_b": LEFT.T.contiguous()}, "l.0.q_proj", 1.0),
     "torchtune": ({"l.0.q_proj.lora_a.weight": RIGHT, "l.0.q_proj.lora_b.weight": LEFT}, "l.0.q_proj", 1.0),
 }
 
@@ -117,6 +145,36 @@ def test_the_factors_of_any_writer_give_their_delta_and_are_no_layers(writer):
     found = of(Matrix, tensors)
     assert list(found) == [f"{name}.lora[default]"]
     assert torch.allclose(found[f"{name}.lora[default]"].load()[0], scale * LEFT @ RIGHT)
+    assert {item.reason for item in of(Skipped, tensors).values()} == {"factor of lora[default]"}
+
+
+@pytest.mark.parametrize("orientation", ["torch", "MLX"])
+def test_the_factors_of_a_square_weight_are_told_by_the_smaller_side(orientation):
+    left, right = random(20, 4), random(4, 20)
+    a, b = (right, left) if orientation == "torch" else (right.T, left.T)
+    (item,) = of(Matrix, {"q.lora_a": a, "q.lora_b": b}).values()
+    assert torch.allclose(item.load()[0], left @ right, atol=1e-6)
+
+
+def test_the_scale_of_mlx_is_in_its_configuration(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch", reason="its files are read")
+    safetensors.save_file(
+        {"q.lora_a": RIGHT.T.contiguous(), "q.lora_b": LEFT.T.contiguous()}, tmp_path / "adapters.safetensors"
+    )
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_parameters": {"rank": 4, "scale": 20.0}}))
+    (item,) = of(Matrix, tmp_path).values()
+    assert torch.allclose(item.load()[0], 20 * LEFT @ RIGHT, atol=1e-4)
+
+
+def test_a_kernel_between_the_factors_is_part_of_the_delta():
+    """As LoCon composes three convolutions: down 1 × 1, the kernel in the middle, up 1 × 1."""
+    down, middle, up = random(4, 10, 1, 1), random(4, 4, 3, 3), random(12, 4, 1, 1)
+    tensors = {"c.lora_down.weight": down, "c.lora_mid.weight": middle, "c.lora_up.weight": up}
+    (item,) = of(Matrix, tensors).values()
+    x = random(1, 10, 5, 5)
+    conv = nn.functional.conv2d
+    kernel = item.load().permute(1, 2, 0).reshape(12, 10, 3, 3)
+    assert torch.allclose(conv(x, kernel), conv(conv(conv(x, down), middle), up), atol=1e-4)
     assert {item.reason for item in of(Skipped, tensors).values()} == {"factor of lora[default]"}
 
 

@@ -92,7 +92,7 @@ class Adapter:
         """Where on the framework's own axis a step lies whose snapshot is under way."""
 
     def _make_dashboards(self) -> Dashboards:
-        return Dashboards(prefix=self._prefix + self._name, step_key=self._step_key, publish=self._chosen_keys)
+        return Dashboards(prefix=self._prefix, name=self._name, step_key=self._step_key, publish=self._chosen_keys)
 
     def _keep_apart(self, callbacks: Sequence[Any]) -> None:
         """Take keys of one's own among the callbacks of a run: the second monitor that would share them gets `2/`."""
@@ -175,7 +175,7 @@ class Adapter:
         with monitor.guard("choosing the history file", always=True):
             place = folder()
         if monitor.last_step is not None:
-            self._say_what_goes_on(place, step)
+            self._say_what_it_continues(place, step)
         monitor.place = "" if place is None else str(place.absolute())
         if rank == 0:
             self._session = Session(
@@ -186,19 +186,14 @@ class Adapter:
             )
             self._left_open = weakref.finalize(self, self._session.close)  # where no hook tells of an exception
 
-    def _say_what_goes_on(self, folder: Path | None, step: int) -> None:
-        """Note in the history where a resumed run's earlier part is, and what counts anew."""
+    def _say_what_it_continues(self, folder: Path | None, step: int) -> None:
+        """Note in the history where a resumed run's earlier part is."""
         with self.monitor.guard("saying what goes on", always=True):
             before, name = self.monitor.place, self._history_name
             elsewhere = folder is not None and before and folder.absolute() != Path(before)
             if name and folder is not None and elsewhere and not (folder / name).exists():
                 message = f"continues {Path(before) / name}, which ends with step {self.monitor.last_step}"
                 self.monitor.note("continues", message, step)
-            analyzer = self.monitor.analyzer
-            if analyzer.track_delta and not analyzer.has_baseline:
-                message = f"delta_norm and rotations begin anew at step {step}: the first weights are not at hand"
-                self.monitor.note("track_delta", message, step)
-                self.monitor.say_once("track_delta", message)
 
     def _snapshot(self, model: Source, *, step: int, epoch: int | None, whole: bool = False) -> list[Snapshot]:
         """Look at the model now; the snapshots that are complete, those of the background first.

@@ -155,6 +155,10 @@ class Monitor(Stepping):
         self._begin_anew_before(step, after=self.last_step)
         if self.last_step is None and not self.budget.analyses and not self.budget.elapsed:
             self.begin(step)
+        if self.last_step is not None and self.analyzer.lacks_baseline:
+            message = f"delta_norm and rotations begin anew at step {step}: the first weights are not at hand"
+            self.note("track_delta", message, step)
+            self.say_once("track_delta", message)
         self.last_step, self._next_step = step, None
         published: list[Snapshot] = []
         with self.timed(), self.guard("analysis"):

@@ -103,6 +103,8 @@ class Recording:
         table: `Rows` of the snapshots that are kept.
         spectra: `Spectra` of the snapshots that are kept.
         entries: Trap entries by layer index, of the snapshots that are kept.
+        num_entries: How many trap entries each snapshot has.
+        repeated: How many snapshots later ones replaced, of a step that is no larger.
         skipped: Name → reason, of the latest snapshot.
         notes: Sentences about what the file lacks.
     """
@@ -117,6 +119,8 @@ class Recording:
     table: Thinned[Rows] = field(default_factory=lambda: Thinned(MAX_ROWS))
     spectra: Thinned[Spectra] = field(default_factory=lambda: Thinned(MAX_SPECTRA))
     entries: Thinned[dict[int, list[list[float]]]] = field(default_factory=lambda: Thinned(MAX_ENTRIES))
+    num_entries: list[int] = field(default_factory=list)
+    repeated: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     _index: dict[str, int] = field(default_factory=dict)
@@ -139,11 +143,13 @@ class Recording:
         self.skipped = {item.name: item.reason for item in head.skipped}
         self.table.add(number, table, rows=len(rows))
         self.spectra.add(number, spectra, rows=len(spectra.rows))
-        self.entries.add(number, entries, rows=sum(map(len, entries.values())))
+        self.num_entries.append(sum(map(len, entries.values())))
+        self.entries.add(number, entries, rows=self.num_entries[-1])
 
     def _rewind(self, step: int | None) -> None:
         while step is not None and self.steps and self.steps[-1] >= step:
-            del self.steps[-1], self.summaries[-1], self.findings[-1]
+            self.repeated += 1
+            del self.steps[-1], self.summaries[-1], self.findings[-1], self.num_entries[-1]
         for kept in (self.table, self.spectra, self.entries):
             kept.rewind(len(self.steps))
 

@@ -63,6 +63,8 @@ def spans(run: Recording) -> list[Span]:
                     begun = open_.pop(key)
                     done.append(Span(*key, begun.severity, begun.message, begun.begin, number))
             else:
+                if not finding.layer and key in open_:  # notes of the run, which never end
+                    done.append(open_.pop(key))
                 open_.setdefault(key, Span(*key, finding.severity, finding.message, number))
     return sorted([*done, *open_.values()], key=lambda span: (_rank(span.severity), span.begin))
 
@@ -176,7 +178,7 @@ def _nearest_to_a_trap(run: Recording) -> str:
     if not np.isfinite(headroom).any():
         return "how near the layers are to a correlation trap is not known here"
     worst = int(np.nanargmax(headroom))
-    far = f"its largest weight is at {headroom[worst]:.2f} of the size that makes one"
+    far = f"its largest weight is at {_figure(headroom[worst])} of the size that makes one"
     return f"nearest to a correlation trap is {_name(list(run.layers)[worst])}: {far}"
 
 
@@ -197,17 +199,23 @@ def compared_at(runs: Sequence[Recording]) -> list[int]:
     return [numbers[max(shared)] if shared else len(run.steps) - 1 for run, numbers in zip(runs, steps, strict=True)]
 
 
+def _figure(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 1e6 else f"{value:.2g}"
+
+
 def _state(run: Recording) -> str:
     rows = run.table.items[len(run.steps) - 1]
+    if not len(rows.rows):
+        return _sentence(f"at {_step(run, -1)} there is no layer")
     ok = int((rows.verdicts == run.verdicts.get("ok", -1)).sum())
     noun = "layer" if len(rows.rows) == 1 else "layers"
     told = f"at {_step(run, -1)} a power law fits {ok:,} of {len(rows.rows):,} {noun}"
     alpha, first = (run.summaries[at].get("alpha", NAN) for at in (-1, 0))
     if math.isfinite(alpha):
         place = "below 2" if alpha < 2 else "above 6" if alpha > 6 else "as in trained layers (2 to 6)"
-        told += f", and mean alpha is {alpha:.2f}, {place}"
+        told += f", and mean alpha is {_figure(alpha)}, {place}"
         if len(run.steps) > 1 and math.isfinite(first):
-            told += f", after {first:.2f} at {_step(run, 0)}"
+            told += f", after {_figure(first)} at {_step(run, 0)}"
     return _sentence(told)
 
 
@@ -223,5 +231,7 @@ def _difference(a: Recording, b: Recording) -> str:
     ):
         one, two = a.summaries[at[0]].get(metric, NAN), b.summaries[at[1]].get(metric, NAN)
         if math.isfinite(one) and math.isfinite(two):
-            parts.append(f"{words} is {one:.2f} in A and {two:.2f} in B")
-    return _sentence(f"{where} {'; '.join(parts) or 'no model-level value is known in both'}")
+            parts.append(f"{words} is {_figure(one)} in A and {_figure(two)} in B")
+    told = "; ".join(parts) or "no model-level value is known in both"
+    apart = "" if a.layers.keys() & b.layers.keys() else "; no layer of A has a partner of its name in B"
+    return _sentence(f"{where} {told}{apart}")

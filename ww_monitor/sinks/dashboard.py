@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ww_monitor.record import Snapshot, layer_key
+from ww_monitor.record import Histogram, Snapshot, layer_key
 from ww_monitor.sinks.heatmap import AlphaMap, Figures
 from ww_monitor.sinks.published import Publish, Published
 
@@ -18,6 +18,7 @@ class Dashboard:
 
     Args:
         prefix: What the owner of the tracker puts before our keys (`"train/"` for the Hugging Face Trainer).
+        name: What stands before the keys of this one of several monitors.
         step_key: Key of the x axis that the owner declares, where trackers have such keys.
         figures: Draws further pictures.
         publish: Which values, and which histograms, are shown.
@@ -27,11 +28,12 @@ class Dashboard:
         self,
         *,
         prefix: str = "",
+        name: str = "",
         step_key: str | None = None,
         figures: Figures | None = None,
         publish: Publish = "key",
     ) -> None:
-        self.prefix = prefix
+        self.prefix, self.name = prefix + name, name
         self.step_key = step_key
         self.figures = figures
         self.published = Published(publish)
@@ -58,6 +60,10 @@ class Dashboard:
         if self._failed:
             raise self._failed[0]
 
+    def values(self, snapshot: Snapshot) -> dict[str, float]:
+        """The scalars that are published, under their keys."""
+        return {self.name + key: value for key, value in self.published.scalars(snapshot).items()}
+
     @contextmanager
     def apart(self) -> Iterator[None]:
         """One kind of content: what fails in it costs nothing else, and is raised in the end."""
@@ -77,4 +83,7 @@ class Dashboard:
         drawn: Mapping[str, np.ndarray] = {}
         with self.apart():
             drawn = {} if self.figures is None else self.figures(snapshot)
-        return {layer_key("spectrum", name): picture for name, picture in drawn.items()}
+        return {self.name + layer_key("spectrum", layer): picture for layer, picture in drawn.items()}
+
+    def _histograms(self, snapshot: Snapshot) -> Iterator[tuple[str, Histogram]]:
+        return ((self.name + key, esd) for key, esd in self.published.histograms(snapshot))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -27,6 +28,9 @@ EDGE_KEY = layer_key("band", "headroom")
 FEW_CURVES = 18
 """Curves beside which both edges of the band are in sight: TensorBoard leaves the outermost 5 % of all points out."""
 
+_LAYOUTS: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+"""The charts of all monitors of a writer: TensorBoard shows the layout that was written last."""
+
 
 class TensorBoard:
     """Writes event files, without TensorFlow; or with a `torch.utils.tensorboard.SummaryWriter` of yours.
@@ -35,6 +39,7 @@ class TensorBoard:
         target: A log folder, for which a writer is made and closed; or a writer, which stays its owner's.
         scalars: Write the values too; `False` where a logger of the trainer does.
         publish: Which ones, and which histograms: as the callbacks' option of that name.
+        prefix: What stands before every key, where several monitors write into one log.
         layout: Make the charts of the custom-scalars page; `False` keeps a layout of your own.
         figures: Draws further pictures, for example `ww_monitor.plots.SpectralFigures()`.
 
@@ -48,18 +53,19 @@ class TensorBoard:
         *,
         scalars: bool = True,
         publish: Publish = "key",
+        prefix: str = "",
         layout: bool = True,
         figures: Figures | None = None,
     ) -> None:
         self._owned = isinstance(target, (str, Path))
         self.writer: Any = _writer_of(target) if self._owned else target
         self.scalars = scalars
-        self._dashboard = Dashboard(figures=figures, publish=publish)
+        self._dashboard = Dashboard(figures=figures, publish=publish, name=prefix)
         self._dashboard.layout = layout
 
     def write(self, snapshot: Snapshot) -> None:
         """Scalars, then what stands beside them, at the snapshot's step."""
-        values = self._dashboard.published.scalars(snapshot) if self.scalars else {}
+        values = self._dashboard.values(snapshot) if self.scalars else {}
         try:
             self._dashboard.update(self.writer, snapshot, snapshot.step or 0, values=values)
         finally:
@@ -108,7 +114,7 @@ class Dashboard(dashboard.Dashboard):
         with self.apart():
             for key, value in {**values, **self._charts(tracker, snapshot)}.items():
                 tracker.add_scalar(key, value, step)
-        for key, esd in self.published.histograms(snapshot):
+        for key, esd in self._histograms(snapshot):
             with self.apart():
                 _add_histogram(tracker, key, esd, step)
         with self.apart():
@@ -127,7 +133,9 @@ class Dashboard(dashboard.Dashboard):
         if not self._has_layout:
             self._has_layout = True  # before the call: one that fails is not tried at every snapshot
             with self.apart():
-                tracker.add_custom_scalars(_layout(snapshot, self.prefix, self.published))
+                all_charts = _LAYOUTS.setdefault(tracker, {})
+                all_charts[f"{self.name}ww_monitor"] = _charts_of(snapshot, self.prefix, self.published)
+                tracker.add_custom_scalars(all_charts)
         beside = dict(zip(BAND_KEYS, ALPHA_BAND, strict=True))
         if "trap_headroom" in snapshot.summary:
             beside[EDGE_KEY] = 1.0
@@ -141,7 +149,7 @@ class Dashboard(dashboard.Dashboard):
             if finding.state == "begin":
                 self._holding[finding.rule, finding.layer] = finding
         if snapshot.findings:
-            writer.add_text(FINDINGS_KEY, _findings_text(snapshot, list(self._holding.values())), step)
+            writer.add_text(self.name + FINDINGS_KEY, _findings_text(snapshot, list(self._holding.values())), step)
 
     def _show_map(self, writer: Any, step: int) -> None:
         self._drawn = self.count
@@ -150,14 +158,14 @@ class Dashboard(dashboard.Dashboard):
         picture = self.alpha_map.draw()
         if picture is None:
             return
-        writer.add_image(MAP_KEY, picture, step, dataformats="HWC")
+        writer.add_image(self.name + MAP_KEY, picture, step, dataformats="HWC")
         legend = self.alpha_map.legend()
         if legend != self._legend:  # a text is shown at every step it was written at
             self._legend = legend
-            writer.add_text(MAP_KEY, legend, step)
+            writer.add_text(self.name + MAP_KEY, legend, step)
 
 
-def _layout(snapshot: Snapshot, prefix: str, published: Published) -> dict[str, dict[str, list[Any]]]:
+def _charts_of(snapshot: Snapshot, prefix: str, published: Published) -> dict[str, list[Any]]:
     """The charts of the metrics that the snapshot has, as `SummaryWriter.add_custom_scalars` wants them."""
     metrics = {metric for layer in snapshot.layers for metric in layer.metrics}
     start = re.escape(prefix)
@@ -190,7 +198,7 @@ def _layout(snapshot: Snapshot, prefix: str, published: Published) -> dict[str, 
     if "trap_headroom" in metrics:
         title = f"trap headroom of every {ones} (above 1 a trap is expected)"
         charts[title] = ["Multiline", [every["trap_headroom"]]]
-    return {"ww_monitor": charts}
+    return charts
 
 
 def _spread_charts(keys: Mapping[str, float], prefix: str) -> dict[str, list[Any]]:

@@ -52,6 +52,7 @@ class WandB:
         step_key: Key of the x axis of the run's owner, which then has declared it.
         scalars: Log the values too; `False` where a logger of the trainer does.
         publish: Which ones, and which histograms: as the callbacks' option of that name.
+        prefix: What stands before every key, where several monitors write into one run.
         own_rows: Write each snapshot as a row of its own at once, for a run that nobody else logs to with `step=`.
         figures: Draws further pictures, for example `ww_monitor.plots.SpectralFigures()`.
 
@@ -66,6 +67,7 @@ class WandB:
         step_key: str | None = None,
         scalars: bool = True,
         publish: Publish = "key",
+        prefix: str = "",
         own_rows: bool = False,
         figures: Figures | None = None,
     ) -> None:
@@ -75,6 +77,7 @@ class WandB:
         self._options: dict[str, Any] = {
             "step_key": step_key,
             "publish": publish,
+            "name": prefix,
             "own_rows": own_rows,
             "figures": figures,
         }
@@ -90,7 +93,7 @@ class WandB:
         if run is None:
             raise WWMonitorError("WandB: expected an active run, got none; call wandb.init() first, or pass run=")
         board = self._dashboards.setdefault(run, Dashboard(**self._options))
-        values = board.published.scalars(snapshot) if self.scalars else {}
+        values = board.values(snapshot) if self.scalars else {}
         board.update(run, snapshot, snapshot.step or 0, values=values)
 
     def close(self) -> None:
@@ -135,12 +138,12 @@ class Dashboard(dashboard.Dashboard):
 
     def _show(self, tracker: Any, snapshot: Snapshot, step: int, values: Mapping[str, float]) -> None:
         # asked once, at the first row: the run is not known before
-        self.step_key = self.step_key or _step_key(tracker)
+        self.step_key = self.step_key or _step_key(tracker, self.name)
         row = {**values, **self._media(snapshot), self.step_key: step}
         with self.apart():
             if self._owner_follows and not values:
                 _log(tracker, row, commit=False)  # the owner's logger writes the values next, into this row
-            elif self._own_rows or self.step_key != STEP_KEY:
+            elif self._own_rows or self.step_key != self.name + STEP_KEY:
                 _log(tracker, row)
             else:
                 self._rows = self._rows or _QueuedRows(tracker)
@@ -150,15 +153,15 @@ class Dashboard(dashboard.Dashboard):
 
     def _media(self, snapshot: Snapshot) -> dict[str, Any]:
         wandb, media = _wandb(), dict[str, Any]()
-        for key, esd in self.published.histograms(snapshot):
+        for key, esd in self._histograms(snapshot):
             with self.apart():
                 media[key] = wandb.Histogram(np_histogram=(list(esd.counts), list(esd.edges)))
         if snapshot.layers and is_milestone(self.count):
             with self.apart():
-                media[summary_key("layers")] = _table(wandb, snapshot)
+                media[self.name + summary_key("layers")] = _table(wandb, snapshot)
             with self.apart():
                 if (drawn := self.alpha_map.draw()) is not None:
-                    media[summary_key("alpha_map")] = wandb.Image(drawn, caption="alpha by layer and step")
+                    media[self.name + summary_key("alpha_map")] = wandb.Image(drawn, caption="alpha by layer and step")
         for key, picture in self._pictures(snapshot).items():
             with self.apart():
                 media[key] = wandb.Image(picture)
@@ -174,7 +177,7 @@ class Dashboard(dashboard.Dashboard):
         for rule in list(self._waiting):
             if now - self._last_alert.get(rule, -self.alert_seconds) >= self.alert_seconds:
                 self._last_alert[rule] = now
-                _send(run, rule, self._waiting.pop(rule))
+                _send(run, self.name + rule, self._waiting.pop(rule))
 
 
 class _QueuedRows:
@@ -247,16 +250,16 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if isinstance(value, (int, float))}
 
 
-def _send(run: Any, rule: str, findings: list[Finding]) -> None:
+def _send(run: Any, what: str, findings: list[Finding]) -> None:
     level = _wandb().AlertLevel
     run.alert(
-        title=f"ww_monitor: {rule}"[:63],
+        title=f"ww_monitor: {what}"[:63],
         text="\n".join(str(finding) for finding in findings),
         level=level.ERROR if any(finding.severity == "critical" for finding in findings) else level.WARN,
     )
 
 
-def _step_key(run: Any) -> str:
+def _step_key(run: Any, name: str) -> str:
     """The x axis of the run's owner, or ours, declared.
 
     Of overlapping globs wandb takes either, so ours is declared only where no owner has declared `*`.
@@ -265,10 +268,11 @@ def _step_key(run: Any) -> str:
     for key in OWNERS:
         if key in known:
             return key
-    run.define_metric(STEP_KEY, hidden=True)
+    ours = name + STEP_KEY
+    run.define_metric(ours, hidden=True)
     for glob in GLOBS:
-        run.define_metric(glob, step_metric=STEP_KEY)
-    return STEP_KEY
+        run.define_metric(name + glob, step_metric=ours)
+    return ours
 
 
 def _table(wandb: ModuleType, snapshot: Snapshot) -> Any:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,9 @@ def _items(files: Files, split: Split | None, part: str) -> Iterator[Matrix | Sk
     tensors: dict[str, Unread] = {}
     skipped: list[Skipped] = []
     for file in files.paths:
-        found, left_out = _read_file(file, part)
+        found, left_out, said = _read_file(file, part)
+        if said:
+            warnings.warn(said, SpectralWarning, stacklevel=4)
         twice = "" if files.indexed else next((key for key in found if key in tensors), "")
         if twice:
             raise WWMonitorError(
@@ -119,15 +122,21 @@ def _items(files: Files, split: Split | None, part: str) -> Iterator[Matrix | Sk
     return chain(walk_unread(tensors, split, lora_scaling(first.parent)), skipped)
 
 
-def _read_file(path: Path, part: str) -> tuple[Mapping[str, Unread], Iterable[Skipped]]:
-    """What one file holds, by name, and its entries that are no tensors."""
+def num_stored(path: str | Path, part: str) -> int:
+    """How many numbers the tensors of a checkpoint have; 0 for a file of Keras, which is not read for this."""
+    files = [file for file in weight_files(Path(path)).paths if not file.name.lower().endswith(KERAS)]
+    return sum(prod(value.shape) for file in files for value in _read_file(file, part)[0].values())
+
+
+def _read_file(path: Path, part: str) -> tuple[Mapping[str, Unread], Iterable[Skipped], str]:
+    """What one file holds, by name, its entries that are no tensors, and what is to be said of the choice."""
     name = check_regular(path).name.lower()
     if name.endswith(TORCH) and not is_script(path):
         return _torch_file(path, part)
     if name.endswith((".safetensors", *TORCH)):
         if part:
             raise InvalidArgument(f"walk_files: part chooses between several state dicts; {path} has one; got {part!r}")
-        return (_safetensors(path) if name.endswith(".safetensors") else script_weights(path)), ()
+        return (_safetensors(path) if name.endswith(".safetensors") else script_weights(path)), (), ""
     raise WWMonitorError(f"walk_files: expected {RECOGNISED}; got {path.name!r} in {path.parent}")
 
 
@@ -174,12 +183,10 @@ def _from_safetensors(path: Path, key: str) -> Tensor:
 # --- torch.save
 
 
-def _torch_file(path: Path, part: str) -> tuple[dict[str, Unread], Iterable[Skipped]]:
+def _torch_file(path: Path, part: str) -> tuple[dict[str, Unread], Iterable[Skipped], str]:
     """The tensors of a torch file. An archive is mapped, and mapped anew for every tensor that is read."""
     content = content_of(path)
     chosen = choose(content, part, f"walk_files: {path}")
-    if chosen.said:
-        warnings.warn(chosen.said, SpectralWarning, stacklevel=5)
     found = {}
     mapped = zipfile.is_zipfile(path)
     for prefix, one in chosen.state_dicts.items():
@@ -189,7 +196,7 @@ def _torch_file(path: Path, part: str) -> tuple[dict[str, Unread], Iterable[Skip
             described = unread(tensor, read)
             # one address may be mapped again for another file, whose tensors are not tied to these
             found[joined(prefix, name)] = replace(described, identity=(path, described.identity))
-    return found, of_others(chosen)
+    return found, of_others(chosen), chosen.said
 
 
 def _from_archive(path: Path, keys: tuple[Any, ...], name: str) -> Tensor:

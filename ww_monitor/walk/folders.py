@@ -19,6 +19,7 @@ _IN_FOLDER = (  # the first that finds something counts
     "pytorch_model*.bin",
     "adapter_model*.safetensors",
     "adapter_model*.bin",
+    "adapters*.safetensors",
     "diffusion_pytorch_model*.safetensors",
     "diffusion_pytorch_model*.bin",
     "consolidated*.safetensors",

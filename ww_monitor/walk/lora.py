@@ -22,9 +22,12 @@ from ww_monitor.walk.parts import Part, variant
 
 CHOICES = ("base", "delta", "merged")
 _HOME = "peft.tuners.lora.layer"
-_ADDED = ("lora", "adalora", "loha", "lokr", "vera", "fourierft", "randlora")
+_ADDED = (
+    "lora", "adalora", "loha", "lokr", "vera", "fourierft", "randlora", "adamss", "c3a", "delora", "frod", "gralora",
+    "osf", "psoft", "pvera", "supertuning", "tinylora", "unilora", "vblora", "waveft",
+)  # fmt: skip
 """Kinds of adapters whose `get_delta_weight` gives what is added to the weight; that of others is a rotation, a whole
-weight, or not there, and some of them write on their layer as they compute it."""
+weight, another one once it is merged, or not there, and some of them write on their layer as they compute it."""
 
 
 Adapters = Mapping["tuple[int, str]", Any]
