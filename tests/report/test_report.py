@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import zlib
+from dataclasses import replace
 from html import unescape
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 import ww_monitor
 from ww_monitor import Finding, History, InvalidArgument, Layer, Snapshot, WWMonitorError, write_report
-from ww_monitor.record import Histogram
+from ww_monitor.record import Histogram, TrapEntry
 from ww_monitor.report import recording
 from ww_monitor.report.packing import packed
 
@@ -308,6 +309,16 @@ def test_a_long_run_of_a_large_model_is_thinned_and_says_so(write, monkeypatch):
     assert "spectra are those of one snapshot in 8, and of the last" in notes(page)
 
 
+def test_trap_entries_that_are_left_out_are_counted(write, monkeypatch):
+    monkeypatch.setattr(recording, "MAX_ENTRIES", 40)
+    trapped = replace(layer("fc1"), trap_entries=tuple(TrapEntry(0, row, 3, 9.0 - row, 1.5) for row in range(5)))
+    page = write([snapshot(step, trapped, layer("fc2")) for step in (*range(20), 19)])
+    (run,) = facts(page)
+    assert list(run["entries"]) == ["0", "4", "8", "12", "16", "19"]
+    assert "70 of 100 trap entries are left out, of all but one snapshot in 4 and the last." in notes(page)
+    assert "trap entries" not in notes(write([snapshot(step, trapped) for step in range(8)]))
+
+
 def test_layers_and_metrics_that_come_and_go_keep_their_places(write):
     run = [
         snapshot(0, layer("a")),
@@ -318,6 +329,23 @@ def test_layers_and_metrics_that_come_and_go_keep_their_places(write):
     assert [one[0] for one in facts_["layers"]] == ["a", "b", "b (2)"]
     how = facts_["metrics"]["late"]
     assert how["shape"] == [3, 3]
+    assert [word.partition(":")[0] for word in facts_["judged"]] == ["until step 1", "well trained", "well trained"]
+
+
+def test_snapshots_that_a_run_went_back_behind_are_counted(write):
+    page = write([snapshot(step) for step in (0, 10, 10, 20, 30, 15)])
+    assert facts(page)[0]["steps"] == [0, 10, 15]
+    assert "3 snapshots were replaced: the run went back to an earlier step." in notes(page)
+    assert "replaced" not in notes(write([snapshot(0), snapshot(1)]))
+
+
+def test_numbers_in_sentences_are_short(write):
+    assert "mean alpha is 1e+200, above 6" in sentences(write([snapshot(0, alpha=1e200)]))[2]
+
+
+def test_two_runs_without_a_common_layer_say_so(write):
+    told = sentences(write([snapshot(0, layer("a"))], [snapshot(0, layer("b"))]))[2]
+    assert told.endswith("; no layer of A has a partner of its name in B.")
 
 
 def test_the_command_writes_the_page_and_refuses_in_one_line(tmp_path):
@@ -338,6 +366,8 @@ def test_a_report_of_an_analysis_needs_no_training(write):
 
     page = write(ww_monitor.analyze(torch.nn.Linear(64, 32)))
     (run,) = facts(page)
+    assert "Spectral report: 1 layer, one analysis<" in page
+    assert not re.search(r"\bstep\b", " ".join(sentences(page)))
     assert run["bins"] == 64
     assert run["steps"] == [0]
 

@@ -161,6 +161,7 @@ class Adapter:
         print_line: Callable[[str], object] | None,
         rank: int = 0,
         ranks: int = 1,
+        optimizers: Sequence[Any] = (),
     ) -> None:
         """A run begins, or goes on, at optimizer step `step`.
 
@@ -170,6 +171,7 @@ class Adapter:
             print_line: Where console lines go, if they are wanted.
             rank: Of this process; only the first writes files and lines.
             ranks: Number of processes: each analyses its share, and all get the same snapshots.
+            optimizers: Of the run, for `actions`.
         """
         monitor = self.monitor
         if not self._resumed and monitor.last_step is not None and (step == 0 or step < monitor.last_step):
@@ -177,6 +179,7 @@ class Adapter:
             self._history_name = ""
         monitor.begin(step)
         monitor.analyzer.before = None  # a run that died may have left weights of this step
+        monitor.act_on(*optimizers)
         monitor.quiet = rank > 0
         monitor.across_ranks = ranks > 1
         place = None
@@ -275,6 +278,7 @@ class Adapter:
         """The run is over, however it ended; also called when a run begins, for one that has ended unseen."""
         self._resumed = False
         self.monitor.harm = None  # it holds the model
+        self.monitor.acting.detach()
         with self.monitor.guard("last pictures", always=True):
             self._dashboards.finish()
         session, self._session = self._session, None

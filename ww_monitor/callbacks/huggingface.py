@@ -99,6 +99,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
             print_line=_print_line,
             rank=args.process_index,
             ranks=args.world_size,
+            optimizers=[kwargs.get("optimizer")],
         )
         self._check_surroundings(args)
 

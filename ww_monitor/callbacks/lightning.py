@@ -79,6 +79,7 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
             print_line=_printer(trainer),
             rank=trainer.global_rank,
             ranks=trainer.world_size,
+            optimizers=trainer.optimizers,
         )
         if monitor.last_step == step and len(monitor.history):
             self._publish_metrics(trainer, monitor.history.last)

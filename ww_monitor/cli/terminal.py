@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import sys
 import warnings
@@ -39,7 +40,7 @@ class OneLine(TyperGroup):
         """Run a command; see `typer.core.TyperGroup.main`."""
         if not standalone_mode:
             return super().main(args, standalone_mode=False, **extra)
-        with warnings.catch_warnings(), _said_once():
+        with warnings.catch_warnings(), _said_once(), _keras_on_torch():
             try:
                 status = super().main(args, standalone_mode=False, **extra)
             except typer.Abort:
@@ -85,6 +86,25 @@ def _said_once() -> Iterator[None]:
     warnings.simplefilter("always", SpectralWarning)
     warnings.showwarning = show
     yield
+
+
+@contextmanager
+def _keras_on_torch() -> Iterator[None]:
+    """Let Keras read files on torch, unless another backend is set: TensorFlow takes seconds, and prints its own lines.
+
+    Keras' reader of legacy files imports it whatever the backend is.
+    """
+    chosen = "KERAS_BACKEND" in os.environ
+    unasked = os.environ.setdefault("KERAS_BACKEND", "torch") != "tensorflow" and "tensorflow" not in sys.modules
+    if unasked:
+        sys.modules["tensorflow"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if unasked:
+            del sys.modules["tensorflow"]
+        if not chosen:
+            del os.environ["KERAS_BACKEND"]
 
 
 app = typer.Typer(

@@ -4,11 +4,12 @@ const css = (name) => getComputedStyle(document.documentElement).getPropertyValu
 // plotly reads a few tags in texts: a name is shown as it is
 const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 const RUN = ["a", "b"];
-const CALM = { alpha: [2, 6], trap_headroom: [0, 1] };
-const NAMES = {
-  alpha: "alpha", alpha_hat: "alpha-hat", alpha_weighted: "alpha-hat", trap_headroom: "trap headroom", num_traps: "correlation traps",
+const CALM = { __proto__: null, alpha: [2, 6], trap_headroom: [0, 1] };
+const NAMES = { // without a prototype: a metric may be called "constructor"
+  __proto__: null, alpha: "alpha", alpha_hat: "alpha-hat", alpha_weighted: "alpha-hat", trap_headroom: "trap headroom", num_traps: "correlation traps",
   num_spikes: "spikes", stable_rank: "stable rank", log_spectral_norm: "log10 λmax", verdict: "share of layers by verdict",
 };
+const POSITIVE = new Set(["alpha", "trap_headroom", "num_traps", "num_spikes", "stable_rank"]);
 const titled = (metric) => NAMES[metric] ?? metric;
 
 const drawn = new Map(); // element → how to draw it again, in other colours
@@ -25,6 +26,7 @@ function draw(element, build) {
     font: { family: "system-ui, sans-serif", size: 12, color: css("ink") }, showlegend: false, hovermode: "closest",
     hoverlabel: { bgcolor: css("card"), bordercolor: css("line"), font: { color: css("ink") }, align: "left" },
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { color: css("ink") }, bgcolor: "rgba(0,0,0,0)" },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: css("quiet"), activecolor: css("link") },
     ...layout,
     xaxis: { ...axis, ...layout.xaxis, title: { ...axis.title, ...layout.xaxis?.title } },
     yaxis: { ...axis, ...layout.yaxis, title: { ...axis.title, ...layout.yaxis?.title } },
@@ -45,13 +47,27 @@ function calm(metric) {
 
 const filled = (color, share = 0.16) => color + Math.round(255 * share).toString(16).padStart(2, "0");
 
-// Values over the steps; `spread` is what a band is drawn around or between.
+// What lies between two curves: a closed outline for every stretch without a gap.
+function between(steps, [low, high]) {
+  const x = [], y = [], known = (i) => Number.isFinite(low[i] ?? NaN) && Number.isFinite(high[i] ?? NaN);
+  for (let from = 0; from < steps.length; from++) {
+    if (!known(from)) continue;
+    let to = from;
+    while (to + 1 < steps.length && known(to + 1)) to++;
+    const along = Array.from({ length: to - from + 1 }, (_, i) => from + i), back = [...along].reverse();
+    x.push(...along.map((i) => steps[i]), ...back.map((i) => steps[i]), null);
+    y.push(...along.map((i) => low[i]), ...back.map((i) => high[i]), null);
+    from = to;
+  }
+  return { x, y };
+}
+
+// Values over the steps; `spread` is what a band is drawn between.
 function curve(steps, values, run, { name = "", spread = null, at = null } = {}) {
   const color = css(RUN[run]), traces = [];
-  const common = { hoverinfo: "skip", mode: "lines", line: { width: 0 }, showlegend: false };
   if (spread) {
-    traces.push({ ...common, x: at ?? steps, y: spread[0] });
-    traces.push({ ...common, x: at ?? steps, y: spread[1], fill: "tonexty", fillcolor: filled(color) });
+    const area = { mode: "lines", line: { width: 0 }, fill: "toself", fillcolor: filled(color) };
+    traces.push({ ...area, ...between(at ?? steps, spread), hoverinfo: "skip", showlegend: false });
   }
   const mode = steps.length < 40 ? "lines+markers" : "lines";
   traces.push({
@@ -61,7 +77,7 @@ function curve(steps, values, run, { name = "", spread = null, at = null } = {})
   return traces;
 }
 
-const SEVERITIES = { critical: "triangle-up", warning: "diamond", info: "circle" };
+const SEVERITIES = { __proto__: null, critical: "triangle-up", warning: "diamond", info: "circle" };
 
 // The findings of a run on its time axis, and a dotted line where a critical one begins.
 function marks(runs) {
@@ -82,7 +98,7 @@ function marks(runs) {
       return [`step ${step.toLocaleString("en")}`, ...lines, ...(told.length > 6 ? [`and ${told.length - 6} more`] : [])].join("<br>");
     });
     return {
-      x: here.map((place) => place.step), y: here.map(() => 0), yaxis: "y2", mode: "markers", cliponaxis: false, text: texts,
+      x: here.map((place) => place.step), y: here.map(() => 0.05), yaxis: "y2", mode: "markers", cliponaxis: false, text: texts,
       marker: { symbol: here.map((place) => symbol + (place.over ? "-open" : "")), size: 9, color: css(kind), line: { width: 1, color: css(kind) } },
       hovertemplate: "%{text}<extra></extra>", name: kind,
     };
@@ -92,7 +108,11 @@ function marks(runs) {
   return { traces, shapes, axis: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true } };
 }
 
-const overSteps = (log) => ({ title: { text: "optimizer step" }, ...(log ? { type: "log" } : { type: "linear", tickformat: "~s" }) });
+function overSteps(runs, log) {
+  const steps = new Set(runs.flatMap((run) => run.steps)), one = steps.size === 1 ? { tickvals: [...steps] } : {};
+  return { title: { text: "optimizer step" }, ...(log ? { type: "log" } : { type: "linear", tickformat: "~s", ...one }) };
+}
+const overValues = (metric) => ({ rangemode: POSITIVE.has(metric) ? "nonnegative" : "normal" });
 
 function modelCurve(runs, metric, log) {
   const { traces: found, shapes, axis } = marks(runs);
@@ -101,12 +121,12 @@ function modelCurve(runs, metric, log) {
     const at = run.columns[run.metrics[metric].columns].map((number) => run.steps[number]);
     return curve(run.steps, run.summary[metric], index, { name: "AB"[index], at, spread: runs.length === 1 ? run.bands[metric] : null });
   });
-  const layout = { xaxis: overSteps(log), yaxis2: axis, shapes: [...calm(metric), ...shapes], height: 204 };
+  const layout = { xaxis: overSteps(runs, log), yaxis: overValues(metric), yaxis2: axis, shapes: [...calm(metric), ...shapes], height: 204 };
   return [[...traces, ...found], layout];
 }
 
 const SHARE = {
-  ok: "#0072b2", poor_fit: "#d55e00", few_eigenvalues: "#e69f00", random_like: "#999999", rank_deficient: "#cc79a7",
+  __proto__: null, ok: "#0072b2", poor_fit: "#d55e00", few_eigenvalues: "#e69f00", random_like: "#999999", rank_deficient: "#cc79a7",
   degenerate: "#56b4e9", zero: "#7f7f00", not_finite: "#b00020", solver_failed: "#b00020", error: "#b00020",
 };
 const shareColour = (word) => SHARE[word] ?? "#009e73";
@@ -120,7 +140,7 @@ function shares(run, log) {
       line: { width: 0.5, color }, fillcolor: filled(color, 0.8), hovertemplate: "%{text}: %{y:.0f} % of the layers at step %{x:,}<extra></extra>",
     };
   });
-  return [traces, { xaxis: overSteps(log), yaxis: { range: [0, 100], ticksuffix: " %" }, barmode: "stack", height: 204 }];
+  return [traces, { xaxis: overSteps([run], log), yaxis: { range: [0, 100], ticksuffix: " %" }, barmode: "stack", height: 204 }];
 }
 
 const VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"];
@@ -153,25 +173,25 @@ function quantile(values, share) {
 }
 
 // Layers by snapshots: `z` a list of rows, `steps` of the columns, `order` the layers of the rows with their groups.
-function map({ z, steps, order, metric, difference, grouped, finite }) {
-  const many = order.length > 40, ticks = [], names = [], shapes = [];
+function map({ z, steps, order, metric, difference, grouped, finite, width }) {
+  const many = order.length > 40, most = width < 600 ? 14 : 34, ticks = [], names = [], shapes = [];
   order.forEach((row, place) => {
     const begins = grouped && (place === 0 || order[place - 1].group !== row.group);
     if (begins && place) shapes.push(line({ xref: "paper", x0: 0, x1: 1, y0: place - 0.5, y1: place - 0.5 }, css("card"), "solid"));
-    if (!many) [ticks.push(place), names.push(shortened(row.name))];
+    if (!many) [ticks.push(place), names.push(shortened(row.name, most))];
     else if (begins) {
       const end = order.findIndex((other, i) => i > place && other.group !== row.group);
       ticks.push((place + (end < 0 ? order.length : end) - 1) / 2);
       names.push(plain(row.group));
     }
   });
-  if (many && !grouped) order.forEach((row, place) => place % Math.ceil(order.length / 25) || [ticks.push(place), names.push(shortened(row.name))]);
-  const every = Math.ceil(steps.length / 10), columns = steps.map((_, i) => i).filter((i) => i % every === 0);
+  if (many && !grouped) order.forEach((row, place) => place % Math.ceil(order.length / 25) || [ticks.push(place), names.push(shortened(row.name, most))]);
+  const every = Math.ceil(steps.length / Math.max(2, Math.min(10, (width - 260) / 80))), columns = steps.map((_, i) => i).filter((i) => i % every === 0);
   const texts = order.map((row) => plain(row.name));
   const trace = {
     type: "heatmap", z, x: steps.map((_, i) => i), y: order.map((_, i) => i), ...coloured(metric, finite, difference), zsmooth: false,
     xgap: steps.length * order.length < 3000 ? 1 : 0, ygap: order.length < 60 ? 1 : 0, hoverongaps: false, hoverinfo: "none",
-    customdata: texts, colorbar: { thickness: 12, outlinewidth: 0, tickfont: { color: css("quiet") }, ...(metric === "alpha" && !difference ? { tickvals: [0, 2, 4, 6, 8, 10], ticktext: ["0", "2", "4", "6", "8", "≥ 10"] } : {}) },
+    customdata: texts, colorbar: { thickness: 12, outlinewidth: 0, tickfont: { color: css("quiet") }, ...(metric === "alpha" && !difference ? { tickvals: [0, 2, 6, 10], ticktext: ["0", "2", "6", "≥ 10"] } : {}) },
   };
   const layout = {
     height: Math.max(180, Math.min(620, 60 + (many ? 500 : 26 * order.length))), shapes,
@@ -181,4 +201,4 @@ function map({ z, steps, order, metric, difference, grouped, finite }) {
   return [[trace], layout];
 }
 
-const shortened = (name) => plain(name.length > 34 ? `…${name.slice(-33)}` : name);
+const shortened = (name, most) => plain(name.length > most ? `…${name.slice(1 - most)}` : name);

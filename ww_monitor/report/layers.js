@@ -41,7 +41,7 @@ function table(element, columns, rows, { height = 34, open, empty }) {
   function fill({ anew = true } = {}) {
     const from = Math.max(0, Math.floor(element.scrollTop / height) - 8);
     const to = Math.min(state.shown.length, from + Math.ceil((element.clientHeight || 560) / height) + 16);
-    body.style.height = `${state.shown.length * height}px`;
+    body.style.height = state.shown.length ? `${state.shown.length * height}px` : "";
     for (const [place, node] of nodes) if (anew || place < from || place >= to) [node.remove(), nodes.delete(place)];
     for (let place = from; place < to; place++) {
       if (!nodes.has(place)) nodes.set(place, body.appendChild(made(state.shown[place], place)));

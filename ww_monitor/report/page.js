@@ -70,6 +70,7 @@ function common(a, b) {
   });
 }
 
+const HERE = "A row a layer, the first on top; a column a snapshot. Point at a cell to read it, click it to open its layer.";
 const stepsOf = (run, of) => of.columns.map((number) => run.steps[number]);
 
 async function showMap() {
@@ -90,8 +91,14 @@ async function showMap() {
   const finite = (both ? z : tables.map((one) => one.values)).flatMap((values) => some(values, 20000 / (both ? z.length : 1)));
   const steps = pairs.map(([i]) => runs[first].steps[tables[first].columns[i]]);
   const element = $("#map"), groups = new Set(order.map((row) => row.group)).size;
-  await draw(element, () => map({ z, steps, order, metric, finite, difference: both, grouped: byRole && groups > 1 }));
+  const lacking = both ? "No layer of A has a partner of its name in B." : "This run has no layer.";
+  const none = !order.length ? lacking : !steps.length ? "No step of A is near one of B." : "";
+  element.hidden = Boolean(none);
+  if (none) drawn.delete(element);
+  $("#map-here").textContent = none || HERE;
+  if (!none) await draw(element, () => map({ z, steps, order, metric, finite, difference: both, grouped: byRole && groups > 1, width: element.clientWidth }));
   element.dataset.metric = metric;
+  if (none) return;
   element.removeAllListeners("plotly_click");
   element.removeAllListeners("plotly_hover");
   element.on("plotly_click", ({ points: [point] }) => openLayer(order[point.y], steps[point.x]));
@@ -108,11 +115,12 @@ function showLayers() {
   const value = (row, metric, index) => runs[index].last[metric]?.[row.at[index]] ?? NaN;
   const number = (title, read, about) => ({ title, about, number: true, width: `minmax(${Math.max(60, 10 * title.length)}px, 0.3fr)`, sort: read, show: (row) => figure(read(row)) });
   const words = (index) => (row) => (row.at[index] === undefined ? "not in this run" : runs[index].judged[row.at[index]]);
+  const longest = Math.max(0, ...layers.map((row) => row.name.length));
   const columns = [
-    { title: "layer", width: "minmax(200px, 1.5fr)", sort: (row) => row.depth, show: (row) => nameButton(row.name, () => openLayer(row)), about: "in the order of the model" },
+    { title: "layer", width: `minmax(${Math.min(300, Math.max(160, 9 * longest))}px, 1.5fr)`, sort: (row) => row.depth, show: (row) => nameButton(row.name, () => openLayer(row)), about: "in the order of the model" },
     { title: "role", width: "minmax(56px, 0.4fr)", sort: (row) => row.role, show: (row) => row.role || "–" },
     ...runs.map((_, index) => ({
-      title: runs.length > 1 ? `verdict ${"AB"[index]}` : "verdict", width: "minmax(200px, 2fr)", sort: words(index), show: words(index),
+      title: runs.length > 1 ? `verdict ${"AB"[index]}` : "verdict", width: "minmax(230px, 1.6fr)", sort: words(index), show: words(index),
     })),
   ];
   if (runs.length > 1) {
@@ -148,7 +156,7 @@ function showFindings(element, spans) {
   const letter = ({ index }) => "AB"[index], step = ({ index }, number) => runs[index].steps[number];
   const columns = [
     { title: "severity", width: "minmax(84px, 0.3fr)", sort: (row) => ["critical", "warning", "info"].indexOf(row.severity), show: (row) => make("span", { class: row.severity in SEVERITIES ? row.severity : "info" }, row.severity) },
-    { title: "finding", width: "minmax(140px, 0.5fr)", sort: (row) => row.rule, show: (row) => row.rule.replaceAll("_", " ") },
+    { title: "finding", width: "minmax(160px, 0.5fr)", sort: (row) => row.rule, show: (row) => row.rule.replaceAll("_", " ") },
     { title: "from step", number: true, width: "minmax(80px, 0.3fr)", sort: (row) => step(row, row.begin), show: (row) => step(row, row.begin).toLocaleString("en") },
     { title: "to step", number: true, width: "minmax(80px, 0.3fr)", sort: (row) => (row.end === null ? Infinity : step(row, row.end)), show: (row) => (row.end === null ? "still so" : step(row, row.end).toLocaleString("en")) },
     { title: "what was found", width: "minmax(360px, 4fr)", sort: (row) => row.message, show: (row) => row.message },
@@ -250,7 +258,7 @@ async function showSeries(element, metric) {
       return curve(steps, values.map((value) => (Number.isNaN(value) ? null : value)), index, sigma ? { spread: around(one, sigma, row.at[0]), at: stepsOf(runs[0], sigma) } : {});
     });
     const mine = { ...marks(runs.map((run) => ({ ...run, spans: run.spans.filter(([, layer]) => layer === row.name) }))) };
-    return [[...traces, ...mine.traces], { height: 190, xaxis: overSteps($("#log-steps").checked), yaxis: { title: { text: titled(metric) } }, yaxis2: mine.axis, shapes: [...calm(metric), ...mine.shapes] }];
+    return [[...traces, ...mine.traces], { height: 190, xaxis: overSteps(runs, $("#log-steps").checked), yaxis: { title: { text: titled(metric) }, ...overValues(metric) }, yaxis2: mine.axis, shapes: [...calm(metric), ...mine.shapes] }];
   });
 }
 
@@ -273,7 +281,7 @@ function closeLayer() {
 // --- all of it
 
 function choices(select, names, value = names[0]) {
-  select.replaceChildren(...names.map((name) => make("option", { value: name }, Object.hasOwn(NAMES, name) ? NAMES[name] : name)));
+  select.replaceChildren(...names.map((name) => make("option", { value: name }, titled(name))));
   select.value = value;
 }
 
@@ -306,6 +314,7 @@ async function start() {
   layers = paired();
   showLayers();
   showFindings($("#findings"), allSpans());
+  $("#band-note").hidden = runs.length > 1;
   $("#notes-section").hidden = !$("#notes").children.length;
   await pause();
   performance.mark("table");
@@ -321,6 +330,7 @@ async function start() {
   choices($("#layer-metric"), ordered, ordered.includes("num_spikes") ? "num_spikes" : ordered[0]);
   listen();
   if (layers.length && ordered.length) await showMap();
+  else $("#map-section").hidden = true;
   performance.mark("ready");
   document.documentElement.dataset.ready = "yes";
 }

@@ -29,6 +29,8 @@ KEY = (
 
 MAX_ROWS_OF_OTHERS = 131_072
 MAX_FINDINGS = 5_000
+MAX_ENTRIES = 8
+"""Trap entries of a layer at a snapshot that are listed; an analysis keeps no more."""
 CHUNK = 64
 """Layers whose spectra are one block."""
 
@@ -103,7 +105,8 @@ def _policy(*scripts: str) -> str:
 
 def _facts(run: Recording) -> str:
     first, last, count = run.steps[0], run.steps[-1], len(run.steps)
-    when = f"step {last:,}" if count == 1 else f"{count:,} snapshots from step {first:,} to {last:,}"
+    alone = f"step {last:,}" if run.has_steps else "one analysis"
+    when = alone if count == 1 else f"{count:,} snapshots from step {first:,} to {last:,}"
     return f"{len(run.layers):,} {'layer' if len(run.layers) == 1 else 'layers'}, {when}"
 
 
@@ -124,10 +127,17 @@ def _notes(runs: Sequence[Recording]) -> list[str]:
             for what, kept in thinned.items()
             if kept > 1
         ]
+        shown = sum(len(rows[:MAX_ENTRIES]) for item in run.entries.items.values() for rows in item.values())
+        if left := sum(run.num_entries) - shown:
+            which = f", of all but one snapshot in {run.entries.every} and the last" * (run.entries.every > 1)
+            told.append(f"To keep the page small, {left:,} of {left + shown:,} trap entries are left out{which}.")
         if not any(len(one.rows) for one in run.spectra.items.values()):
             told.append("This history has no spectra.")
         if (left := len(spans(run)) - MAX_FINDINGS) > 0:
             told.append(f"{left:,} more findings, of the least severe, are not listed.")
+        if run.repeated:
+            noun = "snapshot was" if run.repeated == 1 else "snapshots were"
+            told.append(f"{run.repeated:,} {noun} replaced: the run went back to an earlier step.")
         if run.skipped:
             told.append(f"{len(run.skipped):,} weights were not analysed, such as {next(iter(run.skipped))}.")
         notes += [prefix + note for note in told]
@@ -176,10 +186,10 @@ def _described(run: Recording, prefix: str, blocks: dict[str, str], *, until: in
         how[name] = {**about, "block": f"{prefix}{index}", "columns": "all" if shown is columns else "thin"}
         if name in KEY:
             bands[name] = _band(values)
-    codes = _verdicts(run, columns)
+    codes, shown_until = _verdicts(run, columns), bisect_right(columns, until)
     found = spans(run)[:MAX_FINDINGS]
     entries = {
-        number: {row: [[short(value) for value in entry] for entry in rows[:8]] for row, rows in item.items()}
+        number: {row: [[short(value) for value in entry] for entry in rows[:MAX_ENTRIES]] for row, rows in item.items()}
         for number, item in run.entries.items.items()
     }
     return {
@@ -190,7 +200,7 @@ def _described(run: Recording, prefix: str, blocks: dict[str, str], *, until: in
         "metrics": how,
         "verdicts": list(run.verdicts),
         "until": until,
-        "judged": _judged(run, codes[:, : bisect_right(columns, until)], until),
+        "judged": _judged(run, columns[:shown_until], codes[:, :shown_until]),
         "last": {
             name: [short(float(value)) for value in last_values(run, name, until=until)]
             for name in KEY
@@ -235,15 +245,19 @@ def _band(values: np.ndarray) -> list[list[float | None]]:
     return [[short(float(value)) for value in row] for row in points]
 
 
-def _judged(run: Recording, codes: np.ndarray, until: int) -> list[str]:
-    """Of every layer, where it last occurs."""
+def _judged(run: Recording, columns: Sequence[int], codes: np.ndarray) -> list[str]:
+    """Of every layer, where it last occurs in these snapshots."""
     words = list(run.verdicts)
-    alpha, sigma, traps = (last_values(run, name, until=until) for name in ("alpha", "sigma", "num_traps"))
+    alpha, sigma, traps = (last_values(run, name, until=columns[-1]) for name in ("alpha", "sigma", "num_traps"))
     told = []
     for row in range(len(run.layers)):
-        known = codes[row][np.isfinite(codes[row])]
-        verdict = words[int(known[-1])] if known.size else ""
-        told.append(judged(verdict, float(alpha[row]), float(sigma[row]), float(traps[row])))
+        seen = np.flatnonzero(np.isfinite(codes[row])).tolist()
+        if not seen:
+            told.append("not there yet")
+            continue
+        word = judged(words[int(codes[row, seen[-1]])], float(alpha[row]), float(sigma[row]), float(traps[row]))
+        gone = f"until step {run.steps[columns[seen[-1]]]:,}: " * (seen[-1] < len(columns) - 1)
+        told.append(gone + word)
     return told
 
 

@@ -76,8 +76,8 @@ def _rank(severity: str) -> int:
 def judged(verdict: str, alpha: float, sigma: float, traps: float) -> str:
     """A row of the table of layers in words.
 
-    >>> judged("ok", 3.1, 0.2, 0.0), judged("ok", 1.4, 0.1, 2.0)
-    ('well trained: alpha is from 2 to 6', 'correlation traps; very heavy-tailed, over-trained')
+    >>> judged("ok", 3.1, 0.2, 0.0), judged("ok", 3.1, 0.2, 2.0)
+    ('well trained: alpha is from 2 to 6', 'correlation traps; alpha is from 2 to 6')
     """
     words = VERDICT_WORDS.get(verdict, verdict.replace("_", " "))
     if verdict == "ok" and alpha == alpha:
@@ -86,7 +86,7 @@ def judged(verdict: str, alpha: float, sigma: float, traps: float) -> str:
         elif alpha < 2:
             words = "alpha is below 2, within its error"
         elif alpha <= 6:
-            words = "well trained: alpha is from 2 to 6"
+            words = "well trained: " * (not traps >= 0.5) + "alpha is from 2 to 6"
         else:
             words = "weakly trained: alpha is above 6"
     return f"correlation traps; {words}" if traps >= 0.5 and verdict != "degenerate" else words
@@ -115,7 +115,11 @@ def _sentence(html: str) -> str:
 
 
 def _step(run: Recording, number: int) -> str:
-    return f"step {run.steps[number]:,}"
+    return f"step {run.steps[number]:,}" if run.has_steps else f"snapshot {run.steps[number] + 1:,}"
+
+
+def _at(run: Recording, number: int) -> str:
+    return f"at {_step(run, number)}" if run.has_steps or len(run.steps) > 1 else "here"
 
 
 def _urgent(run: Recording) -> tuple[str, str]:
@@ -134,7 +138,7 @@ def _urgent(run: Recording) -> tuple[str, str]:
     if over:
         last = max(over, key=lambda span: (-_rank(span.severity), span.end))
         what = escape(last.rule.replace("_", " "))
-        gone = f"the finding “{what}” in {_names([last.layer])} was over at {_step(run, last.end or 0)}"
+        gone = f"the finding “{what}” in {_names([last.layer])} was over {_at(run, last.end or 0)}"
     else:
         gone = _nearest_to_a_trap(run)
     return (told[0] if told else ""), gone
@@ -170,7 +174,7 @@ def _name(layer: str) -> str:
 
 
 def _nothing(run: Recording) -> str:
-    return f"nothing needs a look: no finding holds at {_step(run, -1)}"
+    return f"nothing needs a look: no finding holds {_at(run, -1)}"
 
 
 def _nearest_to_a_trap(run: Recording) -> str:
@@ -178,7 +182,7 @@ def _nearest_to_a_trap(run: Recording) -> str:
     if not np.isfinite(headroom).any():
         return "how near the layers are to a correlation trap is not known here"
     worst = int(np.nanargmax(headroom))
-    far = f"its largest weight is at {headroom[worst]:.2f} of the size that makes one"
+    far = f"its largest weight is at {_figure(headroom[worst])} of the size that makes one"
     return f"nearest to a correlation trap is {_name(list(run.layers)[worst])}: {far}"
 
 
@@ -199,17 +203,23 @@ def compared_at(runs: Sequence[Recording]) -> list[int]:
     return [numbers[max(shared)] if shared else len(run.steps) - 1 for run, numbers in zip(runs, steps, strict=True)]
 
 
+def _figure(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 1e6 else f"{value:.2g}"
+
+
 def _state(run: Recording) -> str:
     rows = run.table.items[len(run.steps) - 1]
+    if not len(rows.rows):
+        return _sentence(f"{_at(run, -1)} there is no layer")
     ok = int((rows.verdicts == run.verdicts.get("ok", -1)).sum())
     noun = "layer" if len(rows.rows) == 1 else "layers"
-    told = f"at {_step(run, -1)} a power law fits {ok:,} of {len(rows.rows):,} {noun}"
+    told = f"{_at(run, -1)} a power law fits {ok:,} of {len(rows.rows):,} {noun}"
     alpha, first = (run.summaries[at].get("alpha", NAN) for at in (-1, 0))
     if math.isfinite(alpha):
         place = "below 2" if alpha < 2 else "above 6" if alpha > 6 else "as in trained layers (2 to 6)"
-        told += f", and mean alpha is {alpha:.2f}, {place}"
+        told += f", and mean alpha is {_figure(alpha)}, {place}"
         if len(run.steps) > 1 and math.isfinite(first):
-            told += f", after {first:.2f} at {_step(run, 0)}"
+            told += f", after {_figure(first)} {_at(run, 0)}"
     return _sentence(told)
 
 
@@ -225,5 +235,7 @@ def _difference(a: Recording, b: Recording) -> str:
     ):
         one, two = a.summaries[at[0]].get(metric, NAN), b.summaries[at[1]].get(metric, NAN)
         if math.isfinite(one) and math.isfinite(two):
-            parts.append(f"{words} is {one:.2f} in A and {two:.2f} in B")
-    return _sentence(f"{where} {'; '.join(parts) or 'no model-level value is known in both'}")
+            parts.append(f"{words} is {_figure(one)} in A and {_figure(two)} in B")
+    told = "; ".join(parts) or "no model-level value is known in both"
+    apart = "" if a.layers.keys() & b.layers.keys() else "; no layer of A has a partner of its name in B"
+    return _sentence(f"{where} {told}{apart}")

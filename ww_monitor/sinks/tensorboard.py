@@ -211,7 +211,9 @@ def _charts_of(snapshot: Snapshot, prefix: str, published: Published) -> dict[st
         charts["highest trap headroom (above 1 a trap is expected)"] = ["Margin", [highest, prefix + EDGE_KEY, highest]]
     if "trap_headroom" in metrics:
         title = f"trap headroom of every {ones} (above 1 a trap is expected)"
-        charts[title] = ["Multiline", [every["trap_headroom"]]]
+        # the highest and the edge beside them, or a single layer that rises above 1 is an outlier that is left out
+        beside = [f"{start}{key}$" for key in (summary_key("trap_headroom"), EDGE_KEY)]
+        charts[title] = ["Multiline", [every["trap_headroom"], *beside]]
     return charts
 
 
