@@ -669,6 +669,22 @@ def test_an_interrupted_run_leaves_its_history_and_the_next_one_works(framework,
     assert our_threads() == []
 
 
+def test_a_folder_that_no_longer_has_a_path_ends_nothing_and_memory_has_all(framework, tmp_path, monkeypatch):
+    monitor, opens = make(framework, tmp_path), Adapter._open
+
+    class Gone(type(tmp_path)):
+        def absolute(self):
+            raise FileNotFoundError("the working directory was deleted")
+
+    def opened(self, **arguments):
+        opens(self, **{**arguments, "folder": lambda: Gone(tmp_path)})
+
+    monkeypatch.setattr(Adapter, "_open", opened)
+    with pytest.warns(SpectralWarning, match="choosing the history file failed: FileNotFoundError"):
+        framework.train(tmp_path, monitor)
+    assert seen_by(monitor) == files_in(tmp_path)["ww_history.jsonl"] == [0, 2, 4, 6, 8]
+
+
 def test_a_process_that_is_not_the_first_says_and_writes_nothing(framework, tmp_path, monkeypatch, capsys):
     opens, sink = Adapter._open, Memory()
     monkeypatch.setattr(Adapter, "_open", lambda self, **arguments: opens(self, **{**arguments, "rank": 1}))

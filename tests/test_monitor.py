@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.histories import steps_of
 from tests.matrices import broken as unreadable
 from tests.matrices import matrix
 from tests.registries import before_measurement, before_summary
@@ -25,6 +26,7 @@ from ww_monitor.matrix import Skipped
 from ww_monitor.monitor import Monitor, analyzer, checkpoint
 from ww_monitor.settings import Select
 from ww_monitor.sinks.console import table
+from ww_monitor.sinks.jsonl import JsonLines
 from ww_monitor.sinks.memory import Memory
 
 
@@ -323,7 +325,7 @@ def test_the_state_of_a_long_run_is_a_few_numbers_a_layer(layers, bound):
     watcher = Monitor(stop_on="traps")
     sizes = []
     for step in range(40):
-        watcher._record(made_up(layers, step))
+        watcher._publish(made_up(layers, step))
         sizes.append(len(json.dumps(watcher.state_dict())) if step in (20, 39) else 0)
     assert 0 < sizes[20] < bound
     assert sizes[39] < 1.02 * sizes[20]
@@ -340,7 +342,7 @@ def test_the_state_holds_what_the_rules_read_and_all_where_a_rule_does_not_say()
     def kept(*which):
         watcher, other = Monitor(rules=which), Monitor()
         for step in range(40):
-            watcher._record(made_up(2, step))
+            watcher._publish(made_up(2, step))
         other.load_state_dict(watcher.state_dict())
         assert [snapshot.step for snapshot in other.history] == [0, *range(24, 40)]
         assert [snapshot.summary for snapshot in other.history] == [
@@ -406,7 +408,7 @@ def test_a_state_in_its_first_form_is_read():
 def test_a_run_that_never_ends_takes_no_more_memory():
     watcher = Monitor(keep=20)
     for step in range(3000):
-        watcher._record(made_up(1, step, metrics=()))
+        watcher._publish(made_up(1, step, metrics=()))
         if step == 999:
             tracemalloc.start()
             size = tracemalloc.get_traced_memory()[0]
@@ -425,7 +427,7 @@ def test_memory_holds_the_first_snapshot_and_as_many_of_the_last_as_their_rows_a
     watcher = Monitor(rules=(), keep=keep)
     rows = tuple(record.Layer(f"{i}", "dense", (1, 8, 8)) for i in range(layers))
     for step in range(kept + 5):
-        watcher._record(record.Snapshot(rows, step=step))
+        watcher._publish(record.Snapshot(rows, step=step))
     assert [snapshot.step for snapshot in watcher.history] == [0, *range(5, kept + 5)]
 
 
@@ -433,7 +435,7 @@ def test_rows_with_their_eigenvalues_count_for_what_they_weigh():
     watcher = Monitor(rules=())
     for step in range(120):
         row = record.Layer("fc", "dense", (1, 8, 8), eigenvalues=(1.0,) * 64 * 199)
-        watcher._record(record.Snapshot((row,), step=step))
+        watcher._publish(record.Snapshot((row,), step=step))
     assert len(watcher.history) == 101
 
 
@@ -441,7 +443,7 @@ def test_the_table_of_a_long_run_begins_at_its_first_snapshot():
     watcher = Monitor(rules=(), keep=16)
     for step in range(40):
         row = record.Layer("fc", "dense", (1, 8, 8), metrics={"alpha": 9.0 - 0.1 * step})
-        watcher._record(record.Snapshot((row,), step=step))
+        watcher._publish(record.Snapshot((row,), step=step))
     text = table(watcher.history)
     assert "40 snapshots, steps 0 to 39" in text
     assert "9 → 5.1" in text
@@ -664,6 +666,19 @@ def test_finite_weights_that_no_solver_takes_stop_no_run():
     watcher.observe(items, step=1)
     assert watcher.history.last.layers[0].status == "solver_failed"
     assert watcher.stop_reason == ""
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_a_rule_that_ends_the_program_costs_no_snapshot(tmp_path, error):
+    def ending(history):
+        if history.last.step == 20:
+            raise error
+        return []
+
+    watcher = Monitor(rules=[ending], sinks=[JsonLines(tmp_path / "run.jsonl")])
+    with pytest.raises(error):
+        observe_series(watcher, [healthy] * 4)
+    assert steps_of(watcher.history) == steps_of(record.History.read(tmp_path / "run.jsonl")) == [0, 10, 20]
 
 
 def test_nothing_escapes_where_warnings_are_errors(failing_engine, caplog):

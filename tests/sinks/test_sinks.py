@@ -371,6 +371,19 @@ def test_what_somebody_has_removed_is_made_again(tmp_path, gone):
     assert [one.step for one in History.read(path)] == [2]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+def test_a_pipe_in_the_place_of_the_file_swallows_nothing(tmp_path):
+    path = tmp_path / "run.jsonl"
+    sink = JsonLines(path)
+    os.mkfifo(path)
+    for step in (0, 1):
+        with pytest.raises(OSError, match="is a pipe"):
+            sink.write(snapshot(step))
+    path.unlink()
+    sink.write(snapshot(2))
+    assert [one.step for one in History.read(path)] == [0, 1, 2]
+
+
 def test_lines_that_wait_are_bounded_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("ww_monitor.sinks.jsonl.MOST_WAITING", 3 * len(snapshot(10).to_json()) + 10)
     path = tmp_path / "run.jsonl"

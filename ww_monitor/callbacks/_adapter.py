@@ -185,9 +185,10 @@ class Adapter:
         place = None
         with monitor.guard("choosing the history file", always=True):
             place = folder()
+            place = None if place is None else place.absolute()
         if monitor.last_step is not None:
             self._say_what_it_continues(place, step)
-        monitor.place = "" if place is None else str(place.absolute())
+        monitor.place = "" if place is None else str(place)
         if rank == 0:
             self._session = Session(
                 monitor,
@@ -201,7 +202,7 @@ class Adapter:
         """Note in the history where a resumed run's earlier part is."""
         with self.monitor.guard("saying what goes on", always=True):
             before, name = self.monitor.place, self._history_name
-            elsewhere = folder is not None and before and folder.absolute() != Path(before)
+            elsewhere = folder is not None and before and folder != Path(before)
             if name and folder is not None and elsewhere and not (folder / name).exists():
                 message = f"continues {Path(before) / name}, which ends with step {self.monitor.last_step}"
                 self.monitor.note("continues", message, step)

@@ -207,11 +207,30 @@ class Monitor(Stepping):
 
     def _publish(self, snapshot: Snapshot) -> Snapshot:
         """Apply the rules, remember, write to the sinks, to the files first."""
-        snapshot = self._record(snapshot)
+        snapshot = self._with_harm(self._spectra.measure(snapshot))
+        self._warn_of_failures(snapshot)
+        try:
+            snapshot = self._judged(snapshot)
+        finally:  # also where a rule ends the program
+            self._keep(snapshot)
+        return snapshot
+
+    def _judged(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot with its findings."""
+        with self.guard("rules", always=True):
+            seen = History([*self.history, snapshot])  # of which rules see the last LOOKBACK, as in `replay`
+            holding = self.findings.judge(seen, failed=self._say_failed_rule)
+            snapshot = snapshot.with_findings([*self._notes, *holding])
+            self._notes.clear()
+        return snapshot
+
+    def _keep(self, snapshot: Snapshot) -> None:
+        self.history.append(snapshot)
+        self.history.forget(latest=max(LOOKBACK, min(self.keep, KEEP_ROWS // max(1, _rows(snapshot)))))
+        self._published += 1
         for sink in () if self.quiet else sorted(self.sinks, key=lambda sink: not isinstance(sink, JsonLines)):
             with self.guard(f"sink {type(sink).__name__}", key=f"sink {id(sink)}", always=True):
                 sink.write(snapshot)
-        return snapshot
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_timing": False, "harm": None}
@@ -256,22 +275,6 @@ class Monitor(Stepping):
         self.acting.restart()
         self.findings.clear()
         self.analyzer.restart()
-
-    def _record(self, snapshot: Snapshot) -> Snapshot:
-        """The snapshot with its findings, which memory now holds."""
-        snapshot = self._with_harm(self._spectra.measure(snapshot))
-        self._warn_of_failures(snapshot)
-        with self.guard("actions"):
-            snapshot = self.acting.see(snapshot)
-        with self.guard("rules", always=True):
-            seen = History([*self.history, snapshot])  # of which rules see the last LOOKBACK, as in `replay`
-            holding = self.findings.judge(seen, failed=self._say_failed_rule)
-            snapshot = snapshot.with_findings([*self._notes, *holding])
-            self._notes.clear()
-        self.history.append(snapshot)
-        self.history.forget(latest=max(LOOKBACK, min(self.keep, KEEP_ROWS // max(1, _rows(snapshot)))))
-        self._published += 1
-        return snapshot
 
     def _with_harm(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with the harm of its traps, where there is one and somebody measures it."""

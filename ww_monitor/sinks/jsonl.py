@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections import deque
 from itertools import count
 from pathlib import Path
@@ -62,7 +63,11 @@ class JsonLines:
         os.makedirs(os.path.realpath(self.path.parent), exist_ok=True)  # also where a link leads to nothing
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
         if not self.own:
-            return os.open(self.path, flags, 0o666)
+            file = os.open(self.path, flags, 0o666)
+            if stat.S_ISFIFO(os.fstat(file).st_mode):  # what it is given is gone when it is closed
+                os.close(file)
+                raise OSError(f"{self.path} is a pipe")
+            return file
         for number in count(1):
             path = self.path if number == 1 else self.path.with_stem(f"{self.path.stem}-{number - 1}")
             with contextlib.suppress(FileExistsError):
