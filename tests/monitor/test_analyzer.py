@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import threading
 import weakref
 
 import pytest
@@ -228,6 +229,14 @@ def cloned(item):
 
 def alive():
     return [copy() is not None for copy in CLONES]
+
+
+def test_in_a_tight_address_space_no_thread_is_begun(monkeypatch, items):
+    monkeypatch.setattr("ww_monitor.monitor.analyzer.room_for_blas", lambda threads: False)
+    watcher = make_analyzer(mode="async")
+    assert watcher.analyze(items, step=0, epoch=None).step == 0
+    assert not watcher.busy
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ww_monitor")]
 
 
 @pytest.mark.parametrize("track_delta", [False, True])

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from ww_monitor.baseline import Baseline
 from ww_monitor.distributed import FrozenRows, analyze_on_ranks, exchange
 from ww_monitor.engine import Options, analyze_matrices, snapshot_of
-from ww_monitor.engine.threads import hold_to_one_thread
+from ww_monitor.engine.threads import hold_to_one_thread, room_for_blas
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.monitor.background import Background, Done
 from ww_monitor.monitor.copies import WeightCopy, copy_weights
@@ -56,8 +56,11 @@ class Analyzer:
         return self.track_delta and self._baseline is None
 
     def reads_now(self, *, whole: bool) -> bool:
-        """Whether an analysis reads weights before it returns, and so waits for what made them."""
-        return whole or self.across_ranks or self.mode == "sync"
+        """Whether an analysis reads weights before it returns, and so waits for what made them.
+
+        In a tight address space every one does: training lacks what a thread of the background would take.
+        """
+        return whole or self.across_ranks or self.mode == "sync" or not room_for_blas(2)
 
     def analyze(
         self, items: Sequence[Matrix | Skipped], *, step: int, epoch: int | None, whole: bool = False
