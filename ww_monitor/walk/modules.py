@@ -36,6 +36,9 @@ def modules(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str,
     adapted = adapters.is_adapter(module)
     inside: Sequence[str] = ("parametrizations",) if parametrize.is_parametrized(module) else ()
     inside = adapters.inside(module) if adapted else inside
+    if (copy := adapters.copied(module)) is not None:
+        inside = ("original_module", *inside)
+        yield from modules(copy, path, seen)
     for name, child in module.named_children():
         if id(child) not in seen and name not in inside:
             plain = name in WRAPPERS or (adapted and name == "base_layer")
