@@ -104,10 +104,11 @@ def stand_in_for_torchvision() -> None:
     try:
         importlib.import_module("torchvision.ops.misc")
     except Exception:  # noqa: BLE001 - without its binary for this torch it raises a RuntimeError
-        inside = ("ops", "ops.misc", "models", "models.feature_extraction", "transforms", "transforms.functional")
-        for name in ("torchvision", *(f"torchvision.{one}" for one in (*inside, "datasets", "utils"))):
+        inside = "ops ops.misc models models.feature_extraction transforms transforms.functional transforms.v2"
+        names = f"{inside} transforms.v2.functional io datasets utils".split()
+        for name in ("torchvision", *(f"torchvision.{one}" for one in names)):
             sys.modules[name] = module = _Empty(name)
-            module.__spec__, module.__path__ = ModuleSpec(name, None), []
+            module.__spec__, module.__path__, module.__version__ = ModuleSpec(name, None), [], "0"
             above, _, last = name.rpartition(".")
             if above:
                 setattr(sys.modules[above], last, module)
