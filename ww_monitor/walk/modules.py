@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from ww_monitor.walk import lora as adapters
 from ww_monitor.walk import parts
 from ww_monitor.walk.parts import WRAPPERS
-from ww_monitor.walk.reading import own_parameters
+from ww_monitor.walk.reading import all_parameters, own_parameters
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -52,7 +52,8 @@ def class_name(module: nn.Module) -> str:
 
 
 def names_in(root: nn.Module) -> Iterator[str]:
-    """What weights in a model may be called: a module's path, or that of one of its parameters."""
+    """What weights in a model may be called: the path of a module that has some, or of one of its parameters."""
     for path, module in modules(root, "", set()):
-        yield path
+        if next(all_parameters(module), None) is not None:
+            yield path
         yield from (parts.joined(path, attribute) for attribute in own_parameters(module))
