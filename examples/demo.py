@@ -116,8 +116,8 @@ def train(net: Net, folder: Path, *, watch_every: int | None, steps: int, batch:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     board = TensorBoard(folder)  # loads no TensorFlow, as Lightning's own logger would where it is installed
     callbacks: list[pl.Callback] = [Curves(board)]
-    if watch_every:
-        callbacks.append(SpectralMonitor(every_n_steps=watch_every, stop_on="traps", sinks=[board]))
+    if watch_every:  # of so small a net an analysis costs as much as a hundred steps
+        callbacks.append(SpectralMonitor(every_n_steps=watch_every, stop_on="traps", sinks=[board], max_overhead=0.5))
     trainer = pl.Trainer(
         max_steps=steps,
         accelerator="cpu",

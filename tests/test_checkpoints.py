@@ -70,8 +70,54 @@ def test_a_name_says_the_step_else_the_epoch_else_a_number_that_differs(tmp_path
 def test_one_of_several_at_a_step_counts_and_the_others_are_said(tmp_path):
     saved(tmp_path, "a.ckpt", state_dict=weights(1), global_step=10)
     saved(tmp_path, "last.ckpt", state_dict=weights(1), global_step=10)
-    with pytest.warns(SpectralWarning, match=r"last\.ckpt is of step 10 as .*a\.ckpt is"):
+    with pytest.warns(SpectralWarning, match=r"left out 1 of 2 .*last\.ckpt \(step 10, as .*a\.ckpt\)$"):
         assert order(tmp_path) == [("a.ckpt", 10)]
+
+
+def test_a_step_that_counts_anew_in_every_epoch_loses_no_checkpoint(tmp_path):
+    """`step` is the batch in the epoch: the epoch is what tells them apart, in the file or in the name, or a number."""
+    for epoch in range(6):
+        saved(tmp_path / "file", f"ck_{'abcdef'[epoch]}.pt", model=weights(epoch), epoch=epoch, step=99)
+        saved(tmp_path / "name", f"epoch{epoch}.pt", model=weights(epoch), step=99)
+        saved(tmp_path / "number", f"ck_{epoch}.pt", model=weights(epoch), step=99 if epoch < 5 else 57)
+    for folder in ("file", "name", "number"):
+        assert [step for _, step in order(tmp_path / folder)] == list(range(6))
+    for name, epoch in (("ck_1", 0), ("ck_2_b7", 1), ("ck_3", 0)):
+        saved(tmp_path / "odd", f"{name}.pt", model=weights(epoch), step=99, epoch=epoch)
+    with pytest.raises(InvalidArgument, match="cannot tell the order of 3"):
+        order(tmp_path / "odd")
+
+
+@pytest.mark.parametrize(
+    ("names", "copies"),
+    [
+        (
+            ["checkpoint-0.pth.tar", "checkpoint-1.pth.tar", "checkpoint-2.pth.tar"],
+            ["last.pth.tar", "model_best.pth.tar"],
+        ),
+        (["model_0.pth", "model_1.pth", "model_2.pth"], ["checkpoint.pth"]),
+    ],
+    ids=["timm", "torchvision"],
+)
+def test_the_last_and_the_best_may_repeat_an_epoch(tmp_path, names, copies):
+    for epoch, name in enumerate(names):
+        saved(tmp_path, name, model=weights(epoch), epoch=epoch)
+    for name in copies:
+        saved(tmp_path, name, model=weights(2), epoch=2)
+    with pytest.warns(SpectralWarning, match=f"left out {len(copies)} of {3 + len(copies)} checkpoints"):
+        assert [step for _, step in order(tmp_path)] == [0, 1, 2]
+
+
+def test_a_single_checkpoint_needs_no_step(tmp_path):
+    saved(tmp_path, "best.pt", **weights(1))
+    assert order(tmp_path / "best.pt") == order(tmp_path) == [("best.pt", 0)]
+
+
+def test_folders_of_accelerate_are_checkpoints_of_a_run(tmp_path):
+    for number in (0, 1, 10):
+        saved(tmp_path / f"checkpoint_{number}", "pytorch_model.bin", **weights(number))
+        saved(tmp_path / f"checkpoint_{number}", "optimizer.bin", state={})
+    assert order(tmp_path) == [("checkpoint_0", 0), ("checkpoint_1", 1), ("checkpoint_10", 10)]
 
 
 def test_an_order_that_cannot_be_told_is_refused_with_the_names(tmp_path):

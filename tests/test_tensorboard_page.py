@@ -128,7 +128,11 @@ CHARTS = {
         "ww_band/alpha_high",
     },
     "correlation traps of every layer": {f"ww_num_traps/{layer}" for layer in LAYERS},
-    "trap headroom of every layer (above 1 a trap is expected)": {f"ww_trap_headroom/{layer}" for layer in LAYERS},
+    "trap headroom of every layer (above 1 a trap is expected)": {
+        *(f"ww_trap_headroom/{layer}" for layer in LAYERS),
+        "ww/trap_headroom",
+        "ww_band/headroom",
+    },
 }
 
 

@@ -31,6 +31,7 @@ _STEP_KEYS = ("global_step", "step", "iteration", "iter")
 _STEP_NAME, _EPOCH_NAME = (
     re.compile(rf"(?<![a-z])(?:{words})s?[=_.-]?(\d+)", re.IGNORECASE) for words in ("step|iter|iteration", "epoch")
 )
+_FOLDER = re.compile(r"(?:checkpoint|step|epoch|iter)[-_=]\d+")  # of the Trainer, and of accelerate's examples
 _WHOLE = re.compile(r"(?<!\d)(?<!\d\.)\d+(?!\d|\.\d)")
 _MOST_STATE = 1 << 28  # bytes of a trainer_state.json, which grows with the log of the run
 
@@ -49,8 +50,9 @@ def checkpoints_in_order(paths: str | Path | Sequence[str | Path]) -> list[Check
 
     The step is what the checkpoint says (`global_step` of Lightning and of Trainer's `trainer_state.json`; `step`,
     `iteration` or `iter` of a file of your own); else the step in its name (`step=400`); else the epoch that it or its
-    name says; else the last whole number in the names that differs in all of them (`model_010.pt`). The first of these
-    that every checkpoint has counts. Of several at one step the first by name counts, which is said.
+    name says; else the last whole number in the names (`model_010.pt`). The first of these that tells all checkpoints
+    apart counts; if there is none, the first that leaves only copies at one step (`last.ckpt`), of which the first by
+    name counts, which is said. A single checkpoint without any of these is of step 0.
 
     Args:
         paths: Files, folders of one checkpoint (Trainer's `checkpoint-500`), folders of many, or patterns
@@ -75,11 +77,15 @@ def checkpoints_in_order(paths: str | Path | Sequence[str | Path]) -> list[Check
     heads = [_head(path) for path in found]
     epochs = [_first(head, ("epoch",)) for head in heads]
     known: dict[int, Checkpoint] = {}
+    copies = []
     for path, step, epoch in sorted(zip(found, _steps(found, heads), epochs, strict=True), key=lambda one: one[0]):
         if step in known:
-            warn(f"replay: {path} is of step {step} as {known[step].path} is, and is left out")
+            copies.append(f"{path} (step {step}, as {known[step].path})")
         else:
             known[step] = Checkpoint(path, step, epoch)
+    if copies:
+        shown = ", ".join(copies[:4]) + f" and {len(copies) - 4} more" * (len(copies) > 4)
+        warn(f"replay: left out {len(copies)} of {len(found)} checkpoints, of a step that another one has: {shown}")
     return [known[step] for step in sorted(known)]
 
 
@@ -100,7 +106,7 @@ def _inside(path: Path) -> list[Path]:
     """The path itself, or the checkpoints in a folder that has many."""
     if not path.is_dir():
         return [path]
-    many = [inner for inner in path.glob("checkpoint-*") if inner.name[11:].isdecimal() and inner.is_dir()]
+    many = [inner for inner in path.iterdir() if _FOLDER.fullmatch(inner.name) and inner.is_dir()]
     if many:
         return sorted(many)
     files = sorted(inner for inner in path.iterdir() if _stem(inner) != inner.name and inner.is_file())
@@ -108,9 +114,7 @@ def _inside(path: Path) -> list[Path]:
         own = weight_files(path).paths
     except WWMonitorError:
         own = ()
-    if own and not all(one.name.endswith(".weights.h5") for one in own):
-        return [path]
-    return files or [path]
+    return [path] if own and not all(one.name.endswith(".weights.h5") for one in own) else files
 
 
 def _stem(path: Path) -> str:
@@ -147,28 +151,34 @@ def _first(head: dict[str, Any], keys: Sequence[str]) -> int | None:
 
 def _steps(paths: Sequence[Path], heads: Sequence[dict[str, Any]]) -> list[int]:
     names = [f"{path.parent.name}/{_stem(path)}" for path in paths]
-    said = [_first(head, _STEP_KEYS) for head in heads]
-    epochs = [_first(head, ("epoch",)) for head in heads]
-    ways: list[tuple[list[int | None], bool]] = [
-        (said, True),
-        (_named(_STEP_NAME, names), True),
-        (epochs, False),
-        (_named(_EPOCH_NAME, names), False),
-    ]
-    for steps, may_repeat in ways:
-        found = [step for step in steps if step is not None]
-        if len(found) == len(paths) and (may_repeat or len(set(found)) == len(found)):
-            return found
+    said, epochs = ([_first(head, keys) for head in heads] for keys in (_STEP_KEYS, ("epoch",)))
+    by_step, by_epoch = (_named(pattern, names) for pattern in (_STEP_NAME, _EPOCH_NAME))
     numbers = [[int(number) for number in _WHOLE.findall(name)] for name in names]
-    if len(set(map(len, numbers))) == 1:
-        for column in reversed(list(zip(*numbers, strict=True))):
-            if len(set(column)) == len(paths):
-                return list(column)
+    columns = list(zip(*numbers, strict=True)) if len(set(map(len, numbers))) == 1 else []
+    for steps in (said, by_step, epochs, by_epoch, *reversed(columns)):
+        found = [step for step in steps if step is not None]
+        if len(found) == len(set(found)) == len(paths):
+            return found
+    # some are copies of others, as of the last or the best one: where nothing tells them apart
+    known = [epoch if epoch is not None else named for epoch, named in zip(epochs, by_epoch, strict=True)]
+    apart = [_WHOLE.findall(_stem(path)) or None for path in paths]
+    for steps, marks in ((said, known), (by_step, known), (epochs, apart)):
+        found = [step for step in steps if step is not None]
+        if len(found) == len(paths) and not _contradicted(found, marks):
+            return found
+    if len(paths) == 1:
+        return [0]
     shown = ", ".join(path.name for path in paths[:4])
     raise InvalidArgument(
         f"replay: cannot tell the order of {len(paths)} checkpoints ({shown}{', …' if len(paths) > 4 else ''});"
         " expected a `global_step` in each, or names with step=N, epoch=N or a number that differs in all"
     )
+
+
+def _contradicted(steps: Sequence[int], marks: Sequence[object]) -> bool:
+    """Whether checkpoints of one step have different marks; one without a mark may be a copy of any."""
+    marked = {(step, str(mark)) for step, mark in zip(steps, marks, strict=True) if mark is not None}
+    return len(marked) > len({step for step, _ in marked})
 
 
 def _named(pattern: re.Pattern[str], names: Sequence[str]) -> list[int | None]:
@@ -204,8 +214,8 @@ def replay_checkpoints(given: ReplayOptions) -> Iterator[Snapshot]:
 
     Raises:
         NoSuchFile: if there is no checkpoint.
-        InvalidArgument: if the steps cannot be told, or the file is of another replay: of another preset, or with a
-            later step than a checkpoint that it lacks.
+        InvalidArgument: if the steps cannot be told, there is no matrix to analyse, or the file is of another replay:
+            of another preset, or with a later step than a checkpoint that it lacks.
         WWMonitorError: if a checkpoint or the file cannot be read, naming it; what came before it is in the file.
     """
     todo = checkpoints_in_order(given.paths)
@@ -289,7 +299,16 @@ def _replayed(
 
 
 def _snapshot(given: ReplayOptions, checkpoint: Checkpoint, options: Options) -> Snapshot:
-    return analyze_matrices(given.items(checkpoint.path), options, step=checkpoint.step, epoch=checkpoint.epoch)
+    snapshot = analyze_matrices(given.items(checkpoint.path), options, step=checkpoint.step, epoch=checkpoint.epoch)
+    if not snapshot.layers:
+        raise InvalidArgument(f"replay: {checkpoint.path}: expected a matrix to analyse, got {none_of(snapshot)}")
+    return snapshot
+
+
+def none_of(snapshot: Snapshot) -> str:
+    """Why a snapshot has no layer."""
+    skipped = snapshot.skipped
+    return f"none of {len(skipped)}, such as {skipped[0].name}: {skipped[0].reason}" if skipped else "none"
 
 
 def _failed(rule: str, error: Exception) -> None:

@@ -245,7 +245,12 @@ def interrupt():
     raise KeyboardInterrupt
 
 
-def test_a_step_that_raises_leaves_no_factor_in_a_checkpoint_nor_in_the_next_step():
+def rates_of(groups) -> list[float]:
+    return [group["lr"] for group in groups]
+
+
+@pytest.mark.parametrize("look", ["state_dict", "close", "set"])
+def test_a_step_that_raises_leaves_no_factor_in_a_checkpoint_nor_at_the_end_nor_over_a_rate_that_is_set(look):
     net = make_net()
     optimizer, monitor = make_optimizer(net), Monitor(every_n_steps=1, actions=[RATE])
     monitor.act_on(optimizer)
@@ -255,9 +260,40 @@ def test_a_step_that_raises_leaves_no_factor_in_a_checkpoint_nor_in_the_next_ste
     for _ in range(2):
         with pytest.raises(RuntimeError, match="sparse"):
             optimizer.step()
-    assert [group["lr"] for group in optimizer.state_dict()["param_groups"]] == [1e-2] * 4
+    if look == "state_dict":
+        assert rates_of(optimizer.state_dict()["param_groups"]) == [1e-2] * 4
+    elif look == "set":
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3
+        loss(net, optimizer.zero_grad() or 1).backward()
+        optimizer.step()
     monitor.close()
-    assert [group["lr"] for group in optimizer.param_groups] == [1e-2] * 4
+    assert rates_of(optimizer.param_groups) == [5e-3 if look == "set" else 1e-2] * 4
+
+
+def test_a_dry_action_beside_one_that_acts_is_only_logged():
+    monitor = Monitor(every_n_steps=EVERY, actions=[DECAY, LayerwiseRate(low=1, high=5)])
+    alone = Monitor(every_n_steps=EVERY, actions=[DECAY])
+    assert weights(train(monitor, steps=6)[0]) == weights(train(alone, steps=6)[0])
+    assert monitor.history.last.summary["rate_factor"] > 1
+
+
+def test_a_fused_weight_steps_by_the_mean_of_its_parts_factors():
+    torch.manual_seed(0)
+    net = nn.MultiheadAttention(64, 4, bias=False)
+    optimizer = torch.optim.SGD(param_groups(net), lr=1.0)
+    monitor = Monitor(every_n_steps=1, actions=[RATE])
+    monitor.act_on(optimizer)
+    *parts, out = monitor.observe(walk(net), step=0).layers
+    before = [net.in_proj_weight.detach().clone(), net.out_proj.weight.detach().clone()]
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    moved = [before[0] - net.in_proj_weight.detach(), before[1] - net.out_proj.weight.detach()]
+    fused = sum(part.value("rate_factor") for part in parts) / 3
+    assert len({part.value("rate_factor") for part in parts}) == 3
+    torch.testing.assert_close(moved[0], torch.full((192, 64), fused))
+    torch.testing.assert_close(moved[1], torch.full((64, 64), out.value("rate_factor")))
 
 
 def test_a_rate_that_is_a_tensor_stays_the_tensor_that_a_scheduler_writes_to():

@@ -113,6 +113,13 @@ def test_json_and_csv_are_the_snapshot_and_nothing_else(model):
     assert "nan" not in {value for row in rows for value in row.values()}
 
 
+def test_the_table_has_the_columns_that_a_preset_measures(model):
+    head, last = (called("analyze", model, "--preset", "weightwatcher").stdout.splitlines()[at] for at in (2, -1))
+    assert [cell.strip() for cell in head.strip("┃").split("┃")][3:] == ["alpha", "alpha-hat", "spikes", "headroom"]
+    assert "–" not in last
+    assert "alpha_weighted" in called("analyze", model, "--preset", "weightwatcher").stdout
+
+
 def test_a_note_goes_to_standard_error(model, tmp_path):
     both = torch.load(model)
     torch.save({"model": both, "ema": dict(both)}, tmp_path / "two.pt")
@@ -130,7 +137,9 @@ def test_analyze_selects_and_writes_a_page(model, tmp_path):
     arguments = ["analyze", model, "--include", "fc", "--json", "--html", tmp_path / "out.html"]
     found = called(*arguments, "--device", "cpu")
     assert [layer["name"] for layer in json.loads(found.stdout)["layers"]] == ["fc"]
-    assert (tmp_path / "out.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert f"<title>{model}: spectral report</title>" in page
     found = json.loads(called("analyze", model, "--exclude", "fc", "--preset", "weightwatcher", "--json").stdout)
     assert ([layer["name"] for layer in found["layers"]], found["preset"]) == (["[red]<script>"], "weightwatcher")
 
@@ -142,7 +151,8 @@ def test_the_status_is_3_where_what_was_asked_about_is_found(model, tmp_path):
     called("analyze", model, "--fail-on", "over-trained")
     called("analyze", model, "--fail-on", "traps", "--exclude", "fc")
     torch.save({"a.weight": torch.full((16, 16), float("nan"))}, tmp_path / "nan.pt")
-    called("analyze", tmp_path / "nan.pt", "--fail-on", "broken-layers", status=3)
+    for gate in ("broken-layers", "traps", "over-trained"):  # what has no spectrum has not passed
+        assert called("analyze", tmp_path / "nan.pt", "--fail-on", gate, status=3).stderr.endswith(f"{gate}: a\n")
 
 
 def test_over_trained_layers_fail_too(tmp_path):
@@ -173,18 +183,29 @@ def test_a_gate_that_nothing_measures_is_refused(model):
         (["analyze", "{model}", "--jsno"], "--jsno"),
         (["analyze"], "issing argument"),
         (["analyse", "{model}"], "analyse"),
+        (
+            ["analyze", "{model}", "--include", "zz*", "--fail-on", "traps"],
+            "net.pt: expected a matrix to analyse, got none of 2, such as",
+        ),
+        (["analyze", "{model}", "--html", "{empty}"], "--html must be a file; got the folder"),
+        (["compare", "{model}", "{model}", "--exclude", "*"], "expected a matrix to compare, got none"),
         (["compare", "{model}", "gone.pt"], "gone.pt"),
         (["compare", "{model}", "{model}", "--unpaired", "x"], "unpaired must be one of 'error', 'skip'; got 'x'"),
         (["describe", "gone.pt"], "gone.pt"),
         (["metrics", "--preset", "x"], "got 'x'"),
         (["report", "gone"], "gone"),
-        (["watch", "gone"], "gone"),
+        (["report", "{run}", "-o", "{empty}"], "report: path must be a file, got the folder"),
+        (["watch", "gone"], "watch: no such file or folder: gone"),
         (["watch", "{empty}"], "expected a snapshot, got none"),
         (["watch", "{empty}", "--interval", "0"], "expected --interval > 0"),
         (["replay", "gone"], "'gone'"),
         (["replay", "gone/*.ckpt"], "gone/*.ckpt"),
         (["replay", "{notes}"], "notes.txt"),
-        (["replay", "{empty}"], "expected"),
+        (["replay", "{empty}"], "expected one history file (ww_history.jsonl), got none; and no checkpoint (.safet"),
+        (
+            ["replay", "{model}", "--include", "zz*", "-o", "{empty}/a.jsonl"],
+            "net.pt: expected a matrix to analyse, got none of 2, such as",
+        ),
         (["replay", "{empty}/none.jsonl"], "none.jsonl"),
         (["replay", "{model}", "-o", "{notes}"], "notes.txt"),
         (["plan", "gpt3"], "got 'gpt3'"),
@@ -194,6 +215,7 @@ def test_bad_input_is_one_line_that_says_what_and_where(model, tmp_path, argumen
     if arguments[0] == "plan":
         pytest.importorskip("transformers")
     places = {"model": model, "notes": tmp_path / "notes.txt", "empty": tmp_path / "empty"}
+    places["run"] = history_of(tmp_path / "run.jsonl")
     places["notes"].write_text("hello\n")
     places["empty"].mkdir()
     line = refused(*(argument.format(**places) for argument in arguments))

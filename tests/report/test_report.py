@@ -366,6 +366,8 @@ def test_a_report_of_an_analysis_needs_no_training(write):
 
     page = write(ww_monitor.analyze(torch.nn.Linear(64, 32)))
     (run,) = facts(page)
+    assert "Spectral report: 1 layer, one analysis<" in page
+    assert not re.search(r"\bstep\b", " ".join(sentences(page)))
     assert run["bins"] == 64
     assert run["steps"] == [0]
 

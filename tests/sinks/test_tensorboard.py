@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,28 @@ def test_the_layout_is_written_once_a_writer(tmp_path, layouts):
             ["ww/alpha", "ww_band/alpha_low", "ww_band/alpha_high"],
         ),
         "correlation traps of every layer": ("multiline", ["ww_num_traps/.+"]),
-        "trap headroom of every layer (above 1 a trap is expected)": ("multiline", ["ww_trap_headroom/.+"]),
+        "trap headroom of every layer (above 1 a trap is expected)": (
+            "multiline",
+            ["ww_trap_headroom/.+", "ww/trap_headroom$", "ww_band/headroom$"],
+        ),
     }
+
+
+def test_the_edge_of_headroom_is_in_sight_where_a_layer_passes_it_although_tensorboard_leaves_outliers_out(
+    tmp_path, layouts, scalars
+):
+    """One layer of 16 rises in the last third of the run; the outermost 5 % of all points are left out."""
+    sink = TensorBoard(tmp_path)
+    for step in range(60):
+        highest = 0.9 + max(0, step - 40) / 40
+        rows = tuple(layer(f"fc{i}", trap_headroom=highest if i == 0 else 0.5) for i in range(16))
+        sink.write(Snapshot(rows, summary={"trap_headroom": highest}, step=step))
+    sink.close()
+    (charts,) = layouts(tmp_path)
+    _, patterns = charts["trap headroom of every layer (above 1 a trap is expected)"]
+    tags = {tag: points for tag, points in scalars(tmp_path).items() if any(re.match(one, tag) for one in patterns)}
+    shown = [value for points in tags.values() for _, value in points]
+    assert np.quantile(shown, 0.95) >= 1.0
 
 
 def test_charts_follow_the_prefix_of_the_writers_owner(tmp_path, layouts, scalars):
@@ -290,7 +311,7 @@ def test_dashboards_keep_their_writers_apart(tmp_path, texts, images, layouts):
     dashboard = Dashboards()
     for name in ("first", "second"):
         with SummaryWriter(tmp_path / name) as writer:
-            dashboard.update(writer, Snapshot((layer(name, alpha=3.0),), step=5), 5)
+            dashboard.update(writer, Snapshot((layer(name, alpha=3.0),), step=5), 5, {})
     for name in ("first", "second"):
         assert len(layouts(tmp_path / name)) == 1
         assert f"| 1 | `{name}` |" in texts(tmp_path / name, "ww/alpha_map")[0][1]
@@ -321,7 +342,7 @@ def test_two_monitors_of_a_writer_share_no_key_and_both_have_charts(tmp_path, re
 def test_a_dashboard_does_not_keep_a_writer_alive(tmp_path):
     dashboard = Dashboards()
     writer = SummaryWriter(tmp_path)
-    dashboard.update(writer, snapshot(), 0)
+    dashboard.update(writer, snapshot(), 0, {})
     writer.close()
     gone = weakref.ref(writer)
     del writer

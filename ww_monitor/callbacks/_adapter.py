@@ -14,13 +14,15 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from ww_monitor.baseline import DELTAS
 from ww_monitor.callbacks._apart import StateKey, place_in
 from ww_monitor.callbacks._session import Session
-from ww_monitor.callbacks._watched import Watched
+from ww_monitor.callbacks._watched import TRAP_FREE, Watched
 from ww_monitor.engine import Options
 from ww_monitor.harm import trap_harm
 from ww_monitor.matrix import Matrix
 from ww_monitor.monitor import Monitor
+from ww_monitor.monitor.update import UPDATE
 from ww_monitor.record import Skipped, Snapshot
 from ww_monitor.settings import AnalysisOptions, CallbackOptions, RunOptions, Select
 from ww_monitor.signatures import method_taking
@@ -54,9 +56,6 @@ class Adapter:
 
     _prefix = ""
     """What the framework puts before our keys in TensorBoard."""
-
-    _step_key: str | None = None
-    """The x axis that the framework declares in W&B."""
 
     _left_out = frozenset(("_left_open", "_dashboards", "_handler", "log", "log_dict"))
     """What a copy has not; the last two are methods of the module, which Lightning puts there."""
@@ -92,7 +91,7 @@ class Adapter:
         """Where on the framework's own axis a step lies whose snapshot is under way."""
 
     def _make_dashboards(self) -> Dashboards:
-        return Dashboards(prefix=self._prefix, name=self._name, step_key=self._step_key, publish=self._chosen_keys)
+        return Dashboards(prefix=self._prefix, name=self._name, publish=self._chosen_keys)
 
     def _keep_apart(self, callbacks: Sequence[Any]) -> None:
         """Take keys of one's own among the callbacks of a run: the second monitor that would share them gets `2/`."""
@@ -117,6 +116,14 @@ class Adapter:
         """The key in a checkpoint of the state that this monitor of a run continues."""
         others = [one._state_key for one in callbacks if isinstance(one, Adapter) and one is not self]
         return self._state_key.among(saved, others)
+
+    @property
+    def _model_metrics(self) -> set[str]:
+        """Names of the model-level values that there may be."""
+        analyzer, names = self.monitor.analyzer, {metric.name for metric in self.monitor.options.chosen}
+        names |= {TRAP_FREE, *DELTAS * analyzer.track_delta, *UPDATE * analyzer.track_updates}
+        names |= {"trap_harm"} if self._measures_harm else set()
+        return names | ({"snapshots_dropped"} if analyzer.mode == "async" else set())
 
     @property
     def _key(self) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ww_monitor.analysis import analyze as analyze_model
+from ww_monitor.checkpoints import none_of
 from ww_monitor.cli.terminal import (
     AsCsv,
     AsJson,
@@ -38,6 +39,10 @@ FAIL_ON = {"traps": "trap", "over-trained": "over_trained", "broken-layers": "br
 
 _NEEDS = {"traps": "num_traps", "over-trained": "alpha", "broken-layers": ""}
 
+_OF_LAYERS = {"num_spikes": "spikes", "trap_headroom": "headroom", "num_traps": "traps"}
+_SHOWN = {"alpha": "alpha", "alpha_hat": "alpha-hat", "alpha_weighted": "alpha-hat", **_OF_LAYERS}
+"""Metric → head of its column, as far as a preset measures it."""
+
 Preset = Annotated[str, typer.Option(help="Definitions to follow: default or weightwatcher.")]
 Device = Annotated[str | None, typer.Option(help="Where weights are analysed, such as cuda; else on the host.")]
 Part = Annotated[str, typer.Option(help="Which of several state dicts in a checkpoint, such as ema.")]
@@ -56,12 +61,14 @@ def analyze(
     part: Part = "",
     fail_on: Annotated[
         list[str] | None,
-        typer.Option(help=f"Exit with status 3 on {', '.join(FAIL_ON)}; may be given more than once."),
+        typer.Option(help=f"Exit with status 3 on {', '.join(FAIL_ON)}, and on what cannot be judged."),
     ] = None,
 ) -> None:
     """Analyse a checkpoint: spectra, metrics and findings of every weight matrix."""
     one_of(json=as_json, csv=as_csv)
     asked = choices("fail-on", fail_on, list(FAIL_ON))
+    if html is not None and html.is_dir():
+        raise typer.BadParameter(f"--html must be a file; got the folder {html}")
     with progress("analysing") as told:
         snapshot = analyze_model(
             path,
@@ -72,6 +79,8 @@ def analyze(
             part=part,
             progress=told,
         )
+    if not snapshot.layers:  # a gate that looks at nothing would always be passed
+        raise InvalidArgument(f"analyze: {path}: expected a matrix to analyse, got {none_of(snapshot)}")
     if as_json:
         typer.echo(snapshot.to_json())
     elif as_csv:
@@ -81,25 +90,27 @@ def analyze(
     else:
         _print_snapshot(path, snapshot)
     if html is not None:
-        typer.echo(write_report(snapshot, path=html), err=as_json or as_csv)
+        typer.echo(write_report(snapshot, path=html, names=[path]), err=as_json or as_csv)
     _fail_on(asked, snapshot)
 
 
 def _print_snapshot(path: str, snapshot: Snapshot) -> None:
+    measured = {name for layer in snapshot.layers for name in layer.metrics}
+    shown = {name: title for name, title in _SHOWN.items() if name in measured}
     rows = [
         [
             layer.name,
             layer.verdict or layer.status,
             "×".join(str(size) for size in layer.shape if size > 1),
-            *(number(layer.value(name)) for name in ("alpha", "alpha_hat", "num_spikes", "trap_headroom", "num_traps")),
+            *(number(layer.value(name)) for name in shown),
         ]
         for layer in snapshot.layers
     ]
-    head = ["layer", "verdict", "shape", "alpha", "alpha-hat", "spikes", "headroom", "traps"]
+    head = ["layer", "verdict", "shape", *shown.values()]
     title = f"{path}: {len(rows)} matrices, {len(snapshot.skipped)} skipped, {snapshot.seconds:.1f} s"
     print_table(head, rows, title=title, text=2)
-    known = ((name, snapshot.summary.get(name, float("nan"))) for name in ("alpha", "alpha_hat", "stable_rank"))
-    typer.echo("model: " + ", ".join(f"{name} {number(value)}" for name, value in known))
+    known = [name for name in (*_SHOWN, "stable_rank") if name in snapshot.summary and name not in _OF_LAYERS]
+    typer.echo("model: " + ", ".join(f"{name} {number(snapshot.summary[name])}" for name in known))
     for finding in snapshot.findings:
         typer.echo(f"{MARK[finding.severity]} {finding}")
 
@@ -109,7 +120,8 @@ def _fail_on(asked: list[str], snapshot: Snapshot) -> None:
     for choice in asked:
         if _NEEDS[choice] and snapshot.layers and _NEEDS[choice] not in measured:
             raise typer.BadParameter(f"--fail-on {choice} needs {_NEEDS[choice]}, which this preset leaves out")
-        hit = [finding.layer for finding in snapshot.findings if finding.rule == FAIL_ON[choice]]
+        rules = {FAIL_ON[choice], "broken_layer"}  # what has no spectrum has not passed
+        hit = [finding.layer for finding in snapshot.findings if finding.rule in rules]
         if hit:
             more = f" and {len(hit) - 3} more" * (len(hit) > 3)
             typer.echo(f"ww-monitor: --fail-on {choice}: {', '.join(hit[:3])}{more}", err=True)
@@ -139,6 +151,8 @@ def compare(
         part_b=part_b,
         unpaired=unpaired,  # type: ignore[arg-type]
     )
+    if not found.rows and not found.unpaired:
+        raise InvalidArgument(f"compare: {a} and {b}: expected a matrix to compare, got none")
     columns = ["name", "shape", *found.summary]
     if as_json:
         data = {"rows": [asdict(row) for row in found.rows], "summary": found.summary, "unpaired": found.unpaired}

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from ww_monitor.checkpoints import SUFFIXES, checkpoints_in_order, replay_checkpoints
+from ww_monitor.checkpoints import SUFFIXES, Checkpoint, checkpoints_in_order, replay_checkpoints
 from ww_monitor.cli.models import Device, Part, Preset
 from ww_monitor.cli.terminal import Exclude, Include, app, progress
 from ww_monitor.cli.watching import watch_run
-from ww_monitor.errors import InvalidArgument, WWMonitorError
+from ww_monitor.errors import InvalidArgument, NoSuchFile, WWMonitorError
 from ww_monitor.record import History, Snapshot
 from ww_monitor.report import write_report
 from ww_monitor.report.recording import history_file
@@ -48,7 +48,7 @@ def replay(
         if output or preset != "default" or include or exclude or device or part:
             raise typer.BadParameter(f"{path} is a history, whose rows stand; the options are for checkpoints")
         return _tell(_judged(path))
-    found = checkpoints_in_order(run)
+    found = _checkpoints(run)
     target = output or found[0].path.parent / REPLAYED
     with progress("replaying") as told:
         snapshots = replay_checkpoints(
@@ -73,11 +73,24 @@ def _history(run: Sequence[str]) -> Path | None:
     path = Path(run[0])
     if path.is_dir():
         try:
-            found = history_file(path)
+            found = history_file(path, where="replay")
         except InvalidArgument:
             return None
         return None if found.name == REPLAYED else found
     return path
+
+
+def _checkpoints(run: Sequence[str]) -> list[Checkpoint]:
+    """The checkpoints that are meant; of a folder without any it is said what it has of histories."""
+    try:
+        return checkpoints_in_order(run)
+    except NoSuchFile as error:
+        if len(run) == 1 and Path(run[0]).is_dir():
+            try:
+                history_file(Path(run[0]), where="replay")
+            except InvalidArgument as histories:
+                raise InvalidArgument(f"{histories}; and no checkpoint ({', '.join(SUFFIXES)})") from error
+        raise
 
 
 def _judged(path: Path) -> Iterator[Snapshot]:

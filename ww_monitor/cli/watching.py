@@ -166,4 +166,4 @@ def _file(path: Path) -> Path:
     """The history file; of a folder that has none yet the one that a run would write."""
     if path.is_dir() and not any(path.rglob("*.jsonl")):
         return path / HISTORY_FILE
-    return history_file(path)
+    return history_file(path, where="watch")

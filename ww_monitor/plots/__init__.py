@@ -46,7 +46,7 @@ def overview(record: Snapshot | History, what: str | None = None) -> Figure:
         figure = new_figure("plots.overview")
         spectrum(layers[0], ax=figure.add_subplot())
         return figure
-    figure = new_figure("plots.overview", width=8.0, height=7.0)
+    figure = new_figure("plots.overview", width=10.0, height=7.0)
     above, below = figure.subplots(2, 1)
     curves(record, what or "alpha", ax=above)
     depth_and_time(record, what or "alpha", ax=below)

@@ -21,7 +21,8 @@ PALETTE = (BLUE, ORANGE, GREEN, "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 XMIN, DETX = "red", "purple"
 """Of the lines at xmin and at the boundary of the correlation space, as in weightwatcher."""
 
-MOST_IN_LEGEND = 12
+MOST_IN_LEGEND = 2 * len(PALETTE) + 1
+"""As many lines as there are styles, and one for traps: of more lines the colour says the depth."""
 
 _DPI = 110
 

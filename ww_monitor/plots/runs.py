@@ -36,11 +36,12 @@ def curves(history: History, metric: str = "alpha", *, ax: Axes | None = None) -
     for name, style in zip(names, _styles(len(names)), strict=True):
         steps, values = history.series(metric, layer=name)
         ax.plot(steps, values, marker=".", ms=4, lw=1.2, label=name, **style)
-    for finding in history.findings:
-        if finding.rule == "trap" and finding.state == "begin" and finding.step is not None:
-            ax.axvline(finding.step, color=ORANGE, lw=1, ls=":")
     ax.set_xlabel("optimizer step")
     ax.set_ylabel(labelled(metric))
+    traps = [one.step for one in history.findings if one.rule == "trap" and one.state == "begin"]
+    begun = sorted({step for step in traps if step is not None})
+    for step in begun:
+        ax.axvline(step, color=ORANGE, lw=1, ls=":", label="a trap begins" if step == begun[0] else None)
     legend_beside(ax)
     return ax
 

@@ -278,7 +278,7 @@ def _draw_tail(ax: Axes, layer: Layer, edges: np.ndarray, counts: np.ndarray, sc
     label = f"power law, alpha = {alpha:.2f}" + (f" ± {sigma:.2f}" if math.isfinite(sigma) else "")
     density = share * (alpha - 1) / xmin * (x / xmin) ** -alpha
     ax.plot(x, density * _measure(x, scale), color=ORANGE, lw=1.8, label=label)
-    ax.axvline(xmin, color=ORANGE, lw=0.9, ls="--")
+    ax.axvline(xmin, color=ORANGE, lw=0.9, ls="--", label=f"xmin = {xmin:.3g}")
 
 
 def _draw_bulk(ax: Axes, layer: Layer, scale: Scale, *, total: float) -> None:
@@ -294,4 +294,4 @@ def _draw_bulk(ax: Axes, layer: Layer, scale: Scale, *, total: float) -> None:
     x = np.geomspace(max(low, 1e-4 * high), high, 400)[1:-1]
     density = np.sqrt((high - x) * (x - low)) / (2 * math.pi * std**2 * min(layer.shape[1:]) * x)
     ax.plot(x, share * density * _measure(x, scale), color=GREEN, lw=1.3, label="Marchenko–Pastur bulk")
-    ax.axvline(high, color=GREEN, lw=0.9, ls="--")
+    ax.axvline(high, color=GREEN, lw=0.9, ls="--", label=f"its edge = {high:.3g}")

@@ -105,7 +105,8 @@ def _policy(*scripts: str) -> str:
 
 def _facts(run: Recording) -> str:
     first, last, count = run.steps[0], run.steps[-1], len(run.steps)
-    when = f"step {last:,}" if count == 1 else f"{count:,} snapshots from step {first:,} to {last:,}"
+    alone = f"step {last:,}" if run.has_steps else "one analysis"
+    when = alone if count == 1 else f"{count:,} snapshots from step {first:,} to {last:,}"
     return f"{len(run.layers):,} {'layer' if len(run.layers) == 1 else 'layers'}, {when}"
 
 

@@ -95,6 +95,7 @@ class Recording:
     Attributes:
         name: What the page calls it.
         steps: Of every snapshot; its number where it has none.
+        has_steps: Whether the snapshots have any.
         layers: Every layer that occurs, by key: its name, and a number behind it where a snapshot has a name twice.
         metrics: Every metric of a layer that occurs, with its index.
         verdicts: Every verdict that occurs (the status where there is none), with its index.
@@ -123,6 +124,7 @@ class Recording:
     repeated: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    has_steps: bool = False
     _index: dict[str, int] = field(default_factory=dict)
 
     def add(self, data: Mapping[str, Any]) -> None:
@@ -138,6 +140,7 @@ class Recording:
         self._rewind(head.step)
         number = len(self.steps)
         self.steps.append(number if head.step is None else head.step)
+        self.has_steps = self.has_steps or head.step is not None
         self.summaries.append(head.summary)
         self.findings.append(head.findings)
         self.skipped = {item.name: item.reason for item in head.skipped}
@@ -240,7 +243,7 @@ def _read(path: Path, recording: Recording) -> None:
         recording.notes.append(f"Left out: {said} of the file, damaged or cut off.")
 
 
-def history_file(path: Path) -> Path:
+def history_file(path: Path, *, where: str = "report") -> Path:
     """The history file that a path means: itself, or the only one in a folder or below it.
 
     Raises:
@@ -250,9 +253,11 @@ def history_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        raise FileNotFoundError(f"report: no such file or folder: {path}")
+        raise FileNotFoundError(f"{where}: no such file or folder: {path}")
     if not path.is_dir():
-        raise InvalidArgument(f"report: expected a history file or a folder that has one, got {path}, which is neither")
+        raise InvalidArgument(
+            f"{where}: expected a history file or a folder that has one, got {path}, which is neither"
+        )
     if (path / HISTORY_FILE).is_file():
         return path / HISTORY_FILE
     found: list[Path] = []
@@ -263,7 +268,7 @@ def history_file(path: Path) -> Path:
     if len(found) == 1:
         return found[0]
     got = f"{len(found)}; name one of {', '.join(map(str, _few(found)))}" if found else "none"
-    raise InvalidArgument(f"report: {path}: expected one history file ({HISTORY_FILE}), got {got}")
+    raise InvalidArgument(f"{where}: {path}: expected one history file ({HISTORY_FILE}), got {got}")
 
 
 def _few(found: Sequence[Path]) -> Iterator[str]:

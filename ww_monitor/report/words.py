@@ -76,8 +76,8 @@ def _rank(severity: str) -> int:
 def judged(verdict: str, alpha: float, sigma: float, traps: float) -> str:
     """A row of the table of layers in words.
 
-    >>> judged("ok", 3.1, 0.2, 0.0), judged("ok", 1.4, 0.1, 2.0)
-    ('well trained: alpha is from 2 to 6', 'correlation traps; very heavy-tailed, over-trained')
+    >>> judged("ok", 3.1, 0.2, 0.0), judged("ok", 3.1, 0.2, 2.0)
+    ('well trained: alpha is from 2 to 6', 'correlation traps; alpha is from 2 to 6')
     """
     words = VERDICT_WORDS.get(verdict, verdict.replace("_", " "))
     if verdict == "ok" and alpha == alpha:
@@ -86,7 +86,7 @@ def judged(verdict: str, alpha: float, sigma: float, traps: float) -> str:
         elif alpha < 2:
             words = "alpha is below 2, within its error"
         elif alpha <= 6:
-            words = "well trained: alpha is from 2 to 6"
+            words = "well trained: " * (not traps >= 0.5) + "alpha is from 2 to 6"
         else:
             words = "weakly trained: alpha is above 6"
     return f"correlation traps; {words}" if traps >= 0.5 and verdict != "degenerate" else words
@@ -115,7 +115,11 @@ def _sentence(html: str) -> str:
 
 
 def _step(run: Recording, number: int) -> str:
-    return f"step {run.steps[number]:,}"
+    return f"step {run.steps[number]:,}" if run.has_steps else f"snapshot {run.steps[number] + 1:,}"
+
+
+def _at(run: Recording, number: int) -> str:
+    return f"at {_step(run, number)}" if run.has_steps or len(run.steps) > 1 else "here"
 
 
 def _urgent(run: Recording) -> tuple[str, str]:
@@ -134,7 +138,7 @@ def _urgent(run: Recording) -> tuple[str, str]:
     if over:
         last = max(over, key=lambda span: (-_rank(span.severity), span.end))
         what = escape(last.rule.replace("_", " "))
-        gone = f"the finding “{what}” in {_names([last.layer])} was over at {_step(run, last.end or 0)}"
+        gone = f"the finding “{what}” in {_names([last.layer])} was over {_at(run, last.end or 0)}"
     else:
         gone = _nearest_to_a_trap(run)
     return (told[0] if told else ""), gone
@@ -170,7 +174,7 @@ def _name(layer: str) -> str:
 
 
 def _nothing(run: Recording) -> str:
-    return f"nothing needs a look: no finding holds at {_step(run, -1)}"
+    return f"nothing needs a look: no finding holds {_at(run, -1)}"
 
 
 def _nearest_to_a_trap(run: Recording) -> str:
@@ -206,16 +210,16 @@ def _figure(value: float) -> str:
 def _state(run: Recording) -> str:
     rows = run.table.items[len(run.steps) - 1]
     if not len(rows.rows):
-        return _sentence(f"at {_step(run, -1)} there is no layer")
+        return _sentence(f"{_at(run, -1)} there is no layer")
     ok = int((rows.verdicts == run.verdicts.get("ok", -1)).sum())
     noun = "layer" if len(rows.rows) == 1 else "layers"
-    told = f"at {_step(run, -1)} a power law fits {ok:,} of {len(rows.rows):,} {noun}"
+    told = f"{_at(run, -1)} a power law fits {ok:,} of {len(rows.rows):,} {noun}"
     alpha, first = (run.summaries[at].get("alpha", NAN) for at in (-1, 0))
     if math.isfinite(alpha):
         place = "below 2" if alpha < 2 else "above 6" if alpha > 6 else "as in trained layers (2 to 6)"
         told += f", and mean alpha is {_figure(alpha)}, {place}"
         if len(run.steps) > 1 and math.isfinite(first):
-            told += f", after {_figure(first)} at {_step(run, 0)}"
+            told += f", after {_figure(first)} {_at(run, 0)}"
     return _sentence(told)
 
 

@@ -108,8 +108,9 @@ def under_trained(
 ) -> Iterator[Finding]:
     """The spectrum could not be told from a random matrix's in any of the last `snapshots`; or its tail is light.
 
-    A light tail (information only) has alpha above 6, where weightwatcher's users call a layer under-trained (Martin &
-    Mahoney 2021), by more than `sigmas` of its own standard error, now, and a power law that fitted in all of them.
+    A light tail has alpha above 6, where weightwatcher's users call a layer under-trained (Martin & Mahoney 2021), by
+    more than `sigmas` of its own standard error, now, and a power law that fitted in all of them. Information only: the
+    first held in 8 of 40 runs that kept their accuracy, in small GPTs to the end (`benchmarks/evidence`).
     """
     if len(history) < snapshots:
         return
@@ -118,7 +119,7 @@ def under_trained(
         verdicts = {row.verdict for snapshot in recent for row in snapshot.named(layer.name)}
         if verdicts == {"random_like"}:
             message = "no eigenvalue rises above the random bulk: under-trained"
-            yield finding_of(history, under_trained, layer, "warning", message)
+            yield finding_of(history, under_trained, layer, "info", message)
         elif verdicts == {"ok"}:
             value, sigma = layer.value("alpha"), layer.value("sigma")
             if alpha < value - sigmas * sigma < math.inf:

@@ -14,32 +14,35 @@ from ww_monitor.sinks.published import Publish, Published
 
 
 class Dashboard:
-    """What one tracker shows of a run, whoever owns it and writes its curves. The tracker is not kept alive.
+    """What one tracker shows of a run, whoever owns it. The tracker is not kept alive.
 
     Args:
         prefix: What the owner of the tracker puts before our keys (`"train/"` for the Hugging Face Trainer).
         name: What stands before the keys of this one of several monitors.
-        step_key: Key of the x axis that the owner declares, where trackers have such keys.
         figures: Draws further pictures.
         publish: Which values, and which histograms, are shown.
     """
+
+    carries_values = False
+    """Whether it writes the curves too, because the owner's logger would do harm by it."""
 
     def __init__(
         self,
         *,
         prefix: str = "",
         name: str = "",
-        step_key: str | None = None,
         figures: Figures | None = None,
         publish: Publish = "key",
     ) -> None:
         self.prefix, self.name = prefix + name, name
-        self.step_key = step_key
         self.figures = figures
         self.published = Published(publish)
         self.count = 0
         self._failed: list[Exception] = []
         self.alpha_map = AlphaMap()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_failed": []}
 
     def update(self, tracker: Any, snapshot: Snapshot, step: int, *, values: Mapping[str, float] | None = None) -> None:
         """Show one snapshot.

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ww_monitor.errors import MissingDependency
+from ww_monitor.errors import MissingDependency, WWMonitorError
 from ww_monitor.record import Finding, Histogram, Snapshot, layer_key, summary_key
 from ww_monitor.sinks import dashboard
 from ww_monitor.sinks.event_file import EventFile
@@ -63,8 +63,17 @@ class TensorBoard:
         self._dashboard = Dashboard(figures=figures, publish=publish, name=prefix)
         self._dashboard.layout = layout
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "writer": self.writer if self._owned else None}
+
     def write(self, snapshot: Snapshot) -> None:
-        """Scalars, then what stands beside them, at the snapshot's step."""
+        """Scalars, then what stands beside them, at the snapshot's step.
+
+        Raises:
+            WWMonitorError: in a copy, which has not the writer that was given.
+        """
+        if self.writer is None:
+            raise WWMonitorError("TensorBoard: expected a writer, got a copy without it; give a log folder instead")
         values = self._dashboard.values(snapshot) if self.scalars else {}
         try:
             self._dashboard.update(self.writer, snapshot, snapshot.step or 0, values=values)
@@ -74,6 +83,8 @@ class TensorBoard:
 
     def close(self) -> None:
         """Draw what the last picture lacks and flush; a writer made here is closed."""
+        if self.writer is None:
+            return
         try:
             self._dashboard.complete(self.writer)
         finally:
@@ -197,7 +208,9 @@ def _charts_of(snapshot: Snapshot, prefix: str, published: Published) -> dict[st
         charts["highest trap headroom (above 1 a trap is expected)"] = ["Margin", [highest, prefix + EDGE_KEY, highest]]
     if "trap_headroom" in metrics:
         title = f"trap headroom of every {ones} (above 1 a trap is expected)"
-        charts[title] = ["Multiline", [every["trap_headroom"]]]
+        # the highest and the edge beside them, or a single layer that rises above 1 is an outlier that is left out
+        beside = [f"{start}{key}$" for key in (summary_key("trap_headroom"), EDGE_KEY)]
+        charts[title] = ["Multiline", [every["trap_headroom"], *beside]]
     return charts
 
 

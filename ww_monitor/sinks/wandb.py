@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from types import ModuleType
@@ -23,8 +23,8 @@ STEP_KEY = summary_key("step")
 GLOBS = (summary_key("*"), "ww_*")
 """All our keys, as `define_metric` wants them: an asterisk at the end only."""
 
-OWNERS = ("trainer/global_step", "train/global_step")
-"""The x axes of Lightning's and of the Hugging Face Trainer's logger, each with a glob `*` over all keys."""
+MOST_DECLARED = 1000
+"""Keys up to which each is declared by its name, at 0.1 ms a key (our choice)."""
 
 ALERT_SECONDS = 300.0
 """Least time between two alerts of one rule: our choice, so that a rule that fires layer by layer is one mail."""
@@ -43,13 +43,11 @@ class WandB:
 
     The x axis is `ww/step`, declared for our keys. The run's own row counter stays its owner's, who may log with
     `step=` as if we were not there: a snapshot joins the row that is open and is saved with it, at most one a row.
-    Where analyses outnumber the rows of the run, the others wait and are written when it finishes. Where a logger of
-    the trainer owns the run and has declared its own axis for all keys, found in the run's summary or told by
-    `step_key`, a snapshot is one row on that axis.
+    Where analyses outnumber the rows of the run, the others wait and are written when it finishes.
 
     Args:
         run: A run; `None` for the one that is active at the write.
-        step_key: Key of the x axis of the run's owner, which then has declared it.
+        step_key: Key of another x axis, which the run's owner has declared; each snapshot is then a row of its own.
         scalars: Log the values too; `False` where a logger of the trainer does.
         publish: Which ones, and which histograms: as the callbacks' option of that name.
         prefix: What stands before every key, where several monitors write into one run.
@@ -83,6 +81,12 @@ class WandB:
         }
         self._dashboards: WeakKeyDictionary[Any, Dashboard] = WeakKeyDictionary()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "run": None, "_dashboards": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _dashboards=WeakKeyDictionary())
+
     def write(self, snapshot: Snapshot) -> None:
         """One row, and alerts for what begins.
 
@@ -113,20 +117,24 @@ class Dashboard(dashboard.Dashboard):
       one, and no rule more than once in `alert_seconds`; what comes in between waits. W&B itself drops a title that
       comes again within a minute.
 
-    Without `step_key` the x axis is one of `OWNERS` that the run's summary has, else `ww/step`, declared for our keys.
+    The x axis is `ww/step`. It is declared for each key by its name, which goes before an owner's glob over all keys,
+    and up to a thousand keys; for more by a glob, of which W&B takes either.
 
     Args:
+        step_key: Key of another x axis, which the run's owner has declared.
         own_rows: Write each snapshot as a row of its own at once, on the axis `ww/step` too.
         **arguments: Those of every dashboard.
     """
 
     alert_seconds = ALERT_SECONDS
+    carries_values = True
 
-    def __init__(self, *, own_rows: bool = False, **arguments: Any) -> None:
+    def __init__(self, *, step_key: str | None = None, own_rows: bool = False, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._owner_follows = self.step_key is not None
-        self._own_rows = own_rows
-        self._rows: _QueuedRows | None = None
+        self.step_key = step_key
+        self._axis = self.name + STEP_KEY
+        self._declared: set[str] = set()
+        self._own_rows = own_rows or step_key is not None
         self._alerted: set[tuple[str, str]] = set()
         self._waiting: dict[str, list[Finding]] = {}
         self._last_alert: dict[str, float] = {}
@@ -137,19 +145,30 @@ class Dashboard(dashboard.Dashboard):
         self._alert(tracker, ())
 
     def _show(self, tracker: Any, snapshot: Snapshot, step: int, values: Mapping[str, float]) -> None:
-        # asked once, at the first row: the run is not known before
-        self.step_key = self.step_key or _step_key(tracker, self.name)
-        row = {**values, **self._media(snapshot), self.step_key: step}
+        row = {**values, **self._media(snapshot)}
+        if self.step_key is None:
+            with self.apart():
+                self._declare(tracker, row)
+        row |= {self._axis: snapshot.step or 0} if self.step_key is None else {self.step_key: step}
         with self.apart():
-            if self._owner_follows and not values:
-                _log(tracker, row, commit=False)  # the owner's logger writes the values next, into this row
-            elif self._own_rows or self.step_key != self.name + STEP_KEY:
+            if self._own_rows:
                 _log(tracker, row)
             else:
-                self._rows = self._rows or _QueuedRows(tracker)
-                self._rows.write(tracker, row)
+                _QueuedRows.of(tracker, self._axis).write(tracker, row)
         with self.apart():
             self._alert(tracker, snapshot.findings)
+
+    def _declare(self, run: Any, keys: Iterable[str]) -> None:
+        """Say that new keys are shown over our axis."""
+        new = [key for key in keys if key not in self._declared]
+        if not self._declared:
+            run.define_metric(self._axis, hidden=True)
+        if len(new) > MOST_DECLARED:
+            new = [start + glob for start in {self.prefix, self.name} for glob in GLOBS]
+        for key in new:
+            if "*" not in key[:-1]:  # as a layer's name may have it
+                run.define_metric(key, step_metric=self._axis)
+        self._declared.update(keys)
 
     def _media(self, snapshot: Snapshot) -> dict[str, Any]:
         wandb, media = _wandb(), dict[str, Any]()
@@ -180,6 +199,9 @@ class Dashboard(dashboard.Dashboard):
                 _send(run, self.name + rule, self._waiting.pop(rule))
 
 
+_QUEUES: WeakKeyDictionary[Any, dict[str, _QueuedRows]] = WeakKeyDictionary()
+
+
 class _QueuedRows:
     """Rows for a run whose counter they must not move: one at a time in the row that is open, the rest at its end.
 
@@ -197,6 +219,12 @@ class _QueuedRows:
             run._teardown_hooks.append(TeardownHook(self._at_the_end, TeardownStage.EARLY))
             atexit.register(self._at_the_end)  # a run that is left to the end of the process calls no hook
             self._sees_the_end = True
+
+    @classmethod
+    def of(cls, run: Any, axis: str) -> _QueuedRows:
+        """The one of all dashboards of a run that share an axis, and so keys."""
+        queues = _QUEUES.setdefault(run, {})
+        return queues.get(axis) or queues.setdefault(axis, cls(run))
 
     def write(self, run: Any, row: dict[str, Any]) -> None:
         """Put the row that has waited longest into the row that is open, unless one of ours is there."""
@@ -257,22 +285,6 @@ def _send(run: Any, what: str, findings: list[Finding]) -> None:
         text="\n".join(str(finding) for finding in findings),
         level=level.ERROR if any(finding.severity == "critical" for finding in findings) else level.WARN,
     )
-
-
-def _step_key(run: Any, name: str) -> str:
-    """The x axis of the run's owner, or ours, declared.
-
-    Of overlapping globs wandb takes either, so ours is declared only where no owner has declared `*`.
-    """
-    known = set(run.summary.keys())
-    for key in OWNERS:
-        if key in known:
-            return key
-    ours = name + STEP_KEY
-    run.define_metric(ours, hidden=True)
-    for glob in GLOBS:
-        run.define_metric(name + glob, step_metric=ours)
-    return ours
 
 
 def _table(wandb: ModuleType, snapshot: Snapshot) -> Any:
