@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import ww_monitor
 from ww_monitor import analyze
 from ww_monitor.errors import NoSuchFile, SpectralWarning, WWMonitorError
 from ww_monitor.matrix import Matrix, Skipped
@@ -211,6 +212,7 @@ def test_weights_of_keras_alone_leave_out_what_their_model_leaves_out(tmp_path):
     stored = list(walk_files(tmp_path / "net.weights.h5"))
     assert {item.shape for item in stored if isinstance(item, Matrix)} == {(1, 32, 24), (1, 24, 16)}
     assert len([item for item in stored if isinstance(item, Matrix)]) == len(analyzable(model)) == 2
+    assert ww_monitor.describe(tmp_path / "net.weights.h5").kinds[-1].kind == "vector"
     reasons = {item.name.partition(".")[0]: item.reason for item in stored if isinstance(item, Skipped)}
     assert reasons["position_embedding"] == "a table of positions"
     assert reasons["layer_normalization"] == "numbers of a normalisation"

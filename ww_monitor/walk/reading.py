@@ -121,11 +121,11 @@ def _source(module: nn.Module, attribute: str) -> tuple[list[Tensor], Callable[[
         functions = module.get_submodule(f"parametrizations.{attribute}")
         return originals(functions), partial(_evaluate, functions), True
     stored, compute = made_by_hooks(module).get(attribute, (attribute, partial(getattr, module, attribute)))
-    if stored in own_tensors(module) or stored in vars(module):
-        tensor = getattr(module, stored, None)
-    else:  # the user's code, if anything
+    if hasattr(type(module), stored) and stored not in own_tensors(module):  # a property: the user's code
         compute = partial(_evaluate, _Attribute(module, stored))
-        tensor = compute()
+        tensor: Any = compute()
+    else:
+        tensor = getattr(module, stored, None)
     return [tensor] if isinstance(tensor, Tensor) else [], compute, stored != attribute
 
 
