@@ -15,6 +15,7 @@ from torch import nn
 import ww_monitor
 from tests.processes import run_python
 from ww_monitor import InvalidArgument, Monitor, Options, SpectralWarning
+from ww_monitor.actions import LayerwiseRate
 from ww_monitor.analysis import AnalyzeOptions
 from ww_monitor.errors import check_positive_int
 from ww_monitor.monitor import MonitorOptions
@@ -233,6 +234,7 @@ trainer:
         console: false
         rules: [ww_monitor.rules.broken_layer]
         sinks: [{class_path: ww_monitor.sinks.memory.Memory}]
+        actions: [{class_path: ww_monitor.actions.LayerwiseRate, init_args: {high: 2.0}}]
 """
 
 
@@ -254,10 +256,11 @@ def test_lightnings_command_line_makes_the_callback_from_yaml(tmp_path, monkeypa
         return next(one for one in trainer.callbacks if isinstance(one, callback("lightning")))
 
     monitor = made().monitor
-    assert monitor.options == Options(preset="weightwatcher", metrics=["alpha"])
+    assert monitor.options == Options(preset="weightwatcher", metrics=["alpha", "alpha_hill"])  # the action's
     assert (monitor.every_n_steps, monitor.select.include, monitor.analyzer.copy_budget_bytes) == (50, ["net.*"], 1000)
     assert monitor.rules == (broken_layer,)
     assert [type(sink) for sink in monitor.sinks] == [Memory]
+    assert monitor.acting.actions == (LayerwiseRate(high=2.0),)
     path.write_text(CONFIG.replace("weightwatcher", "ww"))
     with pytest.raises(SystemExit):
         made()
