@@ -260,7 +260,7 @@ def test_lightnings_command_line_makes_the_callback_from_yaml(tmp_path, monkeypa
     assert (monitor.every_n_steps, monitor.select.include, monitor.analyzer.copy_budget_bytes) == (50, ["net.*"], 1000)
     assert monitor.rules == (broken_layer,)
     assert [type(sink) for sink in monitor.sinks] == [Memory]
-    assert monitor.acting.actions == (LayerwiseRate(high=2.0),)
+    assert monitor.acting.actions == (LayerwiseRate(high=2.0, exclude=[]),)
     path.write_text(CONFIG.replace("weightwatcher", "ww"))
     with pytest.raises(SystemExit):
         made()
