@@ -183,9 +183,7 @@ class Stored(Settings):
     """Which of the models that a checkpoint or a mapping holds."""
 
     part: Annotated[
-        str,
-        'Which of several state dicts in a checkpoint or mapping to read, by its path (`"generator"`, `"ema"`);'
-        " without it all but moving averages, their names with that path in front.",
+        str, 'Which state dict of several in a file or mapping to read, by its path (`"ema"`); else all but averages.'
     ] = ""
 
 
