@@ -29,7 +29,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-lowest:                 ## each callback with the lowest versions that are declared, some five minutes
+lowest:                 ## each callback and every command with the lowest versions that are declared, two minutes
 	.ci/lowest
 
 bench: $(STAMP)         ## the engine against weightwatcher and the bare solver, ten minutes, into benchmarks/RESULTS.md
@@ -45,8 +45,10 @@ bench-overhead: $(STAMP) ## training with the monitor and without, 25 minutes (9
 faults: $(STAMP)        ## kills, full disks, odd folders, rules and sinks that misbehave, interrupts, forks: 20 minutes
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.faults
 
-evidence: $(STAMP)      ## the runs behind docs/evidence.md, two hours; QUICK=1: shortened ones, minutes
-	$(BIN)/python -m benchmarks.evidence $(if $(QUICK),--quick)
+evidence: $(STAMP)      ## the runs behind docs/evidence.md, hours; QUICK=1: shortened ones, minutes
+	for study in evidence evidence.setol evidence.healthy evidence.actions; do \
+		$(BIN)/python -m benchmarks.$$study $(if $(QUICK),--quick) || exit 1; \
+	done
 
 docs: $(STAMP)          ## the documentation as a site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir site

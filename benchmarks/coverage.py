@@ -1,37 +1,57 @@
 """What share of the parameters is followed: every architecture of transformers, and of timm, on the meta device.
 
-    python -m benchmarks.coverage [transformers] [timm]
+    python -m benchmarks.coverage [--into coverage.jsonl] [transformers] [timm]
 
-Every architecture is built from the default configuration of its class, without weights. A line has the family, the
-architecture, the share of its parameters in matrices that are followed, and the largest reasons for the rest.
+Every architecture is built from the defaults of its class, without weights, and described as `ww_monitor.describe`
+does. The summary is the tables of docs/coverage.md. With `--into` each architecture is a line of that file as soon as
+it is measured, and what the file has is not measured again.
+
+timm, which some architectures of transformers hold, imports torchvision, of which its architectures need one class, a
+norm that does not train. Where torchvision is missing, or does not load, empty modules stand in for it, in this process
+alone, and the summary says so.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import json
 import math
 import signal
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.machinery import ModuleSpec
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 
-from ww_monitor.matrix import Matrix, Skipped
+from ww_monitor.description import kinds_of, num_parameters
+from ww_monitor.matrix import Skipped
+from ww_monitor.settings import Select
 from ww_monitor.walk.names import BUFFER
 from ww_monitor.walk.sharded import shards_of
 from ww_monitor.walk.sources import walk_source
 
-SECONDS = 30
+SECONDS = 60
 """How long building one architecture may take: some have a hundred thousand modules."""
+
+LEAST = 0.97
+"""Share below which an architecture is listed with its reasons."""
+
+LEVELS = ((0.999, "0.999 to 1"), (0.99, "0.99 to 0.999"), (LEAST, "0.97 to 0.99"), (0.0, "below 0.97"))
 
 Build = Callable[[], nn.Module]
 
 
 def of_transformers() -> Iterator[tuple[str, Build]]:
     """A builder for each class of configuration that `AutoModel` knows."""
+    stand_in_for_torchvision()
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -40,13 +60,57 @@ def of_transformers() -> Iterator[tuple[str, Build]]:
 
 
 def of_timm() -> Iterator[tuple[str, Build]]:
-    """A builder for each family of timm: the first architecture of its module."""
+    """A builder for each architecture of timm."""
+    stand_in_for_torchvision()
     import timm
 
-    for module in timm.list_modules():
-        names = timm.list_models(module=module)
-        if names:
-            yield f"timm {names[0]}", lambda name=names[0]: timm.create_model(name)
+    for name in timm.list_models():
+        yield name, lambda name=name: timm.create_model(name)
+
+
+SOURCES = {"transformers": of_transformers, "timm": of_timm}
+
+
+# --- where torchvision does not load
+
+
+class _Anything(type):
+    """A class whose every attribute is such a class."""
+
+    def __getattr__(cls, name: str) -> _Anything:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything(name, (), {})
+
+
+class _Frozen(nn.Module):
+    """Stands for torchvision's `FrozenBatchNorm2d`, which no architecture is built with by default."""
+
+
+class _Empty(ModuleType):
+    """A module that has whatever is imported from it."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Frozen if name == "FrozenBatchNorm2d" else _Anything(name, (), {})
+
+
+def stand_in_for_torchvision() -> None:
+    """Put empty modules in the place of torchvision, unless it loads."""
+    try:
+        importlib.import_module("torchvision.ops.misc")
+    except Exception:  # noqa: BLE001 - without its binary for this torch it raises a RuntimeError
+        inside = ("ops", "ops.misc", "models", "models.feature_extraction", "transforms", "transforms.functional")
+        for name in ("torchvision", *(f"torchvision.{one}" for one in (*inside, "datasets", "utils"))):
+            sys.modules[name] = module = _Empty(name)
+            module.__spec__, module.__path__ = ModuleSpec(name, None), []
+            above, _, last = name.rpartition(".")
+            if above:
+                setattr(sys.modules[above], last, module)
+
+
+# --- one architecture
 
 
 def share(build: Build) -> tuple[float, str]:
@@ -54,42 +118,77 @@ def share(build: Build) -> tuple[float, str]:
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         model = build()
-        items = list(walk_source(model, experts="pooled", layout=shards_of))
-    total = max(1, sum(parameter.numel() for parameter in model.parameters()))
+        items = list(Select().apply(walk_source(model, experts="pooled", layout=shards_of)))
+    total = max(1, num_parameters(model))
     why: Counter[str] = Counter()
     for item in items:
-        own = isinstance(item, Skipped) and item.shape and not item.reason.startswith(("tied", BUFFER))
-        if own:
+        if isinstance(item, Skipped) and item.shape and not item.reason.startswith(("tied", BUFFER)):
             why[item.reason] += math.prod(item.shape)
-    followed = sum(math.prod(item.shape) for item in items if isinstance(item, Matrix))
-    why["vectors: biases, gains"] = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim < 2)
-    return followed / total, "; ".join(f"{reason} {size / total:.1%}" for reason, size in why.most_common(2))
+    kinds = kinds_of(items, total)
+    why["vectors: biases, gains"] = round(sum(one.share_skipped for one in kinds if one.kind == "vector") * total)
+    reasons = [f"{reason} {size / total:.1%}" for reason, size in why.most_common(3) if size > 0.001 * total]
+    return sum(one.share for one in kinds), "; ".join(reasons)
 
 
-def main(sources: Iterable[str]) -> None:
-    """Print a line an architecture, then how many are where."""
-    shares: list[float] = []
+def measure(sources: Iterable[str], into: Path | None) -> list[dict[str, Any]]:
+    """A line an architecture: its source and name, and its share and reasons, or why it was not built."""
+    lines = list(map(json.loads, into.read_text().splitlines())) if into and into.exists() else []
+    known = {(line["source"], line["name"]) for line in lines}
     for source in sources:
-        for name, build in {"transformers": of_transformers, "timm": of_timm}[source]():
+        for name, build in SOURCES[source]():
+            if (source, name) in known:
+                continue
+            line: dict[str, Any] = {"source": source, "name": name, "version": version(source)}
             try:
                 signal.alarm(SECONDS)
-                part, why = share(build)
+                line["share"], line["why"] = share(build)
             except Exception as error:  # noqa: BLE001 - many need a package or a configuration of their own
-                print(f"{name}: not built: {type(error).__name__}: {str(error)[:80]!r}", flush=True)
-                continue
+                line["not_built"] = f"{type(error).__name__}: {str(error).strip()[:120]}"
             finally:
                 signal.alarm(0)
-            shares.append(part)
-            print(f"{name}: {part:.4f} ({why})", flush=True)
-    levels = (1.0, 0.99, 0.97, 0.9, 0.0)
-    for high, low in pairwise(levels):
-        print(f"{low:.2f} to {high:.2f}: {sum(low <= min(part, 1 - 1e-9) < high for part in shares)}")
+            lines.append(line)
+            if into:
+                with into.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+    return lines
+
+
+# --- the tables
+
+
+def tables(lines: Sequence[dict[str, Any]]) -> str:
+    """How many architectures of each source are at which level, and those below the last one."""
+    sources = list(dict.fromkeys(line["source"] for line in lines))
+    built = [line for line in lines if "share" in line]
+    titles = [f"{source} {next(one['version'] for one in lines if one['source'] == source)}" for source in sources]
+    text = ["| share of the parameters | " + " | ".join(titles) + " |", "|---" * (1 + len(sources)) + "|"]
+    left = built
+    for least, label in LEVELS:
+        here = [line for line in left if line["share"] >= least]
+        left = [line for line in left if line["share"] < least]
+        text.append(f"| {label} | " + " | ".join(str(sum(o["source"] == s for o in here)) for s in sources) + " |")
+    counts = [(sum(o["source"] == s for o in built), sum(o["source"] == s for o in lines)) for s in sources]
+    text.append("| built, of all | " + " | ".join(f"{some} of {every}" for some, every in counts) + " |")
+    text += ["", "| below 97 % | followed | the rest |", "|---|---|---|"]
+    text += [f"| {line['name']} | {line['share']:.1%} | {line['why']} |" for line in built if line["share"] < LEAST]
+    return "\n".join(text)
 
 
 def _too_long(*_: object) -> None:
     raise TimeoutError(f"more than {SECONDS} s")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="*", metavar="source", help=" or ".join(SOURCES), default=list(SOURCES))
+    parser.add_argument("--into", type=Path, help="a file of JSON Lines, which goes on where it ends")
+    given = parser.parse_args()
     signal.signal(signal.SIGALRM, _too_long)
-    main(sys.argv[1:] or ("transformers", "timm"))
+    print(tables(measure(given.sources, given.into)))
+    if isinstance(sys.modules.get("torchvision"), _Empty):
+        print("\nEmpty modules stood in for torchvision.")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ LEVELS = (
     {"matrix", "spectra"},
     {"settings"},
     {"walk", "metric", "schedule"},
-    {"engine", "rules", "sinks", "baseline"},
+    {"engine", "rules", "sinks", "baseline", "actions"},
     {"distributed"},
     {"monitor", "analysis", "description", "harm"},
     {"callbacks", "plots", "report", "compare", "checkpoints", "plan", "transforms"},

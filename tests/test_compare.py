@@ -202,6 +202,16 @@ def test_patterns_choose_the_layers():
     assert [row.name for row in distances(net, other, include=["0"]).rows] == ["0"]
 
 
+def test_parts_of_one_checkpoint_are_compared(tmp_path):
+    torch.manual_seed(0)
+    weights = {"fc.weight": torch.randn(20, 30)}
+    torch.save({"model": weights, "ema": {"fc.weight": 1.5 * weights["fc.weight"]}}, tmp_path / "c.pt")
+    (row,) = distances(tmp_path / "c.pt", str(tmp_path / "c.pt"), part="model", part_b="ema").rows
+    assert (row.name, row.relative) == ("fc", pytest.approx(0.5))
+    assert distances(tmp_path / "c.pt", tmp_path / "c.pt", part="ema").rows[0].relative == 0
+    assert distances(weights, tmp_path / "c.pt", part_b="ema").rows[0].relative == pytest.approx(0.5)
+
+
 def test_wrong_arguments_are_named():
     net = nn.Linear(8, 8)
     with pytest.raises(InvalidArgument, match="top must be an integer >= 1; got 0"):

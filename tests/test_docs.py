@@ -41,7 +41,7 @@ def words():
     found = {word for path in files for word in re.findall(r"\w+", path.read_text(encoding="utf-8"))}
     found |= {word for path in shown for part in path.parts for word in re.findall(r"\w+", part)}
     metrics = {metric.name for preset in ("default", "weightwatcher") for metric in ww_monitor.metrics(preset)}
-    metrics |= {"delta_norm", "left_rotation", "right_rotation", "update_ratio"}
+    metrics |= {"delta_norm", "left_rotation", "right_rotation", "update_ratio", "rate_factor", "decay_factor"}
     return found | metrics | {f"ww_{name}" for name in metrics} | OTHERS
 
 

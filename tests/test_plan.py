@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import ww_monitor
@@ -137,3 +138,33 @@ def test_a_description_says_what_is_followed_of_each_kind_and_what_share_of_the_
     assert found.share + sum(one.share_skipped for one in found.kinds) == pytest.approx(1.0)
     assert "parameter: 1 followed (49.9% of the parameters), 0 skipped (0.0%)" in str(found)
     assert "1 × a table of positions" in str(found)
+
+
+@pytest.mark.parametrize("kind", ["module", "mapping", "nested", "torch", "safetensors"])
+def test_shares_are_of_all_parameters_whatever_the_weights_are_in(kind, tmp_path):
+    net = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20))
+    if kind == "safetensors":
+        save_file(net.state_dict(), tmp_path / "net.safetensors")
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "net.pt")
+    found = describe(
+        {
+            "module": net,
+            "mapping": net.state_dict(),
+            "nested": {"a": {"b": net.state_dict()}, "step": 3},
+            "torch": str(tmp_path / "net.pt"),
+            "safetensors": tmp_path / "net.safetensors",
+        }[kind]
+    )
+    assert found.parameters == 1850
+    assert [(one.kind, one.followed) for one in found.kinds] == [("dense", 2), ("vector", 0)]
+    assert [one.share_skipped for one in found.kinds] == [0, pytest.approx(50 / 1850)]
+    assert "vector: 2.7% of the parameters, which have no spectrum" in str(found)
+
+
+def test_a_part_of_a_checkpoint_and_a_fused_weight_are_described_as_they_are_analysed(tmp_path):
+    torch.save({"model": {"a.qkv": torch.zeros(60, 20)}, "ema": {"b.weight": torch.zeros(90, 30)}}, tmp_path / "c.pt")
+    found = describe(tmp_path / "c.pt", part="ema", split={"b": 3})
+    assert [(row.name, row.shape) for row in found.rows] == [(f"b.{i}", (1, 30, 30)) for i in range(3)]
+    assert (found.parameters, found.share) == (2700, 1.0)
+    with pytest.raises(InvalidArgument, match="part must be one of those in it; got 'x'"):
+        describe(tmp_path / "c.pt", part="x")

@@ -6,7 +6,9 @@ import math
 from functools import partial
 
 import pytest
+import torch
 
+import ww_monitor
 from ww_monitor import rules
 from ww_monitor.monitor import checkpoint
 from ww_monitor.record import Finding, History, Layer, Snapshot, TrapEntry
@@ -115,8 +117,16 @@ def test_over_trained_needs_a_power_law_that_fits(verdict):
     [("ok", "critical"), ("poor_fit", "critical"), ("rank_deficient", "critical"), ("few_eigenvalues", "warning")],
 )
 def test_a_trap_in_a_layer_with_few_eigenvalues_is_a_warning(verdict, severity):
-    (found,) = trap(run(layer(verdict=verdict, num_traps=2.0)))
+    (found,) = trap(run(layer(verdict=verdict, num_traps=2.0, matrix_rank=16.0 + 4 * (severity == "critical"))))
     assert found.severity == severity
+
+
+def test_a_trap_in_a_low_rank_delta_is_a_warning():
+    torch.manual_seed(0)
+    left, right = 0.05 * torch.randn(256, 4), 0.05 * torch.randn(4, 256)
+    left[3, 0] = right[0, 5] = 3
+    snapshot = ww_monitor.analyze({"q.lora_A.weight": right, "q.lora_B.weight": left})
+    assert [finding.severity for finding in snapshot.findings if finding.rule == "trap"] == ["warning"]
 
 
 # --- rules that look back
@@ -425,7 +435,7 @@ def test_a_trap_in_the_head_of_ten_classes_is_early_in_three_runs_and_a_false_al
             ["fc: alpha 1.51 ± 0.03 is below 2", "over-trained"],
         ),
         (partial(over_trained, alpha=1.75), [layer(alpha=1.5, sigma=0.01)], "info", ["is below 1.75"]),
-        (under_trained, [layer(verdict=R)] * 3, "warning", ["fc: no eigenvalue rises above", "under-trained"]),
+        (under_trained, [layer(verdict=R)] * 3, "info", ["fc: no eigenvalue rises above", "under-trained"]),
         (under_trained, [layer(alpha=8.25, sigma=0.5)] * 3, "info", ["fc: alpha 8.25 ± 0.50 is above 6"]),
     ],
 )

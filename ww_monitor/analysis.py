@@ -15,7 +15,7 @@ from ww_monitor.errors import InvalidArgument
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.record import History, Snapshot
 from ww_monitor.rules import SINGLE_RULES, apply_rules
-from ww_monitor.settings import AnalysisOptions, Select, WalkOptions, warn
+from ww_monitor.settings import AnalysisOptions, Select, Stored, WalkOptions, warn
 from ww_monitor.signatures import taking
 from ww_monitor.walk.delta import delta
 from ww_monitor.walk.sources import Source, walk_source
@@ -25,14 +25,9 @@ Progress = Callable[[float], object]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceOptions(WalkOptions, Select, AnalysisOptions):
+class SourceOptions(Stored, WalkOptions, Select, AnalysisOptions):
     """What to analyse of one model or of each of several, and how."""
 
-    part: Annotated[
-        str,
-        'Which of several state dicts in a checkpoint or mapping to analyse, by its path (`"generator"`, `"ema"`);'
-        " without it all but moving averages, their names with that path in front.",
-    ] = ""
     device: Annotated[
         str | torch.device | None,
         'Where each weight is moved to, one at a time, and analysed (`"cuda"`); `None` for where it is. Weights in'

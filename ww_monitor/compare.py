@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING
+from dataclasses import KW_ONLY, asdict, dataclass, fields
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 
@@ -13,53 +13,14 @@ from ww_monitor.baseline import TOP, relative
 from ww_monitor.errors import LayerError, MissingDependency, check_choice, check_positive_int
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.record import NAN
-from ww_monitor.settings import Select
+from ww_monitor.settings import Patterns, Select, Stored
+from ww_monitor.signatures import taking
 from ww_monitor.spectra.subspaces import cka, overlap, subspace
 from ww_monitor.walk.delta import pair
 from ww_monitor.walk.sources import Source, walk_source
 
 if TYPE_CHECKING:
     import pandas
-
-
-def distances(
-    a: Source,
-    b: Source,
-    *,
-    top: int = TOP,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    unpaired: str = "error",
-) -> Distances:
-    """‖A − B‖_F, ‖A − B‖_F/‖A‖_F, linear CKA and subspace overlap of every matrix A of one model and B of another.
-
-    Layers are paired by name. Both models are only read, in float64, one pair in memory at a time. weightwatcher
-    0.7.7 pairs by position and calls √CKA a distance; its `method="raw"` is `frobenius` here.
-
-    Args:
-        a: A model: whatever `ww_monitor.analyze` accepts.
-        b: The model to compare it with.
-        top: Singular directions whose span is compared.
-        include: Globs on layer names; none keeps all.
-        exclude: Globs on layer names to leave out.
-        unpaired: `"error"`, or `"skip"` to list in `.unpaired` what has no partner of its name and shape.
-
-    Returns:
-        One row a pair with `Distance`'s fields, `.summary`, `.unpaired` and `.to_pandas()`.
-
-    Raises:
-        InvalidArgument: naming the layers that do not pair, or the argument, its value and the choices.
-        LayerError: naming a layer that cannot be read.
-
-    >>> _ = torch.manual_seed(0)
-    >>> net = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False))
-    >>> double = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False))
-    >>> _ = double.load_state_dict({key: 2 * weight for key, weight in net.state_dict().items()})
-    >>> {key: round(value, 3) for key, value in distances(net, double).summary.items() if key != "frobenius"}
-    {'relative': 1.0, 'cka': 1.0, 'left_overlap': 1.0, 'right_overlap': 1.0}
-    """
-    select = Select(include=include, exclude=exclude, min_size=1)
-    return compare_matrices(select.apply(walk_source(a)), select.apply(walk_source(b)), top=top, unpaired=unpaired)
 
 
 @dataclass(frozen=True)
@@ -114,6 +75,49 @@ class Distances:
         except ImportError as error:
             raise MissingDependency("Distances.to_pandas: needs pandas; pip install 'ww-monitor[plots]'") from error
         return pandas.DataFrame([asdict(row) for row in self.rows], columns=[field.name for field in fields(Distance)])
+
+
+@dataclass(frozen=True, eq=False)
+class DistanceOptions(Stored, Patterns):
+    """What `distances` takes."""
+
+    where: ClassVar[str] = "distances"
+    a: Annotated[Source, "A model: whatever `ww_monitor.analyze` accepts."]
+    b: Annotated[Source, "The model to compare it with."]
+    _: KW_ONLY
+    top: Annotated[int, "Singular directions whose span is compared.", check_positive_int] = TOP
+    unpaired: Annotated[
+        Literal["error", "skip"],
+        '`"error"`, or `"skip"` to list in `.unpaired` what has no partner of its name and shape.',
+    ] = "error"
+    part_b: Annotated[str | None, "`part` of `b`; `None` for the same."] = None
+
+
+@taking(DistanceOptions)
+def distances(given: DistanceOptions) -> Distances:
+    """‖A − B‖_F, ‖A − B‖_F/‖A‖_F, linear CKA and subspace overlap of every matrix A of one model and B of another.
+
+    Layers are paired by name. Both models are only read, in float64, one pair in memory at a time. weightwatcher
+    0.7.7 pairs by position and calls √CKA a distance; its `method="raw"` is `frobenius` here.
+
+    Returns:
+        One row a pair with `Distance`'s fields, `.summary`, `.unpaired` and `.to_pandas()`.
+
+    Raises:
+        InvalidArgument: naming the layers that do not pair, or the argument, its value and the choices.
+        LayerError: naming a layer that cannot be read.
+
+    >>> _ = torch.manual_seed(0)
+    >>> net = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False))
+    >>> double = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False))
+    >>> _ = double.load_state_dict({key: 2 * weight for key, weight in net.state_dict().items()})
+    >>> {key: round(value, 3) for key, value in distances(net, double).summary.items() if key != "frobenius"}
+    {'relative': 1.0, 'cka': 1.0, 'left_overlap': 1.0, 'right_overlap': 1.0}
+    """
+    select = Select(include=given.include, exclude=given.exclude, min_size=1)
+    second = given.part if given.part_b is None else given.part_b
+    sides = [select.apply(walk_source(one, part=part)) for one, part in ((given.a, given.part), (given.b, second))]
+    return compare_matrices(*sides, top=given.top, unpaired=given.unpaired)
 
 
 @torch.no_grad()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import KW_ONLY, asdict, dataclass, fields
 from functools import lru_cache
+from pathlib import Path
 from timeit import repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 from torch import nn
@@ -16,45 +17,18 @@ from torch.nn.parameter import is_lazy
 
 from ww_monitor.errors import MissingDependency
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.settings import Select
+from ww_monitor.settings import Select, Stored, WalkOptions
+from ww_monitor.signatures import taking
+from ww_monitor.walk.containers import choose
+from ww_monitor.walk.files import num_stored
+from ww_monitor.walk.lora import is_adapted
 from ww_monitor.walk.names import BUFFER
+from ww_monitor.walk.reading import all_parameters
 from ww_monitor.walk.sharded import shards_of
 from ww_monitor.walk.sources import Source, walk_source
 
 if TYPE_CHECKING:
     import pandas
-
-
-def describe(
-    model: Source, *, include: Sequence[str] = (), exclude: Sequence[str] = (), min_size: int = 8,
-    max_size: int | None = None,
-) -> Description:  # fmt: skip
-    """What `ww_monitor.analyze(model, ...)` would analyse, what it would cost, and what it would skip and why.
-
-    No weight is read, so that a module may be on the meta device. The estimate covers the eigenvalues on this
-    machine's host, which dominate large layers; a layer that may hold a trap is solved up to `replicas` times more.
-
-    Args:
-        model: Whatever `ww_monitor.analyze` accepts.
-        include: As in `ww_monitor.analyze`.
-        exclude: As in `ww_monitor.analyze`.
-        min_size: As in `ww_monitor.analyze`.
-        max_size: As in `ww_monitor.analyze`.
-
-    Returns:
-        `rows`, `skipped`, `kinds` (how many are followed and skipped, why, and what share of the model's parameters
-        they are), totals and `.to_pandas()`; printing it gives a table.
-
-    Raises:
-        InvalidArgument: naming the argument, its value and the choices.
-
-    >>> import torch
-    >>> plan = describe(torch.nn.Sequential(torch.nn.Linear(200, 100), torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 4)))
-    >>> [(row.name, row.shape, row.num_eigenvalues) for row in plan.rows], [item.reason for item in plan.skipped]
-    ([('0', (1, 100, 200), 100), ('1', (9, 8, 3), 27)], ['4 eigenvalues, fewer than min_size=8'])
-    """
-    select = Select(include=include, exclude=exclude, min_size=min_size, max_size=max_size)
-    return plan_matrices(select.apply(walk_source(model, layout=shards_of)), parameters=num_parameters(model))
 
 
 @dataclass(frozen=True)
@@ -142,6 +116,9 @@ class Description:
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
         lines += [f"skipped {item.name} {_shape(item.shape)}: {item.reason}" for item in self.skipped]
         for one in self.kinds:
+            if one.kind == "vector":
+                lines.append(f"vector: {one.share_skipped:.1%} of the parameters, which have no spectrum")
+                continue
             why = "; ".join(f"{count} × {reason}" for reason, count in list(one.reasons.items())[:3])
             counts = f"{one.kind}: {one.followed} followed ({one.share:.1%} of the parameters), "
             lines.append(f"{counts}{one.skipped} skipped ({one.share_skipped:.1%}){': ' if why else ''}{why}")
@@ -149,26 +126,62 @@ class Description:
         return "\n".join([*lines, total + f"about {self.seconds:.2g} s ({len(self.skipped)} skipped)"])
 
 
+@dataclass(frozen=True, eq=False)
+class DescribeOptions(Stored, WalkOptions, Select):
+    """What `describe` takes."""
+
+    where: ClassVar[str] = "describe"
+    model: Annotated[Source, "Whatever `ww_monitor.analyze` accepts."]
+    _: KW_ONLY
+
+
+@taking(DescribeOptions)
+def describe(given: DescribeOptions) -> Description:
+    """What `ww_monitor.analyze(model, ...)` would analyse, what it would cost, and what it would skip and why.
+
+    No weight is read, so that a module may be on the meta device. The estimate covers the eigenvalues on this
+    machine's host, which dominate large layers; a layer that may hold a trap is solved up to `replicas` times more.
+
+    Returns:
+        `rows`, `skipped`, `kinds` (how many are followed and skipped, why, and what share of the model's parameters
+        they are), totals and `.to_pandas()`; printing it gives a table.
+
+    Raises:
+        InvalidArgument: naming the argument, its value and the choices.
+
+    >>> import torch
+    >>> plan = describe(torch.nn.Sequential(torch.nn.Linear(200, 100), torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 4)))
+    >>> [(row.name, row.shape, row.num_eigenvalues) for row in plan.rows], [item.reason for item in plan.skipped]
+    ([('0', (1, 100, 200), 100), ('1', (9, 8, 3), 27)], ['4 eigenvalues, fewer than min_size=8'])
+    """
+    how = given.for_walker("default")
+    walked = walk_source(given.model, **how, layout=shards_of, part=given.part)
+    return plan_matrices(Select.of(given).apply(walked), parameters=num_parameters(given.model, given.part))
+
+
 def _shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape[1:] if len(shape) == 3 and shape[0] == 1 else shape))
 
 
-def num_parameters(model: object) -> int:
-    """The number of a model's parameters; 0 where only its matrices are known, as of a file.
+def num_parameters(model: object, part: str = "") -> int:
+    """The number of a model's parameters, or of what a mapping or checkpoint stores; 0 for a file of Keras.
 
     >>> import torch
-    >>> num_parameters(torch.nn.Linear(3, 2)), num_parameters({"fc.weight": torch.zeros(2, 3)})
+    >>> num_parameters(torch.nn.Linear(3, 2)), num_parameters({"net": {"fc.weight": torch.zeros(2, 3)}})
     (8, 6)
     """
+    if isinstance(model, (str, Path)):
+        return num_stored(model, part)
     if isinstance(model, Mapping):
-        return sum(math.prod(tensor.shape) for tensor in model.values() if hasattr(tensor, "shape"))
+        held = choose(model, part, "describe").state_dicts.values() if model else ()
+        return sum(tensor.numel() for one in held for tensor in one.tensors.values())
     count = getattr(model, "count_params", None)  # of Keras
     if callable(count) and getattr(model, "built", False):
         return int(count())
     if not isinstance(model, nn.Module):
         return 0
     # a partitioned parameter is empty here, and says how large the whole is
-    sizes = (getattr(p, "ds_shape", None) or p.shape for p in model.parameters() if not is_lazy(p))
+    sizes = (getattr(p, "ds_shape", None) or p.shape for _, p in all_parameters(model) if not is_lazy(p))
     return sum(math.prod(size) for size in sizes)
 
 
@@ -183,7 +196,7 @@ def kinds_of(items: Iterable[Matrix | Skipped], parameters: int) -> tuple[OfKind
     sizes: dict[str, Counter[bool]] = defaultdict(Counter)
     for item in items:
         reason = item.reason if isinstance(item, Skipped) else ""
-        again = item.name.endswith(("]", ".merged")) or reason.startswith(("tied to", BUFFER))
+        again = is_adapted(item.name) or reason.startswith(("tied to", BUFFER))
         counts[str(item.kind)][reason] += 1
         sizes[str(item.kind)][not reason] += 0 if again or not item.shape else math.prod(item.shape)
     listed = sum(size for of_kind in sizes.values() for size in of_kind.values())

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from ww_monitor.errors import InvalidArgument, SpectralWarning, check_names, check_positive_int, check_share
 from ww_monitor.matrix import Matrix
-from ww_monitor.record import Rule, Sink, Skipped
+from ww_monitor.record import Action, Rule, Sink, Skipped
 from ww_monitor.signatures import Settings
 from ww_monitor.spectra.marchenko_pastur import SIGNIFICANCE
 from ww_monitor.spectra.traps import REPLICAS
@@ -99,7 +99,25 @@ def warn(message: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Select(Settings):
+class Patterns(Settings):
+    """Which layers to look at, by their names."""
+
+    include: Annotated[
+        Sequence[str],
+        "Globs on layer names; none keeps all. A name selects itself, and brackets are read as they are where a name"
+        " has them (`*.lora[default]`).",
+    ] = ()
+    exclude: Annotated[Sequence[str], "Globs on layer names to leave out, also where they are included."] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("include", self.include), ("exclude", self.exclude)):
+            if isinstance(value, str):
+                raise InvalidArgument(f"{self.where}: {name} must be a sequence of globs; got the string {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select(Patterns):
     """Which matrices to analyse.
 
     >>> import torch
@@ -108,12 +126,6 @@ class Select(Settings):
     "excluded by pattern '*.head'"
     """
 
-    include: Annotated[
-        Sequence[str],
-        "Globs on layer names; none keeps all. A name selects itself, and brackets are read as they are where a name"
-        " has them (`*.lora[default]`).",
-    ] = ()
-    exclude: Annotated[Sequence[str], "Globs on layer names to leave out, also where they are included."] = ()
     min_size: Annotated[
         int, "Least number of eigenvalues of a layer; 8 is the least tail a power-law fit accepts.", check_positive_int
     ] = 8
@@ -121,9 +133,6 @@ class Select(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in (("include", self.include), ("exclude", self.exclude)):
-            if isinstance(value, str):
-                raise InvalidArgument(f"{self.where}: {name} must be a sequence of globs; got the string {value!r}")
         if self.max_size is not None and self.max_size < self.min_size:
             raise InvalidArgument(
                 f"{self.where}: max_size must be None or >= min_size={self.min_size}; got {self.max_size!r}"
@@ -167,6 +176,17 @@ class Select(Settings):
         for item in listed:
             reason = self.reason_to_skip(item, names) if isinstance(item, Matrix) else ""
             yield Skipped(item.name, item.kind, item.shape, reason) if reason else item
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored(Settings):
+    """Which of the models that a checkpoint or a mapping holds."""
+
+    part: Annotated[
+        str,
+        'Which of several state dicts in a checkpoint or mapping to read, by its path (`"generator"`, `"ema"`);'
+        " without it all but moving averages, their names with that path in front.",
+    ] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +276,13 @@ class RunOptions(Settings):
     rules: Annotated[
         Sequence[Rule] | None, "What to look for (`ww_monitor.rules`); `None` for the `TRAINING_RULES` there."
     ] = None
+    actions: Annotated[
+        Sequence[Action],
+        "What changes the run by what is seen (`ww_monitor.actions`): learning rates or weight decays by layer, on"
+        " groups that `ww_monitor.actions.param_groups` has made. Only logged while its `dry_run` is true; else it"
+        ' needs `every_n_steps`, at whose multiples its factors change, and `mode="sync"`, so that a run can be'
+        " repeated. A loop of your own calls `Monitor.act_on(optimizer)`; Keras has no groups and takes dry runs only.",
+    ] = ()
     sinks: Annotated[Sequence[Sink], "Where snapshots go (`ww_monitor.sinks`), beside what a callback writes."] = ()
     keep: Annotated[
         int,
@@ -270,6 +297,15 @@ class RunOptions(Settings):
         for sink in self.sinks:
             if isinstance(sink, type) or not isinstance(sink, Sink):
                 raise InvalidArgument(f"{self.where}: sinks must have write and close; got {sink!r}")
+        object.__setattr__(self, "actions", tuple(self.actions))
+        for action in self.actions:
+            if isinstance(action, type) or not isinstance(action, Action):
+                raise InvalidArgument(f"{self.where}: actions must be as ww_monitor.record.Action; got {action!r}")
+            if not action.dry_run and (self.every_n_steps is None or self.mode != "sync"):
+                raise InvalidArgument(
+                    f"{self.where}: actions that are no dry run need every_n_steps and mode='sync', for their times"
+                    f" must not depend on a clock; got every_n_steps={self.every_n_steps!r}, mode={self.mode!r}"
+                )
 
 
 @dataclass(frozen=True)
@@ -305,3 +341,12 @@ class KerasOptions(CallbackOptions):
 
     _: KW_ONLY
     folder: Annotated[str | Path, "Where the history file goes; it is made at the first snapshot."] = "ww_logs"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        acting = [action for action in self.actions if not action.dry_run]
+        if acting:
+            raise InvalidArgument(
+                f"{self.where}: actions must be dry runs in Keras, whose optimizers have one rate and one decay for all"
+                f" variables, compiled into the step; got {acting[0]!r}; use dry_run=True"
+            )

@@ -217,15 +217,20 @@ def results(runs: Sequence[Judged]) -> dict[str, Any]:
     for run in runs:
         studies.setdefault(run.study, []).append(run)
     return {
-        "versions": {
-            "ww_monitor": ww_monitor.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "rules": rule_table(runs),
         "stopping": stop_table(runs),
         "by_study": {study: rule_table(some) for study, some in studies.items()},
         "runs": [as_row(run) for run in runs],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    return {
+        "ww_monitor": ww_monitor.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
 
 

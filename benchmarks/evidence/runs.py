@@ -158,6 +158,21 @@ def digits_cnn(kind: str, rate: float, seed: int) -> Task:
     )
 
 
+def small_net(widths: str, convolves: bool, kind: str, rate: float, decay: float, seed: int) -> Task:
+    """An MLP, or two convolutions before one, on 1,000 digits of 8 × 8, batch 32; `widths` as in "96-48"."""
+    torch.manual_seed(seed)
+    sizes = [int(width) for width in widths.split("-")]
+    if convolves:
+        one, two = sizes
+        kernels = [nn.Conv2d(1, one, 3), nn.ReLU(), nn.Conv2d(one, two, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+        net = nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *kernels, *mlp(4 * two, 48, 10))
+    else:
+        net = mlp(64, *sizes, 10)
+    train, held_out = small_digits(seed)
+    step = optimizer(kind, net, rate, decay)
+    return Task(net, step, endless(*train, 32, seed), nn.functional.cross_entropy, held_out, train)
+
+
 class Transformer(nn.Module):
     """Tokens → logits of the next one at every place: blocks of PyTorch's own, causal unless told."""
 
@@ -173,7 +188,7 @@ class Transformer(nn.Module):
         return self.head(self.blocks(self.embedding(x) + self.position, mask=self.mask))
 
 
-def small_gpt(rate: float, characters: int, seed: int) -> Task:
+def small_gpt(rate: float, characters: int, seed: int, size: int = 32) -> Task:
     """A GPT of two blocks of width 64 on so little text that it overfits: Python's own help topics, which are prose."""
     torch.manual_seed(seed)
     text = "".join(text for _, text in sorted(pydoc_data.topics.topics.items())).encode("ascii", "ignore")
@@ -187,7 +202,7 @@ def small_gpt(rate: float, characters: int, seed: int) -> Task:
     train, rest = pieces(tokens[:characters]), pieces(tokens[characters:])
     net = Transformer(128, length, 64, 2, 4)
     step = optimizer("adamw", net, rate, 0.01)
-    return Task(net, step, endless(*train, 32, seed), per_token, rest, (train[0][:500], train[1][:500]))
+    return Task(net, step, endless(*train, size, seed), per_token, rest, (train[0][:500], train[1][:500]))
 
 
 def per_token(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -251,8 +266,14 @@ def scores(task: Task) -> dict[str, float]:
     return found
 
 
-def train(run: Run, folder: Path) -> None:
-    """Train, and leave the history and the outcome in the folder of the run; one that is there stays."""
+def train(run: Run, folder: Path, *, steps: int | None = None) -> None:
+    """Train, and leave the history and the outcome in the folder of the run; one that is there stays.
+
+    Args:
+        run: What to train.
+        folder: Of all runs.
+        steps: Fewer than it says.
+    """
     home = folder / run.study / run.name
     if (home / "outcome.json").exists():
         return
@@ -271,7 +292,7 @@ def train(run: Run, folder: Path) -> None:
         if step % run.every == 0:
             monitor.observe(walk(task.net), step=step)
             seen.append({"step": step, **scores(task)})
-        if step >= run.steps:
+        if step >= (steps or run.steps):
             break
     monitor.close()
     outcome = {"study": run.study, "name": run.name, "seed": run.seed, "options": run.options, "seen": seen}

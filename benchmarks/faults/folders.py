@@ -103,7 +103,7 @@ class At:
         callback._open = self.open
 
     def open(self, **keywords: Any) -> None:
-        Adapter._open(self.callback, **{**keywords, "folder": self.folder})
+        Adapter._open(self.callback, **{**keywords, "folder": lambda: self.folder})
 
     def __call__(self, step: int) -> None:
         if step == STEPS // 2:

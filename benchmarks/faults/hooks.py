@@ -24,7 +24,7 @@ import torch
 from tests.test_contracts_callbacks import FRAMEWORKS, Run
 
 ADAPTER, SESSION = "ww_monitor.callbacks._adapter", "ww_monitor.callbacks._session"
-MONITOR = "ww_monitor.monitor.monitor"
+MONITOR, SCHEDULE = "ww_monitor.monitor.monitor", "ww_monitor.schedule"
 
 COLLABORATORS = (
     f"{ADAPTER}.walk_source",
@@ -52,10 +52,10 @@ COLLABORATORS = (
     f"{MONITOR}.Analyzer.next_done",
     f"{MONITOR}.Analyzer.close",
     f"{MONITOR}.Holding.judge",
-    f"{MONITOR}.Budget.start",
-    f"{MONITOR}.Budget.stop",
-    f"{MONITOR}.Budget.tick",
-    f"{MONITOR}.Budget.spent",
+    f"{SCHEDULE}.Budget.start",
+    f"{SCHEDULE}.Budget.stop",
+    f"{SCHEDULE}.Budget.tick",
+    f"{SCHEDULE}.Budget.spent",
     f"{MONITOR}.Monitor.begin",
     f"{MONITOR}.Monitor.restart",
     f"{MONITOR}.Monitor.due",

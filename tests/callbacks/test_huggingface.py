@@ -203,27 +203,53 @@ def test_a_tensorboard_callback_that_stands_after_it_gets_the_first_snapshot_too
     assert len(list(tmp_path.glob("out/runs/*/events.out.tfevents*"))) == 1
 
 
-def test_wandb_gets_every_scalar_on_the_trainers_own_axis(tmp_path, read_wandb, monkeypatch):
+@pytest.fixture
+def train_with_wandb(tmp_path, read_wandb, monkeypatch):
+    """A function: train into an offline run of its own, and read its rows."""
     wandb = pytest.importorskip("wandb", reason="wandb, the tracker, is not installed")
-
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monitor = spectral_monitor()
     settings = wandb.Settings(console="off", x_disable_stats=True)
-    try:
-        wandb.init(mode="offline", dir=tmp_path, settings=settings)
-        train(tmp_path, monitor, report_to="wandb")
-    finally:
+
+    def run(name, *callbacks, **arguments):
+        (tmp_path / name).mkdir()
+        wandb.init(mode="offline", dir=tmp_path / name, settings=settings)
+        train(tmp_path, *callbacks, report_to="wandb", **arguments)
         wandb.finish()
-        wandb.teardown()
-    rows = read_wandb(tmp_path)["rows"]
+        return read_wandb(tmp_path / name)["rows"]
+
+    yield run
+    wandb.finish()
+    wandb.teardown()
+
+
+def test_wandb_gets_every_scalar_over_the_step(train_with_wandb):
+    monitor = spectral_monitor()
+    rows = train_with_wandb("run", monitor)
     ours = {
-        row["train/global_step"]: {key: value for key, value in row.items() if key.startswith("train/ww")}
+        row["ww/step"]: {key: value for key, value in row.items() if key.startswith("train/ww")}
         for row in rows
         if "train/ww/alpha" in row
     }
     assert ours == prefixed(monitor)
     assert [row["train/global_step"] for row in rows if "train/loss" in row] == [2, 4, 6, 8]
-    assert [row["train/global_step"] for row in rows if "ww/layers/_type" in row] == list(ours)
+    assert [row["ww/step"] for row in rows if "ww/layers/_type" in row] == list(ours)
+
+
+@pytest.mark.parametrize(("how", "first"), [("at the epoch", "user first"), ("at the step", "monitor first")])
+def test_no_row_that_the_user_logs_beside_the_trainers_own_is_lost(train_with_wandb, how, first):
+    import wandb
+
+    class User(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            wandb.log({"mine": state.global_step}, step=int(state.epoch) if "epoch" in how else state.global_step)
+
+        on_train_begin = on_step_end
+
+    def rows(name, *monitors):
+        callbacks = [User(), *monitors] if first == "user first" else [*monitors, User()]
+        return [row["mine"] for row in train_with_wandb(name, *callbacks, logging_steps=4) if "mine" in row]
+
+    assert rows("with", spectral_monitor(1)) == rows("without") != []
 
 
 def test_trackio_gets_every_scalar(tmp_path):

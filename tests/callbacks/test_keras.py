@@ -21,7 +21,7 @@ keras = pytest.importorskip("keras", reason="keras, the framework, is not instal
 
 from tests.histories import steps_of  # noqa: E402
 from tests.processes import run_python, start_python  # noqa: E402
-from ww_monitor import History, InvalidArgument, SpectralWarning  # noqa: E402
+from ww_monitor import Finding, History, InvalidArgument, SpectralWarning  # noqa: E402
 from ww_monitor.callbacks.keras import SpectralMonitor, completed_updates  # noqa: E402
 from ww_monitor.sinks.memory import Memory  # noqa: E402
 
@@ -245,14 +245,18 @@ def test_the_right_order_and_callbacks_that_need_nothing_say_nothing(tmp_path):
 
 
 def test_the_progress_bar_shows_alpha_and_console_lines_begin_after_it(tmp_path, capsys):
-    monitor = spectral_monitor(tmp_path, 3, console=True)
+    def warns(history):
+        if history.last.step == 6:
+            yield Finding("warns", "", "warning", "of all layers", step=6)
+
+    monitor = spectral_monitor(tmp_path, 3, console=True, rules=[warns])
     fit(make_model(), monitor, epochs=2, verbose=1)
     out = capsys.readouterr().out
     assert "- ww_alpha: " in out.split("Epoch 2/2")[0]
     assert f"an analysis takes {monitor.monitor.history[0].seconds:.2g} s, every 3 steps, history in {tmp_path}" in out
     assert "ww_monitor: 7 snapshots, steps 0 to 16" in out
     lines = [line for line in out.split("\n") if "ww_monitor" in line]
-    assert any("under_trained at step 6" in line for line in lines)
+    assert any("warns at step 6" in line for line in lines)
     assert all(line.startswith("ww_monitor") for line in lines)
 
 

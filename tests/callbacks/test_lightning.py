@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -140,33 +141,88 @@ def test_csv_gets_every_scalar_at_the_step_of_its_batch(tmp_path, net):
     assert rows == list(expected.values())
 
 
-def test_wandb_gets_every_scalar_on_the_trainers_own_axis(tmp_path, net, read_wandb, monkeypatch):
+@pytest.fixture
+def wandb_logger(tmp_path, monkeypatch):
+    """A function: an offline logger with a folder of its own; its runs end with the test."""
     wandb = pytest.importorskip("wandb", reason="wandb, the tracker, is not installed")
-
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monitor = spectral_monitor()
     settings = wandb.Settings(console="off", x_disable_stats=True)
-    logger = WandbLogger(save_dir=tmp_path, offline=True, settings=settings)
-    try:
-        fit(tmp_path, net, monitor, logger=logger)
-    finally:
-        wandb.finish()
-        wandb.teardown()
-    written = read_wandb(tmp_path)
+    yield lambda name, **given: WandbLogger(save_dir=tmp_path / name, offline=True, settings=settings, **given)
+    wandb.finish()
+    wandb.teardown()
+
+
+def test_wandb_gets_every_scalar_over_the_step(tmp_path, net, read_wandb, wandb_logger):
+    monitor, logger = spectral_monitor(), wandb_logger("run")
+    fit(tmp_path, net, monitor, logger=logger)
+    logger.experiment.finish()
+    written = read_wandb(tmp_path / "run")
     media = ("ww_esd/", "ww/layers/", "ww/alpha_map/")
-    rows = {
-        row["trainer/global_step"]: {
-            key: value for key, value in row.items() if key.startswith("ww") and not key.startswith(media)
-        }
-        for row in written["rows"]
-        if "ww/alpha" in row
-    }
-    assert rows == expected_rows(monitor.monitor.history)
-    assert ("*", "trainer/global_step") in written["steps"]
-    assert not any(name.startswith("ww") for name, _ in written["steps"])
-    pictures = {row["trainer/global_step"]: row for row in written["rows"] if "ww_esd/net.0/_type" in row}
-    assert list(pictures) == list(rows)
-    assert {row["ww/layers/_type"] for row in pictures.values()} == {"table-file"}
+    ours = {row["ww/step"]: row for row in written["rows"] if "ww/step" in row}
+    for step, values in zip(ours, published(monitor.monitor.history), strict=True):
+        found = {key: ours[step][key] for key in ours[step] if key.startswith("ww") and not key.startswith(media)}
+        assert found == {**values, "ww/step": step}
+        assert ours[step]["ww/layers/_type"] == "table-file"
+        assert "ww_esd/net.0/_type" in ours[step]
+    assert list(ours) == steps_of(monitor.monitor.history)
+    assert {("*", "trainer/global_step"), ("ww/alpha", "ww/step"), ("ww_esd/net.0", "ww/step")} < set(written["steps"])
+
+
+def test_the_prefix_of_a_wandb_logger_stands_before_our_values(tmp_path, net, read_wandb, wandb_logger):
+    logger = wandb_logger("run", prefix="exp")
+    fit(tmp_path, net, spectral_monitor(), logger=logger)
+    logger.experiment.finish()
+    assert any("exp-ww/alpha" in row for row in read_wandb(tmp_path / "run")["rows"])
+
+
+HOWS = {
+    "at the epoch": lambda run, epoch, step: run.log({"mine": step}, step=epoch),
+    "at the step": lambda run, epoch, step: run.log({"mine": step}, step=step),
+    "in turn": lambda run, epoch, step: run.log({"mine": step}),
+    "without commit": lambda run, epoch, step: run.log({f"mine {step}": step}, commit=False),
+}
+
+
+@pytest.mark.parametrize(
+    ("hook", "how", "first"),
+    [
+        ("on_train_batch_end", "at the epoch", "user first"),
+        ("on_train_batch_end", "at the step", "monitor first"),
+        ("on_train_batch_end", "without commit", "monitor first"),
+        ("on_train_epoch_end", "at the epoch", "monitor first"),
+        ("on_train_epoch_end", "in turn", "user first"),
+    ],
+)
+def test_no_row_that_the_user_logs_beside_a_wandb_logger_is_lost(
+    tmp_path, net, read_wandb, wandb_logger, hook, how, first
+):
+    def log(self, trainer, *arguments):
+        HOWS[how](trainer.logger.experiment, trainer.current_epoch, trainer.global_step)
+
+    user = type("User", (pl.Callback,), {"on_train_start": log, hook: log})()
+    rows = {}
+    for name in ("without", "with"):
+        monitors = [spectral_monitor(1)] * (name == "with")
+        logger = wandb_logger(name)
+        callbacks = [user, *monitors] if first == "user first" else [*monitors, user]
+        fit(tmp_path, copy.deepcopy(net), *callbacks, logger=logger, max_epochs=3, limit_train_batches=3)
+        logger.experiment.finish()
+        rows[name] = read_wandb(tmp_path / name)["rows"]
+    mine = {name: [{k: v for k, v in row.items() if k.startswith("mine")} for row in rows[name]] for name in rows}
+    assert [row for row in mine["with"] if row] == [row for row in mine["without"] if row]
+    assert len({row["ww/step"] for row in rows["with"] if "ww/step" in row}) == 10
+
+
+def test_histograms_and_pictures_of_two_monitors_have_keys_of_their_own(tmp_path, net):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    fit(tmp_path, net, spectral_monitor(), spectral_monitor(prefix="again/"), logger=logger)
+    tags = EventAccumulator(logger.log_dir).Reload().Tags()
+    for kind in ("scalars", "histograms", "images", "tensors"):
+        ours = {tag for tag in tags[kind] if tag.startswith(("ww", "again/"))}
+        assert {tag.removeprefix("again/") for tag in ours} == {tag for tag in ours if not tag.startswith("again/")}
+        assert len(ours) == 2 * len({tag.removeprefix("again/") for tag in ours}) > 0
 
 
 def test_several_loggers_get_the_same(tmp_path, net):

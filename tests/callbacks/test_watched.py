@@ -13,7 +13,8 @@ from torch import nn
 
 from tests.histories import steps_of
 from tests.test_contracts_callbacks import FRAMEWORKS, Keras, Lightning, make, make_net, make_weights, pytestmark  # noqa: F401 - warnings of the frameworks
-from ww_monitor import History, SpectralWarning, rules
+from ww_monitor import History, Monitor, Snapshot, SpectralWarning, rules
+from ww_monitor.callbacks._watched import Watched
 from ww_monitor.sinks.memory import Memory
 
 
@@ -26,15 +27,15 @@ def said(caught) -> list[str]:
 
 def train_with_stopper(name: str, folder: Path, key: str, *, trap: bool, epochs: int, **stopper) -> int:
     """Epochs of 4 steps until a run ends, with the trainer's own early stopping on a key of ours; patience 2."""
-    framework = FRAMEWORKS[name]()
-    monitor = make(framework, folder, 4)
+    framework, options = FRAMEWORKS[name](), ("metrics", "track_updates")
+    monitor = make(framework, folder, 4, **{name: stopper.pop(name) for name in options if name in stopper})
     if name == "lightning":
         from pytorch_lightning.callbacks import EarlyStopping
 
         callbacks = [monitor, EarlyStopping(f"ww/{key}", **{"patience": 2, **stopper})]
         return framework.train(folder, *callbacks, steps=4 * epochs, lr=1e-4, weights=make_weights(trap=trap)).steps
     if name == "keras":
-        stopping = framework.keras.callbacks.EarlyStopping(f"ww_{key}", patience=2, **stopper)
+        stopping = framework.keras.callbacks.EarlyStopping(f"ww_{key}", **{"patience": 2, **stopper})
         return framework.train(
             folder, monitor, stopping, steps=4 * epochs, lr=1e-4, weights=make_weights(trap=trap)
         ).steps
@@ -126,6 +127,87 @@ def test_lightnings_thresholds_on_the_severity_take_a_healthy_run_for_healthy(tm
     for threshold in ({"mode": "min", "divergence_threshold": 1.2}, {"mode": "max", "stopping_threshold": 1.2}):
         arguments = {**threshold, "patience": 99}
         assert train_with_stopper("lightning", tmp_path, "trap_severity", trap=False, epochs=2, **arguments) == 8
+
+
+def fail_to_walk(monkeypatch, *, after: int) -> None:
+    """Analyses fail once there have been so many."""
+    observe, done = Monitor.observe, []
+
+    def observed(self, matrices, **named):
+        done.append(named)
+        return observe(self, matrices if len(done) <= after else (1 / 0 for _ in "1"), **named)
+
+    monkeypatch.setattr(Monitor, "observe", observed)
+
+
+@pytest.mark.filterwarnings("ignore::ww_monitor.SpectralWarning")
+@pytest.mark.parametrize("key", ["alpha", "trap_free_until"])
+@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_analyses_that_fail_end_no_run_whose_values_are_watched(tmp_path, monkeypatch, name, after, key):
+    fail_to_walk(monkeypatch, after=after)
+    patience = {} if key == "trap_free_until" else {"patience": 9}
+    mode = {} if name == "huggingface" else {"mode": "max" if key == "trap_free_until" else "min", **patience}
+    epochs = 2 if name == "huggingface" and key == "alpha" else 5  # its patience is 2
+    assert train_with_stopper(name, tmp_path, key, trap=False, epochs=epochs, **mode) == 4 * epochs
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_a_run_whose_traps_are_not_measured_is_no_run_with_a_trap_and_that_is_said(tmp_path, name):
+    mode = {} if name == "huggingface" else {"mode": "max"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steps = train_with_stopper(name, tmp_path, "trap_free_until", trap=True, epochs=5, metrics=["alpha"], **mode)
+    assert steps == 20
+    (message,) = said(caught)
+    assert "trap_free_until is watched, but metrics leave num_traps out" in message
+
+
+def test_several_readings_at_a_step_take_a_healthy_run_for_healthy():
+    watched = Watched("", {"ww/trap_free_until": -1.0}, {"trap_free_until", "num_traps"})
+    history = History([Snapshot((), step=10, summary={"num_traps": 0.0})])
+    read = [watched.values(history, step)["ww/trap_free_until"] for step in (10, 10, 10, 11, 11, 12)]
+    assert read == sorted(set(read))
+    assert [int(value) for value in read] == [10, 10, 10, 11, 11, 12]
+    history.append(Snapshot((), step=13, summary={"num_traps": 1.0}))
+    assert watched.values(history, 13) == watched.values(history, 13) == {"ww/trap_free_until": 10.0}
+
+
+@pytest.mark.filterwarnings("ignore::ww_monitor.SpectralWarning")
+def test_where_an_analysis_fails_the_watched_value_is_not_that_of_other_weights(tmp_path, monkeypatch):
+    fail_to_walk(monkeypatch, after=2)
+    framework, seen = Lightning(), []
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    class Reads(framework.pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            seen.append(float(trainer.callback_metrics["ww/alpha"]))
+
+    watching = ModelCheckpoint(tmp_path / "best", monitor="ww/alpha", mode="min")
+    trainer_of = framework.pl.Trainer
+    framework.pl = _with(framework.pl, lambda **given: trainer_of(**{**given, "enable_checkpointing": True}))
+    framework.train(tmp_path, make(framework, tmp_path, 1000), Reads(), watching, steps=12)
+    assert seen[0] < 100
+    assert min(seen[1:]) > 1e30
+
+
+def test_the_trainers_best_model_by_an_update_has_its_key_from_the_first_evaluation(tmp_path):
+    arguments = {"trap": False, "epochs": 3, "track_updates": True}
+    assert train_with_stopper("huggingface", tmp_path, "update_ratio", **arguments) >= 4
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_name_of_a_keras_file_saved_at_a_batch_has_the_value_of_its_weights(tmp_path, every):
+    framework = Keras()
+    keras, model = framework.keras, framework.make_model(make_weights(), 1e-2, 1)
+    x, y = np.random.default_rng(0).normal(size=(32, 24)).astype("float32"), np.arange(32) % 10
+    monitor = framework.spectral_monitor(tmp_path, every_n_steps=1000, console=False, metrics=["log_norm"])
+    template = tmp_path / "{epoch}-{batch}-{ww_log_norm:.6f}.weights.h5"
+    saving = keras.callbacks.ModelCheckpoint(template, save_weights_only=True, save_freq=every)
+    model.fit(x, y, batch_size=8, epochs=3, verbose=0, callbacks=[monitor, saving])
+    names = sorted(float(path.name.split("-")[2].removesuffix(".weights.h5")) for path in tmp_path.glob("*.weights.h5"))
+    known = log_norms(monitor)
+    assert names == pytest.approx(sorted(known[step] for step in range(every, 13, every)), abs=1e-6)
 
 
 # --- Lightning measures what is watched
@@ -324,16 +406,37 @@ def test_a_run_that_now_stops_on_traps_resumes_beside_another_monitor(tmp_path, 
 def test_a_resumed_run_in_another_folder_says_what_it_continues(tmp_path, name):
     framework, (old, new) = FRAMEWORKS[name](), (tmp_path / "old", tmp_path / "new")
     old.mkdir()
-    monitor = make(framework, old, 2, track_delta=True)
-    first = framework.train(old, monitor, steps=4, save=True)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        framework.train(new, make(framework, new, 2, track_delta=True), resume=first.checkpoint)
+    first = framework.train(old, make(framework, old, 2), steps=4, save=True)
+    framework.train(new, make(framework, new, 2), resume=first.checkpoint)
     begun = History.read(new / "ww_history.jsonl")[0].findings
     said_there = {finding.rule: finding.message for finding in begun}
     assert said_there["continues"] == f"continues {old / 'ww_history.jsonl'}, which ends with step 4"
-    assert said_there["track_delta"].startswith("delta_norm and rotations begin anew at step 4")
-    assert [message for message in said(caught) if "begin anew at step 4" in message]
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_a_resumed_run_says_everywhere_from_where_distances_count(tmp_path, name):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from ww_monitor.report import write_report
+    from ww_monitor.sinks.tensorboard import TensorBoard
+
+    framework = FRAMEWORKS[name]()
+    first = framework.train(tmp_path, make(framework, tmp_path, 2, track_delta=True), steps=4, save=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sinks = [TensorBoard(tmp_path / "events")]
+        framework.train(tmp_path, make(framework, tmp_path, 2, track_delta=True, sinks=sinks), resume=first.checkpoint)
+    (message,) = [text for text in said(caught) if "begin anew" in text]
+    message = message.removeprefix("ww_monitor: ")
+    history = History.read(tmp_path / "ww_history.jsonl")
+    assert steps_of(history) == [0, 2, 4, 6, 8]
+    notes = [finding for one in history for finding in one.findings if finding.rule == "track_delta"]
+    assert [finding.message for finding in notes] == [message]
+    assert [one.step for one in history if one.summary["delta_norm"] == 0.0] == [0, 6]
+    assert message.startswith("delta_norm and rotations begin anew at step 6: ")
+    assert message in write_report(tmp_path, path=tmp_path / "run.html").read_text()
+    events = EventAccumulator(str(tmp_path / "events")).Reload().Tensors("ww/findings/text_summary")
+    assert any(message in event.tensor_proto.string_val[0].decode().replace("\\", "") for event in events)
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)

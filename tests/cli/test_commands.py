@@ -127,6 +127,9 @@ def test_a_note_goes_to_standard_error(model, tmp_path):
     json.loads(found.stdout)
     assert found.stderr.startswith("ww-monitor: note: walk_files: ")
     assert called("analyze", tmp_path / "two.pt", "--json", "--part", "ema").stderr == ""
+    assert called("describe", tmp_path / "two.pt", "--json", "--part", "ema").stderr == ""
+    found = called("compare", tmp_path / "two.pt", tmp_path / "two.pt", "--json", "--part", "ema", "--part-b", "model")
+    assert (found.stderr, json.loads(found.stdout)["summary"]["frobenius"]) == ("", 0)
 
 
 def test_analyze_selects_and_writes_a_page(model, tmp_path):

@@ -70,7 +70,7 @@ def loads():
     gc.unfreeze()
 
 
-HALF, THIRD = (15_000, 40), (10_000, 40)
+HALF, THIRD = (3_750, 40), (2_500, 40)
 """Of the elements up to which matrices of one shape are loaded together (`engine.run.TOGETHER`), a little more."""
 
 

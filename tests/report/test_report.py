@@ -156,6 +156,13 @@ def test_where_a_run_was_resumed_the_later_account_holds(write, tmp_path):
 # --- what it says
 
 
+def test_every_resume_of_a_run_is_told(write, tmp_path):
+    notes = [Finding("continues", "", "info", f"continues the run in folder {step}", step=step) for step in (10, 20)]
+    path = saved(tmp_path / "run.jsonl", [snapshot(0), *(snapshot(one.step, findings=[one]) for one in notes)])
+    (run,) = facts(write(path))
+    assert [one.message for one in notes] == [span[3] for span in run["spans"]]
+
+
 def test_three_sentences_say_what_to_look_at():
     begun = Finding("trap", "fc2", "critical", "fc2: 2 traps", step=10)
     drift = Finding("mean_shift", "fc1", "info", "fc1: the mean is large", step=10)

@@ -138,9 +138,9 @@ def test_layers_are_shown_by_as_many_metrics_as_fit_and_then_by_role():
 
 
 def test_adapters_are_no_layers_of_the_role_that_they_adapt():
-    many = [(f"h.{at}.q{end}", "q") for at in range(60) for end in ("", ".lora[default]")]
+    many = [(f"h.{at}.q{end}", "q") for at in range(60) for end in ("", ".lora[default]", ".loha[default]")]
     shown = Published().scalars(snapshot(many))
-    assert {"ww_alpha/q_mean", "ww_alpha/q_lora_mean"} <= shown.keys()
+    assert {"ww_alpha/q_mean", "ww_alpha/q_lora_mean", "ww_alpha/q_loha_mean"} <= shown.keys()
 
 
 def test_a_verdict_that_is_gone_falls_to_zero():
@@ -168,6 +168,15 @@ def test_all_is_everything():
 )
 def test_names_and_globs_are_all_that_is_shown(publish, expected):
     assert Published(publish).scalars(snapshot([("a", "q"), ("b", "q")])).keys() == expected
+
+
+def test_the_brackets_of_a_layer_s_name_are_its_own():
+    seen = snapshot([("a.lora[default]", "q"), ("a.lorad", "q"), ("h1", "q")])
+    assert Published(["ww_alpha/*.lora[default]"]).scalars(seen).keys() == {
+        "ww_alpha/a.lora_default",
+        "ww_alpha/a.lorad",
+    }
+    assert Published(["ww_alpha/h[12]"]).scalars(seen).keys() == {"ww_alpha/h1"}
 
 
 def test_key_among_names_stands_for_its_own_set():

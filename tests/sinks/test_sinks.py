@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import json
 import os
+import pickle
 import pkgutil
 import random
 import threading
@@ -20,7 +22,7 @@ import torch
 
 import ww_monitor
 from ww_monitor import sinks
-from ww_monitor.errors import SpectralWarning
+from ww_monitor.errors import SpectralWarning, WWMonitorError
 from ww_monitor.record import Finding, Histogram, History, Layer, Snapshot
 from ww_monitor.sinks import Sink
 from ww_monitor.sinks.console import Console, table
@@ -190,6 +192,28 @@ def test_a_sink_leaves_the_snapshot_as_it_is(name, tmp_path, make_sink):
     sink.write(one)
     sink.close()
     assert one.to_json() == before
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_sink_in_use_can_be_copied_and_the_copy_writes(name, tmp_path, make_sink):
+    sink, _ = make_sink(name, tmp_path)
+    sink.write(snapshot(10))
+    for make_copy in (copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))):
+        made = make_copy(sink)
+        made.write(snapshot(20))
+        made.close()
+    sink.write(snapshot(30))
+    sink.close()
+
+
+def test_a_copy_of_a_sink_has_not_the_writer_that_was_given_and_says_so(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path) as writer:
+        made = copy.deepcopy(TensorBoard(writer))
+    with pytest.raises(WWMonitorError, match="got a copy without it; give a log folder"):
+        made.write(snapshot())
+    made.close()
 
 
 @pytest.mark.parametrize("thing", [print, object(), "sink", {}, type("Half", (), {"write": print})()])

@@ -67,7 +67,10 @@ def layouts(read_events):
             for category in layout.category:
                 for chart in category.chart:
                     series = [tag for s in chart.margin.series for tag in (s.value, s.lower, s.upper)]
-                    charts[chart.title] = chart.WhichOneof("content"), [*chart.multiline.tag, *series]
+                    charts[category.title.partition("ww_monitor")[0] + chart.title] = (
+                        chart.WhichOneof("content"),
+                        [*chart.multiline.tag, *series],
+                    )
             found.append(charts)
         return found
 
@@ -234,7 +237,7 @@ def test_a_layout_of_the_owners_is_left_alone(tmp_path, layouts, scalars):
     with SummaryWriter(tmp_path) as writer:
         writer.add_custom_scalars({"mine": {"loss": ["Multiline", ["loss"]]}})
         TensorBoard(writer, layout=False).write(snapshot())
-    assert layouts(tmp_path) == [{"loss": ("multiline", ["loss"])}]
+    assert layouts(tmp_path) == [{"mineloss": ("multiline", ["loss"])}]
     assert "ww_band/alpha_low" not in scalars(tmp_path)
 
 
@@ -313,6 +316,27 @@ def test_dashboards_keep_their_writers_apart(tmp_path, texts, images, layouts):
         assert len(layouts(tmp_path / name)) == 1
         assert f"| 1 | `{name}` |" in texts(tmp_path / name, "ww/alpha_map")[0][1]
         assert [step for step, _ in images(tmp_path / name, "ww/alpha_map")] == [5]
+
+
+def test_two_monitors_of_a_writer_share_no_key_and_both_have_charts(tmp_path, read_events, layouts):
+    def picture(_: Snapshot) -> dict[str, np.ndarray]:
+        return {"fc": np.zeros((4, 4, 3), np.uint8)}
+
+    def written(folder: Path, *prefixes: str) -> set[tuple[str, str]]:
+        with SummaryWriter(folder) as writer:
+            for prefix in prefixes:
+                TensorBoard(writer, prefix=prefix, figures=picture).write(snapshot(10, trap("fc", 10)))
+        return {
+            (kind, tag) for kind, tags in read_events(folder).Tags().items() if isinstance(tags, list) for tag in tags
+        }
+
+    layout = ("tensors", "custom_scalars__config__")  # one for both
+    alone = written(tmp_path / "alone", "") - {layout}
+    both = written(tmp_path / "both", "teacher/", "student/")
+    assert both == {layout, *((kind, prefix + tag) for prefix in ("teacher/", "student/") for kind, tag in alone)}
+    assert {"scalars", "histograms", "images", "tensors"} <= {kind for kind, _ in alone}
+    tags = {tag for _, series in layouts(tmp_path / "both")[-1].values() for tag in series}
+    assert {"teacher/ww/alpha", "student/ww/alpha"} <= tags
 
 
 def test_a_dashboard_does_not_keep_a_writer_alive(tmp_path):

@@ -15,7 +15,7 @@ import ww_monitor
 from tests.processes import run_python
 from ww_monitor import MissingDependency, Monitor, WWMonitorError
 from ww_monitor.record import Finding, Histogram, Layer, Snapshot
-from ww_monitor.sinks.wandb import Dashboard, WandB
+from ww_monitor.sinks.wandb import Dashboard, WandB, _QueuedRows
 from ww_monitor.walk.torch import walk
 
 wandb = pytest.importorskip("wandb", reason="wandb, the tracker, is not installed")
@@ -71,7 +71,8 @@ def test_a_snapshot_is_one_row_with_its_step_on_an_axis_of_its_own(tmp_path, sta
         for step in (10, 20)
     ]
     assert [row["loss"] for row in written["rows"] if "loss" in row] == [1.0, 0.5, 0.5]
-    assert written["steps"] == [("ww/step", ""), ("ww/*", "ww/step"), ("ww_*", "ww/step")]
+    assert written["steps"][0] == ("ww/step", "")
+    assert {("ww/alpha", "ww/step"), ("ww_alpha/encoder.fc", "ww/step")} < set(written["steps"])
 
 
 def looks_and_logs(order: str) -> list[str]:
@@ -122,7 +123,7 @@ def test_rows_that_wait_take_bounded_memory(tmp_path, start_wandb, monkeypatch):
     board = Dashboard()
     for step in range(40):
         board.update(run, snapshot(step), step, values={"ww/alpha": 3.0})
-    waiting = board._rows._queue
+    waiting = _QueuedRows.of(run, "ww/step")._queue
     assert len(waiting) <= 8
     assert waiting[-1]["ww/step"] == 39
     assert sum("ww_esd/encoder.fc" in row for row in waiting) <= 3
@@ -155,19 +156,19 @@ def test_a_medium_that_fails_costs_itself_alone(tmp_path, start_wandb, read_wand
     assert there == media.keys() - {what}
 
 
-@pytest.mark.parametrize("owner", ["trainer/global_step", "train/global_step"])
-def test_the_axis_of_the_runs_owner_is_found(tmp_path, start_wandb, read_wandb, owner):
+@pytest.mark.parametrize("most", [1000, 0])
+def test_our_axis_is_declared_key_by_key_where_there_are_few(tmp_path, start_wandb, read_wandb, monkeypatch, most):
+    monkeypatch.setattr("ww_monitor.sinks.wandb.MOST_DECLARED", most)
     run = start_wandb(tmp_path)
-    run.define_metric("*", step_metric=owner, step_sync=True)
-    run.log({"loss": 1.0, owner: 3})
-    sink = WandB()
-    sink.write(snapshot(10))
+    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    run.log({"loss": 1.0, "trainer/global_step": 3})
+    WandB().write(snapshot(10))
     run.finish()
     written = read_wandb(tmp_path)
     (row,) = (row for row in written["rows"] if "ww/alpha" in row)
-    assert row[owner] == 10
-    assert "ww/step" not in row
-    assert written["steps"] == [("*", owner)]
+    assert row["ww/step"] == 10
+    declared = {name for name, axis in written["steps"] if axis == "ww/step"}
+    assert declared >= ({"ww/alpha", "ww_alpha/encoder.fc", "ww_esd/encoder.fc"} if most else {"ww/*", "ww_*"})
 
 
 def test_the_axis_of_the_runs_owner_can_be_told(tmp_path, start_wandb, read_wandb):
@@ -179,13 +180,12 @@ def test_the_axis_of_the_runs_owner_can_be_told(tmp_path, start_wandb, read_wand
     assert written["steps"] == []
 
 
-def test_without_scalars_the_row_has_what_a_logger_cannot_carry(tmp_path, start_wandb, read_wandb):
+def test_without_scalars_the_row_has_media_alone(tmp_path, start_wandb, read_wandb):
     run = start_wandb(tmp_path)
-    Dashboard(step_key="trainer/global_step").update(run, snapshot(10), 9)
+    WandB(run, scalars=False).write(snapshot(10))
     run.finish()
     (row,) = read_wandb(tmp_path)["rows"]
-    assert plain(row) == {}
-    assert row["trainer/global_step"] == 9
+    assert plain(row) == {"ww/step": 10}
     assert of_key(row, "ww_esd/encoder.fc")["_type"] == "histogram"
 
 
@@ -302,6 +302,24 @@ def test_a_run_stays_its_owners(tmp_path, start_wandb):
     run.log({"loss": 1.0})
 
 
+def test_two_monitors_of_a_run_share_no_key_and_no_alert(tmp_path, start_wandb, read_wandb):
+    def written(folder: Path, *prefixes: str) -> tuple[dict[str, Any], Any]:
+        run = start_wandb(folder)
+        for prefix in prefixes:
+            sink = WandB(prefix=prefix, figures=lambda _: {"fc": np.zeros((4, 4, 3), np.uint8)})
+            sink.write(snapshot(10, finding("trap", "fc")))
+            sink.close()
+        run.finish()
+        read = read_wandb(folder)
+        return {key: value for row in read["rows"] for key, value in row.items() if key[0] != "_"}, read
+
+    (alone, _), (both, read) = written(tmp_path / "alone", ""), written(tmp_path / "both", "teacher/", "student/")
+    assert both.keys() == {prefix + key for prefix in ("teacher/", "student/") for key in alone}
+    assert {"ww/layers/_type", "ww/alpha_map/_type", "ww_esd/encoder.fc/_type", "ww_spectrum/fc/_type"} <= alone.keys()
+    assert ("student/ww_esd/encoder.fc", "student/ww/step") in read["steps"]
+    assert [title for title, *_ in read["alerts"]] == ["ww_monitor: teacher/trap", "ww_monitor: student/trap"]
+
+
 def test_a_run_that_is_given_goes_before_the_active_one(tmp_path, start_wandb, read_wandb):
     active, given = start_wandb(tmp_path / "active"), start_wandb(tmp_path / "given", active=False)
     WandB(given).write(snapshot())
@@ -321,7 +339,7 @@ def test_a_second_active_run_begins_anew(tmp_path, start_wandb, read_wandb):
     for name in ("a", "b"):
         written = read_wandb(tmp_path / name)
         assert written["rows"][0]["ww/step"] == 10
-        assert ("ww/*", "ww/step") in written["steps"]
+        assert ("ww/alpha", "ww/step") in written["steps"]
 
 
 def test_a_disabled_run_is_no_error():

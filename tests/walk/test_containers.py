@@ -135,3 +135,24 @@ def test_a_file_whose_weights_are_all_left_out_is_an_error_with_the_reasons(tmp_
 
 def test_only_small_vectors_in_a_mapping_are_no_error():
     assert list(walk_source({"norm.weight": torch.ones(4)})) == []
+
+
+def test_a_list_of_tensors_is_read_where_nothing_else_has_weights_or_on_request(read):
+    averages = [THIRD["fc.weight"], torch.zeros(3)]
+    check(read({"shadow_params": averages, "decay": 0.9}), {"0": THIRD["fc.weight"]})
+    content = {"model": ONE, "ema": {"shadow_params": averages}}
+    check(read(content), {"fc": ONE["fc.weight"]})
+    check(read(content, part="ema"), {"0": THIRD["fc.weight"]})
+
+
+def test_the_part_that_is_suggested_is_the_one_that_is_left_out():
+    with pytest.warns(SpectralWarning, match="read 'student', left out 'teacher', .*; part='teacher' reads that alone"):
+        list(walk_source({"teacher": ONE, "student": THIRD}))
+
+
+def test_averages_whose_names_have_lost_their_dots_are_copies(read):
+    plain = {f"model.net.{key}": value for key, value in ONE.items()}
+    copies = {f"model_ema.net{key.replace('.', '')}": value * 2 for key, value in ONE.items()}
+    items = read({**plain, **copies, "model_ema.decay": torch.ones(())})
+    check(items, {"model.net.fc": ONE["fc.weight"]})
+    assert items["model_ema.netfcweight"].reason == "a copy of model.net.fc.weight, averaged"

@@ -21,6 +21,17 @@ ADDED = {
     "Vera": {"r": 4, "init_weights": False},
     "FourierFT": {"n_frequency": 60},
     "RandLora": {"r": 4, "init_weights": False},
+    "Adamss": {},
+    "C3A": {"block_size": 4},
+    "Delora": {},
+    "Frod": {},
+    "Gralora": {},
+    "OSF": {},
+    "Psoft": {"r": 4},
+    "Pvera": {"r": 4},
+    "TinyLora": {},
+    "VBLoRA": {"vector_length": 4, "num_vectors": 8},
+    "WaveFT": {"n_frequency": 60},
 }
 NOT_ADDED = {
     "OFT": {"oft_block_size": 4, "init_weights": False},
@@ -47,6 +58,8 @@ def of(kind, source):
 
 def adapted(name, options):
     peft = pytest.importorskip("peft", reason="the adapters are theirs")
+    if not hasattr(peft, f"{name}Config"):
+        pytest.skip(f"this version of peft has no {name}")
     torch.manual_seed(0)
     model = peft.get_peft_model(Net(), getattr(peft, f"{name}Config")(target_modules=["fc"], **options))
     with torch.no_grad():
@@ -93,6 +106,14 @@ def test_an_adapter_that_adds_no_delta_is_skipped_with_the_reason(name):
     assert {key for key in before if key.endswith("plain.weight")}
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", [*ADDED, *NOT_ADDED][1:])
+def test_stored_factors_of_adapters_without_a_delta_of_their_own_are_no_layers(name):
+    peft = pytest.importorskip("peft", reason="the adapters are theirs")
+    model = adapted(name, (ADDED | NOT_ADDED)[name])
+    assert not of(Matrix, peft.get_peft_model_state_dict(model))
+
+
 def random(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
@@ -107,6 +128,13 @@ FILES = {
     ),
     "diffusers": ({"a.to_q.lora.down.weight": RIGHT, "a.to_q.lora.up.weight": LEFT}, "a.to_q", 1.0),
     "diffusers processor": ({"a.to_q_lora.down.weight": RIGHT, "a.to_q_lora.up.weight": LEFT}, "a.to_q", 1.0),
+    "diffusers text encoder": (
+        {"q_proj.lora_linear_layer.down.weight": RIGHT, "q_proj.lora_linear_layer.up.weight": LEFT},
+        "q_proj",
+        1.0,
+    ),
+    "XLabs": ({"p.qkv_lora1.down.weight": RIGHT, "p.qkv_lora1.up.weight": LEFT}, "p.qkv", 1.0),
+    "MLX": ({"l.0.q_proj.lora_a": RIGHT.T.contiguous(), "l.0.q_proj.lora_b": LEFT.T.contiguous()}, "l.0.q_proj", 1.0),
     "torchtune": ({"l.0.q_proj.lora_a.weight": RIGHT, "l.0.q_proj.lora_b.weight": LEFT}, "l.0.q_proj", 1.0),
 }
 
@@ -117,6 +145,69 @@ def test_the_factors_of_any_writer_give_their_delta_and_are_no_layers(writer):
     found = of(Matrix, tensors)
     assert list(found) == [f"{name}.lora[default]"]
     assert torch.allclose(found[f"{name}.lora[default]"].load()[0], scale * LEFT @ RIGHT)
+    assert {item.reason for item in of(Skipped, tensors).values()} == {"factor of lora[default]"}
+
+
+@pytest.mark.parametrize("orientation", ["torch", "MLX"])
+def test_the_factors_of_a_square_weight_are_told_by_the_smaller_side(orientation):
+    left, right = random(20, 4), random(4, 20)
+    a, b = (right, left) if orientation == "torch" else (right.T, left.T)
+    (item,) = of(Matrix, {"q.lora_a": a, "q.lora_b": b}).values()
+    assert torch.allclose(item.load()[0], left @ right, atol=1e-6)
+
+
+def test_the_scale_of_mlx_is_in_its_configuration(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch", reason="its files are read")
+    safetensors.save_file(
+        {"q.lora_a": RIGHT.T.contiguous(), "q.lora_b": LEFT.T.contiguous()}, tmp_path / "adapters.safetensors"
+    )
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_parameters": {"rank": 4, "scale": 20.0}}))
+    (item,) = of(Matrix, tmp_path).values()
+    assert torch.allclose(item.load()[0], 20 * LEFT @ RIGHT, atol=1e-4)
+
+
+HEADERS = {
+    "diffusers": {
+        "lora_adapter_metadata": json.dumps(
+            {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.alpha_pattern": {"^b.fc": 12}}
+        )
+    },
+    "kohya": {"ss_network_alpha": "8.0", "ss_network_dim": "4"},
+}
+
+
+@pytest.mark.parametrize("writer", HEADERS)
+def test_the_header_of_a_file_says_the_scaling(tmp_path, writer):
+    safetensors = pytest.importorskip("safetensors.torch", reason="its files are read")
+    tensors = {
+        f"transformer.{at}.fc.lora_{which}.weight": factor
+        for at in "ab"
+        for which, factor in (("A", RIGHT), ("B", LEFT))
+    }
+    safetensors.save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors", HEADERS[writer])
+    a, b = of(Matrix, tmp_path).values()
+    assert torch.allclose(a.load()[0], 2 * LEFT @ RIGHT, atol=1e-5)
+    assert torch.allclose(b.load()[0], (3 if writer == "diffusers" else 2) * LEFT @ RIGHT, atol=1e-5)
+
+
+def test_a_file_that_says_no_scaling_is_read_with_one_and_says_so(tmp_path):
+    torch.save({"a.lora_A.weight": RIGHT, "a.lora_B.weight": LEFT}, tmp_path / "lora.pt")
+    with pytest.warns(
+        ww_monitor.SpectralWarning, match=r"nothing says how the 2 factors .*lora.pt are scaled; taken as 1"
+    ):
+        (item,) = of(Matrix, tmp_path / "lora.pt").values()
+    assert torch.equal(item.load()[0], LEFT @ RIGHT)
+
+
+def test_a_kernel_between_the_factors_is_part_of_the_delta():
+    """As LoCon composes three convolutions: down 1 × 1, the kernel in the middle, up 1 × 1."""
+    down, middle, up = random(4, 10, 1, 1), random(4, 4, 3, 3), random(12, 4, 1, 1)
+    tensors = {"c.lora_down.weight": down, "c.lora_mid.weight": middle, "c.lora_up.weight": up}
+    (item,) = of(Matrix, tensors).values()
+    x = random(1, 10, 5, 5)
+    conv = nn.functional.conv2d
+    kernel = item.load().permute(1, 2, 0).reshape(12, 10, 3, 3)
+    assert torch.allclose(conv(x, kernel), conv(conv(conv(x, down), middle), up), atol=1e-4)
     assert {item.reason for item in of(Skipped, tensors).values()} == {"factor of lora[default]"}
 
 
@@ -169,3 +260,42 @@ def test_a_hostile_pattern_is_refused_at_once_with_our_own_error(tmp_path, patte
     with pytest.raises(WWMonitorError, match="walk_files: expected"):
         list(walk_files(folder(tmp_path, alpha_pattern={pattern: 1})))
     assert time.process_time() - start < 5
+
+
+class Adapted(nn.Linear):
+    """A layer with a low-rank adapter of its own: its factors are parameters (loralib) or layers (torchtune)."""
+
+    def __init__(self, *, layers, **about):
+        super().__init__(20, 24)
+        vars(self).update(about)
+        for name, factor in (("a" if layers else "A", RIGHT), ("b" if layers else "B", LEFT)):
+            inner = nn.Linear(1, 1, bias=False)
+            inner.weight = nn.Parameter(factor.clone())
+            setattr(self, f"lora_{name}", inner if layers else nn.Parameter(factor.clone()))
+
+
+@pytest.mark.parametrize(
+    ("layers", "about"), [(False, {"scaling": 0.5}), (True, {"alpha": 2.0}), (True, {"lora_alpha": 2})]
+)
+def test_an_adapter_of_a_user_s_own_in_a_live_module_gives_its_delta(layers, about):
+    module = nn.ModuleDict({"q": Adapted(layers=layers, **about), "out": nn.Linear(24, 9)})
+    module["q"].weight.requires_grad = False
+    found = of(Matrix, module)
+    assert set(found) == {"q", "q.lora[default]", "out"}
+    assert torch.allclose(found["q.lora[default]"].load()[0], 0.5 * LEFT @ RIGHT)
+    assert not found["q.lora[default]"].frozen
+    assert {item.reason for item in of(Skipped, module).values()} == {"factor of lora[default]"}
+    assert set(of(Matrix, module.state_dict())) == set(found)
+    with torch.no_grad():
+        module["q"].get_parameter("lora_a.weight" if layers else "lora_A").mul_(2)
+    assert torch.allclose(found["q.lora[default]"].load()[0], LEFT @ RIGHT)
+
+
+def test_the_alpha_of_a_live_module_may_be_a_buffer_and_lora_leaves_the_delta_out():
+    module = nn.Module()
+    module.lora_down, module.lora_up = nn.Linear(20, 4, bias=False), nn.Linear(4, 24, bias=False)
+    module.register_buffer("alpha", torch.tensor(2.0))
+    (item,) = of(Matrix, nn.ModuleDict({"u_fc": module})).values()
+    assert torch.allclose(item.load()[0], 0.5 * module.lora_up.weight @ module.lora_down.weight)
+    left = list(walk_source(nn.ModuleDict({"u_fc": module}), lora=["base"]))
+    assert [item.reason for item in left] == ["factor of lora[default]"] * 2

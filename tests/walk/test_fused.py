@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from ww_monitor.errors import InvalidArgument
+from ww_monitor.errors import InvalidArgument, SpectralWarning
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import fused, parts
+from ww_monitor.walk.state_dict import walk_state_dict
 from ww_monitor.walk.torch import walk
 
 transformers = pytest.importorskip("transformers", reason="the models are theirs")
@@ -262,6 +263,16 @@ def test_split():
     assert {matrix.role for matrix in found.values()} == {""}
 
 
+@pytest.mark.parametrize("kind", ["module", "state dict"])
+def test_a_name_in_split_cuts_itself_and_one_that_is_not_there_warns(kind):
+    model = nn.ModuleDict({name: nn.Linear(8, 12) for name in ("a[0]", "a0", "b*", "bc")})
+    split = {"a[0]": 2, "b*": 3, "gone": 2}
+    with pytest.warns(SpectralWarning, match="split='gone' matches no layer; the first are"):
+        items = list(walk(model, split=split) if kind == "module" else walk_state_dict(model.state_dict(), split=split))
+    names = {item.name for item in items if isinstance(item, Matrix)}
+    assert names == {"a[0].0", "a[0].1", "a0", "b*.0", "b*.1", "b*.2", "bc"}
+
+
 def test_split_of_a_transposed_layer():
     """The outputs of GPT-2's layers are columns."""
     model = gpt2()
@@ -295,7 +306,7 @@ def test_split_is_a_mapping():
 @pytest.mark.parametrize("sizes", [3, (1, 2)])
 def test_split_that_does_not_add_up(sizes):
     """Parts that do not make up the outputs are an error that names the weight."""
-    with pytest.raises(InvalidArgument, match=r"walk: split\['0'\] must add up to the 4 outputs of '0'"):
+    with pytest.raises(InvalidArgument, match="walk: the sizes in split must add up to the 4 outputs of '0'"):
         list(walk(nn.Sequential(nn.Linear(4, 4)), split={"0": sizes}))
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ww_monitor import analyze
 from ww_monitor.errors import NoSuchFile, SpectralWarning, WWMonitorError
-from ww_monitor.matrix import Matrix
+from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.files import walk_files
 from ww_monitor.walk.torch import walk
 
@@ -91,7 +91,9 @@ def test_the_newest_checkpoint_of_a_run_is_read_and_named(tmp_path):
         save(tmp_path / f"checkpoint-{step}" / "model.safetensors")
     (tmp_path / "checkpoint-200").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
-    with pytest.warns(SpectralWarning, match=r"read checkpoint-100, the newest of 4 checkpoints in "):
+    with pytest.warns(
+        SpectralWarning, match=r"read checkpoint-100, the newest .* with weights, which checkpoint-200 lacks"
+    ):
         check(tmp_path)
     save(tmp_path / "model.safetensors")  # the model that the run ended with
     check(tmp_path)
@@ -168,6 +170,43 @@ def test_weights_of_keras_without_their_model_have_its_names_kinds_and_numbers(t
         expected = {item.name: item for item in analyzable(model)}
         assert set(found.values()) == set(expected.values())
         assert all(torch.equal(found[name].load(), expected[name].load()) for name in expected)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras reads a tensor of torch
+def test_weights_of_keras_alone_leave_out_what_their_model_leaves_out(tmp_path):
+    """Tables of positions, the numbers of normalisations, and what a wrapper lists again of the layer inside."""
+    keras = pytest.importorskip("keras", reason="the models are theirs")
+    k = keras.layers
+
+    class PositionEmbedding(k.Layer):
+        def build(self, _):
+            self.table = self.add_weight(shape=(20, 32), name="embeddings")
+
+        def call(self, inputs):
+            return inputs + self.table
+
+    class Wrapped(k.Wrapper):
+        def build(self, shape):
+            super().build(shape)
+            self.own = self.layer.kernel
+
+        def save_own_variables(self, store):
+            store["0"] = self.own.numpy() if hasattr(self.own, "numpy") else self.own
+
+        def call(self, inputs):
+            return self.layer(inputs)
+
+    inputs = keras.Input((20, 32))
+    outputs = k.LayerNormalization(axis=(1, 2))(PositionEmbedding()(inputs))
+    model = keras.Model(inputs, Wrapped(k.Dense(16))(k.SpectralNormalization(k.Dense(24))(outputs)))
+    model.save_weights(tmp_path / "net.weights.h5")
+    stored = list(walk_files(tmp_path / "net.weights.h5"))
+    assert {item.shape for item in stored if isinstance(item, Matrix)} == {(1, 32, 24), (1, 24, 16)}
+    assert len([item for item in stored if isinstance(item, Matrix)]) == len(analyzable(model)) == 2
+    reasons = {item.name.partition(".")[0]: item.reason for item in stored if isinstance(item, Skipped)}
+    assert reasons["position_embedding"] == "a table of positions"
+    assert reasons["layer_normalization"] == "numbers of a normalisation"
+    assert reasons["wrapped"].startswith("tied to wrapped")
 
 
 def analyzable(model):
@@ -312,4 +351,18 @@ def test_an_adapter_s_pattern_that_may_take_for_ever_is_refused(tmp_path, patter
     config = {"lora_alpha": 8, "alpha_pattern": {pattern: 4}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(WWMonitorError):
+        walk_files(tmp_path)
+
+
+def test_of_several_models_in_a_folder_the_first_is_read_and_the_others_are_named(tmp_path):
+    save(tmp_path / "model.safetensors")
+    save(tmp_path / "model_1.safetensors")
+    with pytest.warns(SpectralWarning, match=r"read model.safetensors, left out model_1.safetensors"):
+        check(tmp_path)
+
+
+def test_a_folder_whose_files_have_other_names_says_which_they_are(tmp_path):
+    save(tmp_path / "best.pt")
+    save(tmp_path / "epoch=1-step=3.ckpt")
+    with pytest.raises(WWMonitorError, match=r"found none; it has best.pt, epoch=1-step=3.ckpt: give one of them"):
         walk_files(tmp_path)

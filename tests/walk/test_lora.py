@@ -234,3 +234,11 @@ def test_no_trace():
 def test_a_module_called_base_layer():
     """The name `base_layer` is dropped for adapters only."""
     assert list(matrices(nn.ModuleDict({"base_layer": nn.Linear(4, 4)}))) == ["base_layer"]
+
+
+def test_a_delta_trains_where_its_factors_do():
+    model = adapt(Net(), ["fc"])
+    frozen = {name.removeprefix(PREFIX): item.frozen for name, item in matrices(model, lora=ALL).items()}
+    assert {name for name, still in frozen.items() if not still} == {"fc.lora[default]", "fc.merged"}
+    model.requires_grad_(False)
+    assert all(item.frozen for item in matrices(model, lora=ALL).values())

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import ww_monitor
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import names
+from ww_monitor.walk.state_dict import walk_state_dict
 from ww_monitor.walk.torch import walk
 
 
@@ -210,3 +212,145 @@ def test_the_examples_in_the_docstrings_run():
 
     assert doctest.testmod(names).attempted
     assert not doctest.testmod(names).failed
+
+
+class Conditional(nn.Module):
+    """Experts of a convolution, each a row, whose shape the module says."""
+
+    def __init__(self, declared):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 24 * 12 * 9))
+        self.weight_shape = declared
+
+
+def test_rows_whose_shape_a_module_says_are_kernels_of_that_shape():
+    module = Conditional((24, 12, 3, 3))
+    found = matrices(nn.ModuleDict({"conv": module}))
+    assert {name: (item.shape, item.role) for name, item in found.items()} == {
+        f"conv.{expert}": ((9, 24, 12), "conv") for expert in range(4)
+    }
+    kernel = module.weight[2].view(24, 12, 3, 3)
+    assert torch.equal(found["conv.2"].load(), kernel.permute(2, 3, 0, 1).reshape(9, 24, 12))
+    for other in (None, "24, 12, 3, 3", (24, 12, 3, 2), (24, 108)):
+        assert matrices(Conditional(other))["Conditional"].shape == (1, 4, 24 * 12 * 9)
+
+
+@pytest.mark.parametrize("made", ["weight norm", "spectral norm", "pruned"])
+def test_a_weight_that_a_hook_makes_in_a_class_of_its_own_is_followed(made):
+    make = {
+        "weight norm": nn.utils.weight_norm,
+        "spectral norm": nn.utils.spectral_norm,
+        "pruned": lambda module: prune.random_unstructured(module, "weight", 0.5),
+    }[made]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        module = nn.ModuleDict({"own": make(Linear(40, 30)).eval()})
+    found = matrices(module)
+    module["own"](torch.ones(40))  # the hook writes the weight
+    assert (list(found), reasons(module)) == (["own"], {})
+    assert torch.equal(found["own"].load()[0], module["own"].weight)
+
+
+class Drawn(nn.Linear):
+    """A layer whose weight is a property that draws numbers and counts."""
+
+    def __init__(self):
+        super().__init__(40, 30)
+        del self.weight
+        self.factors = nn.ParameterList([torch.randn(30, 5), torch.randn(5, 40)])
+        self.register_buffer("calls", torch.zeros(()))
+
+    @property
+    def weight(self):
+        if not hasattr(self, "factors"):
+            raise AttributeError
+        self.calls.add_(1)
+        noise = torch.rand(()) * self.training
+        return self.factors[0] @ self.factors[1] + noise
+
+
+def test_a_weight_that_is_a_property_is_read_without_a_trace():
+    module = nn.Sequential(Drawn())
+    before = torch.get_rng_state()
+    weights = matrices(module)["0"].load()[0]
+    assert torch.equal(weights, module[0].factors[0] @ module[0].factors[1])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (float(module[0].calls), module[0].training) == (0, True)
+
+
+class Reticent(nn.Module):
+    """A model with properties that fail and methods that take nothing, as models of a user's own have."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.weight_raw = nn.Linear(16, 48), nn.Parameter(torch.randn(12, 16))
+
+    @property
+    def num_heads(self):
+        raise ValueError
+
+    weight = down_proj = config = gate_up_proj = num_attention_heads = num_heads
+
+    def named_parameters(self):
+        return iter(())
+
+    parameters = named_buffers = named_parameters
+
+
+def test_what_a_model_does_not_tell_costs_no_weight():
+    found = matrices(nn.ModuleDict({"a": Reticent()}))
+    assert [(name, item.frozen) for name, item in found.items()] == [
+        ("a.weight_raw", False),
+        *((f"a.qkv.{e}", False) for e in "qkv"),
+    ]
+    assert ww_monitor.describe(Reticent()).parameters == 16 * 48 + 48 + 12 * 16
+
+
+class Projections(nn.Module):
+    """Matrices whose names end as those of a weight norm, of packed codes, or mention what they act on."""
+
+    def __init__(self):
+        super().__init__()
+        for name in NAMES_OF_WEIGHTS:
+            self.register_parameter(name, nn.Parameter(torch.randn(32, 24)))
+        self.register_buffer("indices", torch.zeros(2, 500, dtype=torch.int64))
+
+
+NAMES_OF_WEIGHTS = [
+    "weight_q", "weight_k", "weight_v", "weight_g", "weights_v", "weight_orig", "W_q", "qweight", "pos_proj", "rope_w",
+    "rel_pos_proj", "pe_kernel", "mask_proj", "bias_proj", "weight_bias_proj", "offset_kernel", "scale_net",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["module", "state dict"])
+def test_a_matrix_is_a_weight_whatever_else_its_name_may_mean(kind):
+    module = nn.ModuleDict({"own": Projections()})
+    found = list(walk(module) if kind == "module" else walk_state_dict(module.state_dict()))
+    assert [item.name for item in found if isinstance(item, Matrix)] == [f"own.{name}" for name in NAMES_OF_WEIGHTS]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "made_of"),
+    [
+        (lambda: nn.utils.weight_norm(nn.Linear(9, 12)), "weight_v"),
+        (lambda: nn.utils.weight_norm(nn.Linear(9, 12), dim=None), "weight_v"),
+        (lambda: nn.utils.weight_norm(nn.Conv2d(9, 12, 3)), "weight_v"),
+        (lambda: nn.utils.spectral_norm(nn.Linear(9, 12)), "weight_orig"),
+        (lambda: prune.l1_unstructured(nn.MultiheadAttention(16, 2), "in_proj_weight", 0.5), "in_proj_weight_orig"),
+    ],
+)
+def test_what_a_weight_is_made_of_is_none_in_a_state_dict(make, made_of):
+    reasons = {item.name: item.reason for item in walk_state_dict(make().state_dict()) if isinstance(item, Skipped)}
+    assert reasons[made_of] == "stored before pruning or a parametrization, which needs the model"
+
+
+def test_a_frozen_script_lists_its_constants():
+    """Their numbers are part of the code, and none of them learns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        frozen = torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(32, 24), nn.ReLU()).eval()))
+    assert (matrices(frozen), reasons(nn.ModuleDict({"a": frozen}))) == (
+        {},
+        {"a": "a frozen script: its weights are constants"},
+    )

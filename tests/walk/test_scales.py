@@ -151,6 +151,13 @@ REFUSED = {
     "another name": {"weight": CODES, "weights_scaling_factor": torch.ones(()), "my_scale": torch.ones(())},
     "scales that are codes": {"weight": CODES, "weight_scale": torch.ones(64, 3, dtype=torch.uint8)},
     "packed bytes": {"weight": torch.ones(64, 48, dtype=torch.uint8), "weight_scale": torch.ones(64, 1)},
+    "the largest magnitude": {"weight": CODES, "weight_amax": torch.ones(64, 1)},
+    "an inverse": {"weight": CODES, "weight_inv": torch.ones(64)},
+    "blocks of another size": {"weight": CODES, "weight_s": torch.ones(16, 24)},
+    "a name as of an activation": {"weight": CODES, "q_scale": torch.ones(64, 1)},
+    "bytes of a library": {"weight": CODES, "_extra_state": torch.ones(100, dtype=torch.uint8)},
+    "scales with their zeros": {"weight": CODES.view(torch.int8), "scales_and_zeros": torch.ones(16, 24, 2)},
+    "tables": {"weight": CODES.view(torch.int8), "scales": torch.ones(64, 9), "tables2": torch.ones(16, 16)},
 }
 
 
@@ -164,25 +171,41 @@ def test_a_layout_that_is_not_known_is_left_out_with_its_reason(tmp_path, case):
         assert "a layout that is not known" in {item.name: item.reason for item in snapshot.skipped}["fc"]
 
 
+def test_eight_bits_beside_a_bias_and_scales_of_activations_are_a_plain_cast():
+    tensors = {"weight": CODES, "bias": torch.ones(64), "input_scale": torch.ones(()), "lora_A": torch.ones(8, 96)}
+    for source in (nn.ModuleDict({"fc": Quantized(tensors)}), mapped(tensors)):
+        found = {item.name: item for item in items_of(source)}
+        assert torch.equal(found["fc"].load()[0].float(), CODES.float())
+
+
 PACKED = {
-    "GPTQ or AWQ": {"qweight": (8, 64), "qzeros": (2, 8), "scales": (2, 64), "g_idx": (64,)},
-    "compressed-tensors": {"weight_packed": (64, 8), "weight_scale": (64, 2), "weight_shape": (2,)},
-    "HQQ": {"W_q": (32, 64), "scale": (64, 1), "zero": (64, 1)},
+    "packed codes (GPTQ or AWQ)": {"qweight": (8, 64), "qzeros": (2, 8), "scales": (2, 64), "g_idx": (64,)},
+    "packed codes (compressed-tensors)": {"weight_packed": (64, 8), "weight_scale": (64, 2), "weight_shape": (2,)},
+    "packed codes (HQQ)": {"W_q": (32, 64), "scale": (64, 16), "zero": (64, 16)},
+    "with codebooks": {"codes": (64, 12, 2), "codebooks": (2, 256, 1, 8)},
+    "with up_proj_scales": {"up_proj_blocks": (2, 64, 4, 9), "up_proj_scales": (2, 64, 4)},
 }
 
 
+@pytest.mark.parametrize("kind", ["module", "mapping"])
 @pytest.mark.parametrize("case", PACKED)
-def test_packed_codes_and_their_scales_are_no_weights(case):
-    """Neither the codes nor their scales, which may have two dimensions, are taken for weights."""
+def test_packed_codes_and_their_scales_are_no_weights(case, kind):
+    """Neither the codes nor their scales, which may have two dimensions, are taken for weights; both are listed."""
     tensors = {
-        name: torch.ones(shape, dtype=torch.float16 if "scale" in name else torch.int32)
+        name: torch.ones(shape, dtype=torch.float16 if "scale" in name or "books" in name else torch.int32)
         for name, shape in PACKED[case].items()
     }
-    found = {item.name: item for item in walk_state_dict(mapped(tensors))}
+    module = nn.Module()
+    for name, tensor in tensors.items():
+        module.register_buffer(name, tensor)
+    found = {
+        item.name: item for item in items_of(nn.ModuleDict({"fc": module}) if kind == "module" else mapped(tensors))
+    }
     assert not any(isinstance(item, Matrix) for item in found.values())
+    assert set(found) == {f"fc.{name}" for name, tensor in tensors.items() if tensor.ndim > 1}
     codes = next(iter(PACKED[case]))
-    assert found[f"fc.{codes}"].reason == f"packed codes ({case}), which are not read"
-    assert {item.reason for name, item in found.items() if name != f"fc.{codes}"} <= {f"scales of fc.{codes}"}
+    assert case in found.pop(f"fc.{codes}").reason or codes == "up_proj_blocks"
+    assert {item.reason.replace("fc.", "") for item in found.values()} <= {f"scales of {codes}"}
 
 
 def test_eight_bits_without_a_scale_are_weights_unless_others_have_one():

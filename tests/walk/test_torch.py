@@ -472,7 +472,7 @@ def test_quantized_modules():
     held = nn.Module()
     held.register_buffer("qweight", torch.ones(4, 4, dtype=torch.int32))
     held.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool))
-    assert reasons(in_box(held)) == {"box.qweight": "integer weights"}
+    assert reasons(in_box(held)) == {"box.qweight": "packed codes (GPTQ or AWQ), which are not read"}
 
 
 # --- loading

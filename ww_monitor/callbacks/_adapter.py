@@ -14,13 +14,15 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from ww_monitor.baseline import DELTAS
 from ww_monitor.callbacks._apart import StateKey, place_in
 from ww_monitor.callbacks._session import Session
-from ww_monitor.callbacks._watched import Watched
+from ww_monitor.callbacks._watched import TRAP_FREE, Watched
 from ww_monitor.engine import Options
 from ww_monitor.harm import trap_harm
 from ww_monitor.matrix import Matrix
 from ww_monitor.monitor import Monitor
+from ww_monitor.monitor.update import UPDATE
 from ww_monitor.record import Skipped, Snapshot
 from ww_monitor.settings import AnalysisOptions, CallbackOptions, RunOptions, Select
 from ww_monitor.signatures import method_taking
@@ -54,9 +56,6 @@ class Adapter:
 
     _prefix = ""
     """What the framework puts before our keys in TensorBoard."""
-
-    _step_key: str | None = None
-    """The x axis that the framework declares in W&B."""
 
     _left_out = frozenset(("_left_open", "_dashboards", "_handler", "log", "log_dict"))
     """What a copy has not; the last two are methods of the module, which Lightning puts there."""
@@ -92,7 +91,7 @@ class Adapter:
         """Where on the framework's own axis a step lies whose snapshot is under way."""
 
     def _make_dashboards(self) -> Dashboards:
-        return Dashboards(prefix=self._prefix + self._name, step_key=self._step_key, publish=self._chosen_keys)
+        return Dashboards(prefix=self._prefix, name=self._name, publish=self._chosen_keys)
 
     def _keep_apart(self, callbacks: Sequence[Any]) -> None:
         """Take keys of one's own among the callbacks of a run: the second monitor that would share them gets `2/`."""
@@ -117,6 +116,14 @@ class Adapter:
         """The key in a checkpoint of the state that this monitor of a run continues."""
         others = [one._state_key for one in callbacks if isinstance(one, Adapter) and one is not self]
         return self._state_key.among(saved, others)
+
+    @property
+    def _model_metrics(self) -> set[str]:
+        """Names of the model-level values that there may be."""
+        analyzer, names = self.monitor.analyzer, {metric.name for metric in self.monitor.options.chosen}
+        names |= {TRAP_FREE, *DELTAS * analyzer.track_delta, *UPDATE * analyzer.track_updates}
+        names |= {"trap_harm"} if self._measures_harm else set()
+        return names | ({"snapshots_dropped"} if analyzer.mode == "async" else set())
 
     @property
     def _key(self) -> str:
@@ -150,6 +157,7 @@ class Adapter:
         print_line: Callable[[str], object] | None,
         rank: int = 0,
         ranks: int = 1,
+        optimizers: Sequence[Any] = (),
     ) -> None:
         """A run begins, or goes on, at optimizer step `step`.
 
@@ -159,6 +167,7 @@ class Adapter:
             print_line: Where console lines go, if they are wanted.
             rank: Of this process; only the first writes files and lines.
             ranks: Number of processes: each analyses its share, and all get the same snapshots.
+            optimizers: Of the run, for `actions`.
         """
         monitor = self.monitor
         if not self._resumed and monitor.last_step is not None and (step == 0 or step < monitor.last_step):
@@ -166,13 +175,14 @@ class Adapter:
             self._history_name = ""
         monitor.begin(step)
         monitor.analyzer.before = None  # a run that died may have left weights of this step
+        monitor.act_on(*optimizers)
         monitor.quiet = rank > 0
         monitor.across_ranks = ranks > 1
         place = None
         with monitor.guard("choosing the history file", always=True):
             place = folder()
         if monitor.last_step is not None:
-            self._say_what_goes_on(place, step)
+            self._say_what_it_continues(place, step)
         monitor.place = "" if place is None else str(place.absolute())
         if rank == 0:
             self._session = Session(
@@ -183,19 +193,14 @@ class Adapter:
             )
             self._left_open = weakref.finalize(self, self._session.close)  # where no hook tells of an exception
 
-    def _say_what_goes_on(self, folder: Path | None, step: int) -> None:
-        """Note in the history where a resumed run's earlier part is, and what counts anew."""
+    def _say_what_it_continues(self, folder: Path | None, step: int) -> None:
+        """Note in the history where a resumed run's earlier part is."""
         with self.monitor.guard("saying what goes on", always=True):
             before, name = self.monitor.place, self._history_name
             elsewhere = folder is not None and before and folder.absolute() != Path(before)
             if name and folder is not None and elsewhere and not (folder / name).exists():
                 message = f"continues {Path(before) / name}, which ends with step {self.monitor.last_step}"
                 self.monitor.note("continues", message, step)
-            analyzer = self.monitor.analyzer
-            if analyzer.track_delta and not analyzer.has_baseline:
-                message = f"delta_norm and rotations begin anew at step {step}: the first weights are not at hand"
-                self.monitor.note("track_delta", message, step)
-                self.monitor.say_once("track_delta", message)
 
     def _snapshot(self, model: Source, *, step: int, epoch: int | None, whole: bool = False) -> list[Snapshot]:
         """Look at the model now; the snapshots that are complete, those of the background first.
@@ -269,6 +274,7 @@ class Adapter:
         """The run is over, however it ended; also called when a run begins, for one that has ended unseen."""
         self._resumed = False
         self.monitor.harm = None  # it holds the model
+        self.monitor.acting.detach()
         with self.monitor.guard("last pictures", always=True):
             self._dashboards.finish()
         session, self._session = self._session, None

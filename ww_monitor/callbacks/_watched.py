@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ww_monitor.record import NAN, History, summary_key
 
 TRAP_FREE = "trap_free_until"
-"""Name of the step of the latest snapshot without a correlation trap: it grows while a run is healthy, so that what
-waits for an improvement stops a run with a trap and no other. It is published where a callback watches it."""
+"""Name of the step up to which no correlation trap was seen: it grows while a run is healthy, also between two readings
+at one step, so that what waits for an improvement stops a run with a trap and no other. It is published where a
+callback watches it."""
 
 WITHOUT_SHUFFLES = {"trap_severity": 1.0, "trap_p_value": 1.0}
 """What stands for these where no matrix had to be shuffled: one without a large entry ends at its edge."""
@@ -19,12 +20,6 @@ FLAT = frozenset(("num_traps", "rand_num_traps", "snapshots_dropped", *WITHOUT_S
 """Metrics that stay where they are while a run is healthy."""
 
 _FIELDS = re.compile(r"{([^{}:!]+)")
-
-
-def trap_free_until(history: History) -> float:
-    """The step of the latest snapshot whose layers have less than half a trap between them, −1 if there is none."""
-    free = [snapshot.step for snapshot in history if snapshot.summary.get("num_traps", NAN) < 0.5]
-    return float(free[-1] or 0) if free else -1.0
 
 
 def fields_of(template: object) -> list[str]:
@@ -42,33 +37,51 @@ class Watched:
     Args:
         name: What stands before our keys.
         keys: Keys that others watch, with the value that is the worst for whoever does; which are ours is found here.
+        known: Names of the values that there may be.
     """
 
-    def __init__(self, name: str = "", keys: Mapping[str, float] | None = None) -> None:
+    def __init__(self, name: str = "", keys: Mapping[str, float] | None = None, known: Collection[str] = ()) -> None:
         start = name + summary_key("")
         ours = {key.removeprefix(start): worst for key, worst in (keys or {}).items() if key.startswith(start)}
         self.worst = ours
         self.name = name
+        self._known = known
+        self._read_at, self._readings = -1, 0
 
     def __bool__(self) -> bool:
         return bool(self.worst)
 
-    def values(self, history: History) -> dict[str, float]:
-        """Key → value at the last snapshot, of every metric that is watched and that there is.
+    def values(self, history: History, step: int | None = None) -> dict[str, float]:
+        """Key → value of every metric that is watched and that there is.
 
         A value that is not known is what a matrix without a trap has, or the worst: what watches it finds no key
         otherwise and ends the run.
+
+        Args:
+            history: What was seen.
+            step: Of the weights that it is read for: where no snapshot is of them, no value is known. `None` takes the
+                last snapshot.
         """
-        if not len(history):
-            return {}
-        now, found = history.last.summary, {}
+        last = history.last if len(history) else None
+        now = last.summary if last is not None and step in (None, last.step) else {}
+        found = {}
         for metric, worst in self.worst.items():
             if metric == TRAP_FREE:
-                found[metric] = trap_free_until(history)
-            elif metric in now:
-                known = float(now[metric])
+                found[metric] = self._trap_free_until(history, step)
+            elif metric in now or metric in self._known:
+                known = float(now.get(metric, NAN))
                 found[metric] = known if abs(known) < float("inf") else WITHOUT_SHUFFLES.get(metric, worst)
         return {self.name + summary_key(metric): value for metric, value in found.items()}
+
+    def _trap_free_until(self, history: History, step: int | None) -> float:
+        """Now, or where a trap is there the step of the latest snapshot without one, −1 if there is none."""
+        trapped = [snapshot.summary.get("num_traps", NAN) >= 0.5 for snapshot in history]
+        if trapped and trapped[-1]:
+            return float(max((one.step or 0 for one, bad in zip(history, trapped, strict=True) if not bad), default=-1))
+        now = step if step is not None else (history.last.step or 0) if trapped else 0
+        self._readings = self._readings + 1 if now == self._read_at else 0
+        self._read_at = now
+        return now + min(self._readings, 1023) / 1024
 
     def advice(self, stoppers: Sequence[tuple[Any, str]], key: Any) -> list[str]:
         """What to say of those that wait for an improvement of a value that stays where it is while all is well.
@@ -77,8 +90,10 @@ class Watched:
             stoppers: Each with the key that it watches.
             key: The framework's name of a key of ours.
         """
-        flat = {key(self.name + summary_key(metric)) for metric in FLAT}
         better = key(self.name + summary_key(TRAP_FREE))
+        if TRAP_FREE in self.worst and "num_traps" not in self._known:
+            return [f"{better} is watched, but metrics leave num_traps out: it grows whatever happens"]
+        flat = {key(self.name + summary_key(metric)) for metric in FLAT}
         return [
             f"{type(stopper).__name__} waits for {watched} to improve, which it cannot while no layer has a trap, and"
             f" so ends a healthy run; use stop_on='traps', or let it watch {better}, which grows until there is a trap"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ww_monitor.callbacks._adapter import Adapter, calling_object, hook
-from ww_monitor.callbacks._watched import TRAP_FREE, Watched
+from ww_monitor.callbacks._watched import Watched
 from ww_monitor.errors import MissingDependency
 from ww_monitor.record import NAN, Snapshot, summary_key
 from ww_monitor.sinks.trackers import dashboard_of, uncounted_by_trackio
@@ -60,7 +60,6 @@ class SpectralMonitor(Adapter, TrainerCallback):
     """
 
     _prefix = "train/"
-    _step_key = "train/global_step"
     _handler: CallbackHandler | None = None
     _training = False
     _begun = False
@@ -100,6 +99,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
             print_line=_print_line,
             rank=args.process_index,
             ranks=args.world_size,
+            optimizers=[kwargs.get("optimizer")],
         )
         self._check_surroundings(args)
 
@@ -146,7 +146,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
         watched = self._watched_key(args)
         if watched and not self._is_seen(state):
             self._observe(args, state, control, whole=True, **kwargs)
-        known = {**self._known, **self._watched.values(self.monitor.history)}
+        known = {**self._known, **self._watched.values(self.monitor.history, state.global_step)}
         values = {_evaluation_key(key): value for key, value in known.items() if value == value}
         if watched and watched not in values:
             values[watched] = self._worst(args, watched)
@@ -218,11 +218,14 @@ class SpectralMonitor(Adapter, TrainerCallback):
         for callback in self._handler.callbacks if self._handler and logs else ():
             if isinstance(callback, _PRINTING):
                 continue
-            what = f"callback {type(callback).__name__}"
+            what, board = f"callback {type(callback).__name__}", None
             if state.is_world_process_zero:
                 with self.monitor.guard(f"dashboard of {what}", key=f"dashboard {id(callback)}", always=True):
-                    # before the values: W&B puts both into one row, which these end
-                    self._dashboards.update(_tracker(callback), snapshot, then.global_step)
+                    board = dashboard_of(tracker := _tracker(callback))
+                    keyed = {self._prefix + key: value for key, value in logs.items()}
+                    self._dashboards.update(tracker, snapshot, then.global_step, keyed)
+            if board is not None and board.carries_values:
+                continue
             with self.monitor.guard(what, key=f"callback {id(callback)}", always=True), uncounted_by_trackio():
                 callback.on_log(args, then, control, logs=dict(logs), **kwargs)
 
@@ -237,10 +240,11 @@ class SpectralMonitor(Adapter, TrainerCallback):
         """The evaluation key that `metric_for_best_model` names, if it is one of ours."""
         wanted = args.metric_for_best_model or ""
         key = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
-        names = {TRAP_FREE, *(metric.name for metric in self.monitor.options.chosen)}
-        ours = {self._name + summary_key(name) for name in names} | self._known.keys()
+        ours = [self._name + summary_key(name) for name in self._model_metrics]
         found = next((one for one in ours if _evaluation_key(one) == key), "")
-        self._watched = Watched(self._name, {found: NAN} if found else {})
+        watched = Watched(self._name, {found: NAN} if found else {}, self._model_metrics)
+        if watched.worst.keys() != self._watched.worst.keys():
+            self._watched = watched
         return key if found else ""
 
     def _worst(self, args: Any, key: str) -> float:

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ww_monitor.baseline import DELTAS
 from ww_monitor.callbacks._adapter import Adapter, calling_object, hook
-from ww_monitor.callbacks._watched import TRAP_FREE, Watched, fields_of
+from ww_monitor.callbacks._watched import Watched, fields_of
 from ww_monitor.errors import MissingDependency
 from ww_monitor.record import NAN, Snapshot, summary_key
 from ww_monitor.settings import CallbackOptions, KerasOptions
@@ -78,6 +77,7 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         self._folder = Path(given.folder)
         self._known: dict[str, float] = {}
         self._this_epoch: dict[str, float] = {}
+        self._saving: list[Any] = []
 
     @hook
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
@@ -107,14 +107,15 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         """A snapshot where one is due."""
         self._within_line = True
-        if self.monitor.due(step := self._step()):
-            self._observe(step)
+        due, read = self.monitor.due(step := self._step()), any(_saves_after(batch, one) for one in self._saving)
+        if due or read:
+            self._observe(step, whole=read)
         else:
             self._take(self.monitor.collect())
         if logs is not None:
             alpha = _log_key(self._name + summary_key("alpha"))
             logs.update({key: value for key, value in self._known.items() if key == alpha})
-            logs.update(_as_logged(self._watched.values(self.monitor.history)))
+            logs.update(_as_logged(self._watched.values(self.monitor.history, step if read else None)))
 
     @hook
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
@@ -126,7 +127,7 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         elif self.monitor.due_at_epoch_end(epoch, step):
             self._observe(step)
         if logs is not None:
-            logs.update({**self._this_epoch, **_as_logged(self._watched.values(self.monitor.history))})
+            logs.update({**self._this_epoch, **_as_logged(self._watched.values(self.monitor.history, step))})
 
     @hook
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
@@ -199,11 +200,12 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         """Note what later callbacks watch; say which ones stand before this one and cannot see its values."""
         self._keep_apart(callbacks)
         place = next((at for at, callback in enumerate(callbacks) if callback is self), 0)
-        names = {TRAP_FREE, *(metric.name for metric in self.monitor.options.chosen), *DELTAS, "snapshots_dropped"}
+        names = self._model_metrics
         ours = {_log_key(key): key for key in (self._name + summary_key(name) for name in names)}
         found = [(one, key) for one in callbacks for key in _watched_by(one) if key in ours]
         later = [(one, key) for one, key in found if one in callbacks[place + 1 :]]
-        self._watched = Watched(self._name, {ours[key]: _worst(one) for one, key in later})
+        self._watched = Watched(self._name, {ours[key]: _worst(one) for one, key in later}, names)
+        self._saving = [one for one, _ in later if isinstance(getattr(one, "save_freq", None), int)]
         stoppers = [(one, key) for one, key in later if isinstance(one, keras.callbacks.EarlyStopping)]
         for advice in self._watched.advice(stoppers, _log_key):
             self.monitor.say_once(advice, advice)
@@ -257,6 +259,12 @@ def _watched_by(callback: Any) -> list[str]:
     """The keys that a callback acts on: what it monitors, and what the names of its files have in them."""
     monitor = getattr(callback, "monitor", None)
     return ([monitor] if isinstance(monitor, str) else []) + fields_of(getattr(callback, "filepath", None))
+
+
+def _saves_after(batch: int, checkpoint: Any) -> bool:
+    """Whether a checkpoint that is saved every so many batches is saved after this one."""
+    seen, last = (getattr(checkpoint, name, 0) for name in ("_batches_seen_since_last_saving", "_last_batch_seen"))
+    return bool(seen + batch - (last if last is not None and last < batch else -1) >= checkpoint.save_freq)
 
 
 def _worst(watcher: Any) -> float:

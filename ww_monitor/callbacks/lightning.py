@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import monotonic
 from types import FrameType
@@ -17,6 +17,7 @@ from ww_monitor.callbacks._adapter import Adapter, hook
 from ww_monitor.callbacks._watched import Watched, fields_of
 from ww_monitor.errors import MissingDependency
 from ww_monitor.record import NAN, Snapshot, summary_key
+from ww_monitor.sinks.trackers import dashboard_of
 
 _READERS_OF_KEYS = (
     "_validate_callbacks_list",
@@ -61,7 +62,6 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
     The arguments are described with `__init__`.
     """
 
-    _step_key = "trainer/global_step"
     _epoch = 0
     """The last one of which a batch was trained: the Trainer counts on when an epoch has ended."""
 
@@ -79,11 +79,13 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
             print_line=_printer(trainer),
             rank=trainer.global_rank,
             ranks=trainer.world_size,
+            optimizers=trainer.optimizers,
         )
         if monitor.last_step == step and len(monitor.history):
             self._publish_metrics(trainer, monitor.history.last)
         else:
             self._observe(trainer, pl_module, whole=True)
+        self._publish_watched(trainer)
         self._announce()
 
     @hook
@@ -105,6 +107,7 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
         due, read = self.monitor.due(trainer.global_step), bool(self._watched) and self._is_read_now(trainer, batch_idx)
         if due or read:
             snapshots = self._observe(trainer, pl_module, whole=read)
+            self._publish_watched(trainer)
         else:
             snapshots = self._published(trainer, self.monitor.collect())
         alpha = snapshots[-1].summary.get("alpha", NAN) if snapshots else NAN
@@ -117,12 +120,14 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
         """A snapshot where somebody acts on our values after the validation."""
         if self._watched and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._observe(trainer, pl_module, whole=True)
+            self._publish_watched(trainer)
 
     @hook
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """A snapshot where the epoch schedule asks for one, or somebody acts on our values now."""
         if self.monitor.due_at_epoch_end(trainer.current_epoch, trainer.global_step) or self._watched:
             self._observe(trainer, pl_module, whole=bool(self._watched), after_batch=True)
+            self._publish_watched(trainer)
 
     @hook
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -192,7 +197,7 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
         with self.monitor.guard("looking at the other callbacks", always=True):
             found = [(one, key) for one in trainer.callbacks for key in _watched_by(one)]
             found += [(one.scheduler, one.monitor) for one in trainer.lr_scheduler_configs if one.monitor]
-            self._watched = Watched(self._name, {key: _worst(one) for one, key in found})
+            self._watched = Watched(self._name, {key: _worst(one) for one, key in found}, self._model_metrics)
             waiting = [(one, key) for one, key in found if _waits_for_improvement(one, trainer)]
             for advice in self._watched.advice(waiting, str):
                 self.monitor.say_once(advice, advice)
@@ -220,20 +225,28 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
         """Tell every logger, on the first rank."""
         scalars = self._shown_values(snapshot)
         for logger in trainer.loggers if trainer.is_global_zero else ():
-            name = type(logger).__name__
+            name, board = type(logger).__name__, None
             with self.monitor.guard(f"dashboard of {name}", key=f"dashboard {id(logger)}", always=True):
-                # before the values: W&B puts both into one row, which these end
-                self._dashboards.update(logger.experiment, snapshot, x)
+                board, start = dashboard_of(tracker := logger.experiment), getattr(logger, "_prefix", "")
+                keyed = {f"{start}-{key}": value for key, value in scalars.items()} if start else scalars
+                self._dashboards.update(tracker, snapshot, x, keyed)
             with self.monitor.guard(f"logger {name}", key=f"logger {id(logger)}", always=True):
-                logger.log_metrics(scalars, step=x)
+                if board is None or not board.carries_values:
+                    logger.log_metrics(scalars, step=x)
 
     def _publish_metrics(self, trainer: Any, snapshot: Snapshot) -> None:
-        values = {**self._values(snapshot, layers=False), **self._watched.values(self.monitor.history)}
         for metric in snapshot.summary:  # what is not known now is not what it was
             trainer.callback_metrics.pop(self._name + summary_key(metric), None)
-        trainer.callback_metrics.update(
-            {key: torch.tensor(value, dtype=torch.float32, device="cpu") for key, value in values.items()}
-        )
+        values = {**self._values(snapshot, layers=False), **self._watched.values(self.monitor.history)}
+        trainer.callback_metrics.update(_tensors(values))
+
+    def _publish_watched(self, trainer: Any) -> None:
+        """What others act on, as it is now: not known where the analysis of these weights has failed."""
+        trainer.callback_metrics.update(_tensors(self._watched.values(self.monitor.history, trainer.global_step)))
+
+
+def _tensors(values: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    return {key: torch.tensor(value, dtype=torch.float64, device="cpu") for key, value in values.items()}
 
 
 def _watched_by(callback: Any) -> list[str]:

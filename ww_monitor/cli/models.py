@@ -136,11 +136,21 @@ def compare(
     as_csv: AsCsv = False,
     include: Include = None,
     exclude: Exclude = None,
+    part: Part = "",
+    part_b: Annotated[str | None, typer.Option(help="The same for the second; without it as the first.")] = None,
     unpaired: Annotated[str, typer.Option(help="error, or skip what has no partner of its name and shape.")] = "error",
 ) -> None:
     """Compare two models layer by layer: distance, similarity, and the overlap of their leading directions."""
     one_of(json=as_json, csv=as_csv)
-    found = distances(a, b, include=include or (), exclude=exclude or (), unpaired=unpaired)
+    found = distances(
+        a,
+        b,
+        include=include or (),
+        exclude=exclude or (),
+        part=part,
+        part_b=part_b,
+        unpaired=unpaired,  # type: ignore[arg-type]
+    )
     if not found.rows and not found.unpaired:
         raise InvalidArgument(f"compare: {a} and {b}: expected a matrix to compare, got none")
     columns = ["name", "shape", *found.summary]
@@ -174,9 +184,10 @@ def describe(
     as_json: AsJson = False,
     include: Include = None,
     exclude: Exclude = None,
+    part: Part = "",
 ) -> None:
     """Say what analyze would do, what it would cost on this machine, and what it would skip and why."""
-    found = describe_model(path, include=include or (), exclude=exclude or ())
+    found = describe_model(path, include=include or (), exclude=exclude or (), part=part)
     if as_json:
         write_json(asdict(found))
     else:

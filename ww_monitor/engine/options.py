@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from ww_monitor.metric import Metric, choose
@@ -29,6 +30,12 @@ class Options(AnalysisOptions):
         """The metrics asked for."""
         options = ["truncated"] * (self.fit == "truncated") + ["fingers"] * bool(self.fix_fingers)
         return choose(self.metrics, self.preset, options=options)
+
+    def measuring(self, names: Sequence[str]) -> Options:
+        """The same with further metrics."""
+        chosen = [metric.name for metric in self.chosen]
+        missing = [name for name in dict.fromkeys(names) if name not in chosen]
+        return replace(self, metrics=[*chosen, *missing]) if missing else self
 
     @property
     def needs(self) -> set[str]:

@@ -16,7 +16,7 @@ from ww_monitor.engine.measure import as_solved, batch_of, measured
 from ww_monitor.engine.options import Options
 from ww_monitor.engine.rows import failed_layer, layers_of, snapshot_of, unread
 from ww_monitor.engine.solve import DeviceQueue
-from ww_monitor.engine.threads import Workers, room_for_blas, thread_budget, workers
+from ww_monitor.engine.threads import Workers, held_to_one_thread, room_for_blas, thread_budget, workers
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.metric import Batch, Loaded
@@ -25,7 +25,7 @@ from ww_monitor.spectra import host
 from ww_monitor.spectra.device import accelerator_of
 from ww_monitor.spectra.eigenvalues import resolved, tall_of
 
-TOGETHER = 1 << 20
+TOGETHER = 1 << 18
 """Elements up to which matrices of one shape are loaded and analysed as one chunk: small ones share its overhead."""
 
 HOST_MEMORY = 2 << 30
@@ -66,7 +66,8 @@ def analyze_matrices(
     skipped = [replace(item, kind=str(item.kind), shape=tuple(item.shape)) for item in left_out]
     found = _solved(matrices, options, step, background)
     rows = [one for one in found if not isinstance(one, Batch)]
-    rows += layers_of([one for one in found if isinstance(one, Batch)], options, step=step)
+    with held_to_one_thread():  # the logarithms of a spectrum take longer on two
+        rows += layers_of([one for one in found if isinstance(one, Batch)], options, step=step)
     by_name = {row.name: row for row in rows}
     ordered = [row for matrix in matrices if isinstance(row := by_name[matrix.name], Layer)]
     skipped += [row for matrix in matrices if isinstance(row := by_name[matrix.name], Skipped)]

@@ -129,14 +129,15 @@ INTERRUPTED_SECONDS = 0.5
 def workers(tasks: int, *, memory: int, largest_side: int) -> Iterator[Workers]:
     """As many workers as threads are allowed and tasks there are, each with its share of BLAS threads.
 
-    BLAS libraries get their thread counts back afterwards; torch's own count is not touched. `memory` is in bytes, for
-    all of them; `largest_side` is the longest short side of a matrix.
+    The calling thread has one, for what it loads: others would spin where the workers need the cores. Libraries and
+    this thread get their counts back afterwards, no other thread notices torch's. `memory` is in bytes, for all of
+    them; `largest_side` is the longest short side of a matrix.
     """
     budget = thread_budget()
     large = largest_side >= LEAST_PARALLEL_SIDE
     pool = Workers(max(1, min(budget, tasks)), memory=memory, apart=large)
     try:
-        with _BLAS.held_to(max(1, budget // pool.count) if large else 1):
+        with _BLAS.held_to(max(1, budget // pool.count) if large else 1), held_to_one_thread():
             yield pool
     except BaseException as error:
         pool.close(wanted=False, timeout=None if isinstance(error, Exception) else INTERRUPTED_SECONDS)
@@ -199,10 +200,26 @@ def controller() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def hold_to_one_thread() -> None:
-    """Give the calling thread one OpenMP and one MKL thread, which no other thread notices."""
+def hold_to_one_thread() -> Callable[[], None]:
+    """Give the calling thread one OpenMP and one MKL thread, which no other thread notices; returns what undoes it."""
     torch.get_num_threads()  # makes torch set up its count for this thread, so that it does not do so later
-    controller().select(user_api="openmp").limit(limits=1)
+    openmp = controller().select(user_api="openmp").limit(limits=1)
     set_mkl_threads = of_torch("MKL_Set_Num_Threads_Local", ctypes.c_int, ctypes.c_int)
-    if set_mkl_threads is not None:  # torch is linked with MKL
-        set_mkl_threads(1)
+    before = set_mkl_threads(1) if set_mkl_threads is not None else 0  # None: torch is not linked with MKL
+
+    def undo() -> None:
+        openmp.restore_original_limits()
+        if set_mkl_threads is not None:
+            set_mkl_threads(before)
+
+    return undo
+
+
+@contextmanager
+def held_to_one_thread() -> Iterator[None]:
+    """Hold the calling thread so for a while."""
+    undo = hold_to_one_thread()
+    try:
+        yield
+    finally:
+        undo()

@@ -8,6 +8,7 @@ import torch
 
 from ww_monitor.metric.batch import NAN, Batch
 from ww_monitor.metric.table import metric
+from ww_monitor.spectra.estimators import fit_hill
 from ww_monitor.spectra.status import Status
 
 CSN = "Clauset, Shalizi & Newman 2009, SIAM Review 51"
@@ -230,6 +231,17 @@ def matrix_rank(batch: Batch) -> torch.Tensor:
 def rank_loss(batch: Batch) -> torch.Tensor:
     """Number of eigenvalues that are numerically zero."""
     return batch.eigenvalues.shape[1] - matrix_rank(batch)
+
+
+@metric(
+    standard=False,
+    source="Hill 1975, Annals of Statistics 3; PL_Alpha_Hill of arXiv 2312.00359",
+    read="as alpha, from the same share of every spectrum: for comparing layers",
+    weightwatcher="alpha_hill",
+)
+def alpha_hill(batch: Batch) -> torch.Tensor:
+    """Exponent of the larger half of the eigenvalues, 1 + k/Σ ln(λ/xmin) with the median as xmin."""
+    return fit_hill(batch.fitted_eigenvalues, floor=batch.rounding_floor).alpha
 
 
 @metric(

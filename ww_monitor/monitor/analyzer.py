@@ -51,9 +51,9 @@ class Analyzer:
         return not self._background.idle
 
     @property
-    def has_baseline(self) -> bool:
-        """Whether the weights that distances count from are known."""
-        return self._baseline is not None
+    def lacks_baseline(self) -> bool:
+        """Whether distances will count from the weights of the next analysis."""
+        return self.track_delta and self._baseline is None
 
     def reads_now(self, *, whole: bool) -> bool:
         """Whether an analysis reads weights before it returns, and so waits for what made them."""
@@ -73,7 +73,7 @@ class Analyzer:
         Returns:
             The snapshot, or `None` where the background makes it.
         """
-        if self.track_delta and self._baseline is None:
+        if self.lacks_baseline:
             self._baseline = Baseline.capture(items)
         checked = Checked({}, {}) if self.across_ranks else self._frozen_rows.check(items)
         now = self.reads_now(whole=whole)

@@ -54,7 +54,7 @@ class Background(Generic[Job, Result]):
         prepare: Called once on the thread, before its first job.
     """
 
-    def __init__(self, run: Callable[[Job], Result], *, prepare: Callable[[], None] | None = None) -> None:
+    def __init__(self, run: Callable[[Job], Result], *, prepare: Callable[[], object] | None = None) -> None:
         self.dropped = 0
         self._run = run
         self._prepare = prepare

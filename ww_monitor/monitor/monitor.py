@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any, ClassVar
 
+from ww_monitor.actions.acting import Acting
 from ww_monitor.engine import Options, warm_up
 from ww_monitor.errors import InvalidArgument
 from ww_monitor.matrix import Matrix, Skipped
@@ -70,7 +71,8 @@ class Monitor(Stepping):
         Raises:
             InvalidArgument: naming the argument, its value and the choices.
         """
-        self.options = given.options or Options()
+        needed = [name for action in given.actions for name in action.needs]
+        self.options = (given.options or Options()).measuring(needed)
         super().__init__(
             given, Analyzer(self.options, given, across_ranks=given.across_ranks), strict=self.options.strict
         )
@@ -84,6 +86,7 @@ class Monitor(Stepping):
         rules = TRAINING_RULES if given.rules is None else given.rules
         self.findings = Holding(rules, stop_on=given.stop_on, patience=given.patience)
         self.sinks: list[Sink] = list(given.sinks)
+        self.acting = Acting(given.actions, every=given.every_n_steps, say=self.say_once, note=self.note)
         self.keep = given.keep
         self.select = given.select or Select()
         self.history = History()
@@ -152,6 +155,10 @@ class Monitor(Stepping):
         self._begin_anew_before(step, after=self.last_step)
         if self.last_step is None and not self.budget.analyses and not self.budget.elapsed:
             self.begin(step)
+        if self.last_step is not None and self.analyzer.lacks_baseline:
+            message = f"delta_norm and rotations begin anew at step {step}: the first weights are not at hand"
+            self.note("track_delta", message, step)
+            self.say_once("track_delta", message)
         self.last_step, self._next_step = step, None
         published: list[Snapshot] = []
         with self.timed(), self.guard("analysis"):
@@ -227,6 +234,7 @@ class Monitor(Stepping):
         self.analyzer.close(INTERRUPTED_SECONDS)
         self.collect()
         at_exit.forget(self)
+        self.acting.detach()
         for sink in self.sinks:
             with self.guard(f"closing sink {type(sink).__name__}", key=f"sink {id(sink)}", always=True):
                 sink.close()
@@ -245,6 +253,7 @@ class Monitor(Stepping):
         """Forget what was seen: a new run begins with this monitor."""
         self.history, self.last_step, self._passed, self._next_step = History(), None, None, None
         self._spectra = LastSpectra()
+        self.acting.restart()
         self.findings.clear()
         self.analyzer.restart()
 
@@ -252,6 +261,8 @@ class Monitor(Stepping):
         """The snapshot with its findings, which memory now holds."""
         snapshot = self._with_harm(self._spectra.measure(snapshot))
         self._warn_of_failures(snapshot)
+        with self.guard("actions"):
+            snapshot = self.acting.see(snapshot)
         with self.guard("rules", always=True):
             seen = History([*self.history, snapshot])  # of which rules see the last LOOKBACK, as in `replay`
             holding = self.findings.judge(seen, failed=self._say_failed_rule)
@@ -298,7 +309,13 @@ class Monitor(Stepping):
             "last_step": self.last_step,
             "stop_reason": self.stop_reason,
             "packed": checkpoint.compress(
-                {**self.findings.state(), **past, "spectra": self._spectra.state(), "place": self.place}
+                {
+                    **self.findings.state(),
+                    **past,
+                    "spectra": self._spectra.state(),
+                    "place": self.place,
+                    "actions": self.acting.state(),
+                }
             ),
         }
 
@@ -309,6 +326,7 @@ class Monitor(Stepping):
         history = checkpoint.unpack(past)
         self.findings.load(past, stop_reason=stop_reason)
         self._spectra.load(past.get("spectra", {}))
+        self.acting.load(past.get("actions", {}))
         self.last_step, self._passed, self.history = last_step, None, history
         self.place = past.get("place", "")
 

@@ -1,4 +1,4 @@
-"""What a monitor does before a step: the weights are copied where `track_updates` measures what it changes."""
+"""What a monitor does around a step: `track_updates` copies the weights before it, `actions` change its rates."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ww_monitor.actions.acting import Acting
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.monitor.pacing import Pacing
 from ww_monitor.monitor.queued import wait_for_queued
@@ -17,6 +18,31 @@ class Stepping(Pacing):
     """The part of a `Monitor` that is called before updates."""
 
     select: Select
+    acting: Acting
+
+    def act_on(self, *optimizers: Any) -> None:
+        """Let the optimizers of a loop of your own step by what `actions` say, until `close`; without, does nothing.
+
+        Args:
+            *optimizers: All of the run, with groups made by `ww_monitor.actions.param_groups`.
+
+        >>> import torch
+        >>> from ww_monitor import Monitor
+        >>> from ww_monitor.actions import LayerwiseRate, param_groups
+        >>> from ww_monitor.walk.torch import walk
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+        >>> optimizer = torch.optim.SGD(param_groups(model), lr=0.1)
+        >>> with Monitor(every_n_steps=100, actions=[LayerwiseRate(dry_run=False)]) as monitor:
+        ...     monitor.act_on(optimizer)
+        ...     for step in range(3):
+        ...         snapshot = monitor.observe(walk(model), step=step) if monitor.due(step) else snapshot
+        ...         model(torch.ones(1, 64)).sum().backward()
+        ...         optimizer.step()
+        >>> sorted(layer.value("rate_factor") for layer in snapshot.layers)
+        [0.5, 1.5]
+        """
+        with self.guard("actions", always=True):
+            self.acting.attach(optimizers)
 
     @contextmanager
     def step(

@@ -85,8 +85,6 @@ def legend_below(ax: Axes) -> None:
         return
     from matplotlib.transforms import ScaledTranslation
 
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    under = ax.transAxes + ScaledTranslation(0, -34 / 72, figure.dpi_scale_trans)
+    under = ax.transAxes + ScaledTranslation(0, -34 / 72, ax.figure.dpi_scale_trans)
     place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "bbox_transform": under}
     ax.legend(fontsize="small", frameon=False, ncols=2, borderaxespad=0, **place)

@@ -115,9 +115,7 @@ def depth_and_time(history: History, metric: str = "alpha", *, ax: Axes | None =
     ax.set_xticklabels([str(column if (at := history[column].step) is None else at) for column in shown])
     ax.set_xlabel("optimizer step")
     ax.set_ylabel("layer")
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    figure.colorbar(image, ax=ax, label=labelled(metric), extend="both" if band else "neither")
+    ax.figure.colorbar(image, ax=ax, label=labelled(metric), extend="both" if band else "neither")
     return ax
 
 

@@ -1,6 +1,6 @@
 """What was seen: snapshots, findings and their history, as plain frozen data that outlives the run."""
 
-from ww_monitor.record.history import HISTORY_FILE, History, Rule, Sink, begins_as_ours, each_line
+from ww_monitor.record.history import HISTORY_FILE, Action, History, Rule, Sink, begins_as_ours, each_line
 from ww_monitor.record.saved import NAN
 from ww_monitor.record.snapshot import (
     SCHEMA,
@@ -21,6 +21,7 @@ __all__ = [
     "NAN",
     "SCHEMA",
     "UNREAD",
+    "Action",
     "Finding",
     "Histogram",
     "History",

@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar, runtime_checkable
@@ -210,3 +210,30 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Flush and release; further writes may reopen. Called at the end of a run, possibly more than once."""
+
+
+@runtime_checkable
+class Action(Protocol):
+    """Something that changes a run, layer by layer: factors on an option of the optimizer's parameter groups.
+
+    Attributes:
+        option: Of a group, such as `"lr"`.
+        metric: What a factor is called in a snapshot.
+        needs: Metrics that a snapshot must have for it.
+        dry_run: Whether the factors are only logged.
+    """
+
+    @property
+    def option(self) -> str: ...  # noqa: D102 - see above
+
+    @property
+    def metric(self) -> str: ...  # noqa: D102
+
+    @property
+    def needs(self) -> Sequence[str]: ...  # noqa: D102
+
+    @property
+    def dry_run(self) -> bool: ...  # noqa: D102
+
+    def factors(self, snapshot: Snapshot) -> Mapping[str, float]:
+        """Layer → factor, at least 0; a layer that is not there keeps the base."""

@@ -70,6 +70,8 @@ def spans(run: Recording) -> list[Span]:
                 if key in open_:
                     done.append(replace(open_.pop(key), end=number))
             else:
+                if not finding.layer and key in open_:  # notes of the run, which never end
+                    done.append(open_.pop(key))
                 open_.setdefault(key, Span(*key, finding.severity, finding.message, number))
     return sorted([*done, *open_.values()], key=lambda span: (_rank(span.severity), span.begin))
 

@@ -8,36 +8,41 @@ from typing import Any
 
 import numpy as np
 
-from ww_monitor.record import Snapshot, layer_key
+from ww_monitor.record import Histogram, Snapshot, layer_key
 from ww_monitor.sinks.heatmap import AlphaMap, Figures
 from ww_monitor.sinks.published import Publish, Published
 
 
 class Dashboard:
-    """What one tracker shows of a run, whoever owns it and writes its curves. The tracker is not kept alive.
+    """What one tracker shows of a run, whoever owns it. The tracker is not kept alive.
 
     Args:
         prefix: What the owner of the tracker puts before our keys (`"train/"` for the Hugging Face Trainer).
-        step_key: Key of the x axis that the owner declares, where trackers have such keys.
+        name: What stands before the keys of this one of several monitors.
         figures: Draws further pictures.
         publish: Which values, and which histograms, are shown.
     """
+
+    carries_values = False
+    """Whether it writes the curves too, because the owner's logger would do harm by it."""
 
     def __init__(
         self,
         *,
         prefix: str = "",
-        step_key: str | None = None,
+        name: str = "",
         figures: Figures | None = None,
         publish: Publish = "key",
     ) -> None:
-        self.prefix = prefix
-        self.step_key = step_key
+        self.prefix, self.name = prefix + name, name
         self.figures = figures
         self.published = Published(publish)
         self.count = 0
         self._failed: list[Exception] = []
         self.alpha_map = AlphaMap()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_failed": []}
 
     def update(self, tracker: Any, snapshot: Snapshot, step: int, *, values: Mapping[str, float] | None = None) -> None:
         """Show one snapshot.
@@ -58,6 +63,10 @@ class Dashboard:
         if self._failed:
             raise self._failed[0]
 
+    def values(self, snapshot: Snapshot) -> dict[str, float]:
+        """The scalars that are published, under their keys."""
+        return {self.name + key: value for key, value in self.published.scalars(snapshot).items()}
+
     @contextmanager
     def apart(self) -> Iterator[None]:
         """One kind of content: what fails in it costs nothing else, and is raised in the end."""
@@ -77,4 +86,7 @@ class Dashboard:
         drawn: Mapping[str, np.ndarray] = {}
         with self.apart():
             drawn = {} if self.figures is None else self.figures(snapshot)
-        return {layer_key("spectrum", name): picture for name, picture in drawn.items()}
+        return {self.name + layer_key("spectrum", layer): picture for layer, picture in drawn.items()}
+
+    def _histograms(self, snapshot: Snapshot) -> Iterator[tuple[str, Histogram]]:
+        return ((self.name + key, esd) for key, esd in self.published.histograms(snapshot))

@@ -40,6 +40,9 @@ class EventFile:
         self._event, self._summary, self._tensor, self._types = event_pb2, summary_pb2, tensor_pb2, types_pb2
         self._records: Any = None
 
+    def __reduce__(self) -> tuple[type[EventFile], tuple[Path]]:
+        return EventFile, (self.folder,)  # a copy writes a file of its own
+
     def add_scalar(self, tag: str, value: float, global_step: int) -> None:
         """A point of a curve."""
         self._add(global_step, tag=tag, simple_value=value)

@@ -16,10 +16,10 @@ Publish = str | Sequence[str]
 
 MODEL_METRICS = (
     "alpha", "alpha_hat", "num_spikes", "num_traps", "trap_headroom", "stable_rank", "log_spectral_norm",
-    "delta_norm", "left_rotation", "right_rotation", "update_ratio", "snapshots_dropped",
+    "delta_norm", "left_rotation", "right_rotation", "update_ratio", "snapshots_dropped", "rate_factor", "decay_factor",
 )  # fmt: skip
-"""Of the model, as far as they are there; the second line is what `track_delta`, `track_updates` and `mode="async"`
-add."""
+"""Of the model, as far as they are there; the second line is what `track_delta`, `track_updates`, `mode="async"` and
+`actions` add."""
 
 LAYER_METRICS = ("alpha", "trap_headroom", "num_traps", "alpha_hat", "num_spikes")
 """Of a layer, the most important first."""
@@ -55,7 +55,9 @@ class Published:
         check_names("publish", "it", publish)
         given = (publish,) if isinstance(publish, str) else tuple(publish)
         self.key = "key" in given
-        self.patterns = tuple("*" if one == "all" else one for one in given if one != "key")
+        patterns = ["*" if one == "all" else one for one in given if one != "key"]
+        # the names of layers lose their brackets as they become keys
+        self.patterns = (*patterns, *(one.replace("]", "").replace("[", "_") for one in patterns if "[" in one))
         self._verdicts: dict[str, None] = {}
 
     def scalars(self, snapshot: Snapshot, *, layers: bool = True) -> dict[str, float]:
@@ -118,7 +120,7 @@ def roles(snapshot: Snapshot) -> dict[str, list[Layer]]:
     """The layers by what they do, or by their kind where that is not known; adapters and merged weights apart."""
     groups: dict[str, list[Layer]] = {}
     for layer in snapshot.layers:
-        part = re.search(r"\.(lora)\[[^\]]*\]$|\.(merged)$", layer.name)
+        part = re.search(r"\.([a-z]\w*)\[[^\]]*\]$|\.(merged)$", layer.name)
         name = "_".join(filter(None, [layer.role or layer.kind, part and (part[1] or part[2])]))
         groups.setdefault(name, []).append(layer)
     return groups

@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ww_monitor.errors import MissingDependency
+from ww_monitor.errors import MissingDependency, WWMonitorError
 from ww_monitor.record import Finding, Histogram, Snapshot, layer_key, summary_key
 from ww_monitor.sinks import dashboard
 from ww_monitor.sinks.event_file import EventFile
@@ -27,6 +28,9 @@ EDGE_KEY = layer_key("band", "headroom")
 FEW_CURVES = 18
 """Curves beside which both edges of the band are in sight: TensorBoard leaves the outermost 5 % of all points out."""
 
+_LAYOUTS: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+"""The charts of all monitors of a writer: TensorBoard shows the layout that was written last."""
+
 
 class TensorBoard:
     """Writes event files, without TensorFlow; or with a `torch.utils.tensorboard.SummaryWriter` of yours.
@@ -35,6 +39,7 @@ class TensorBoard:
         target: A log folder, for which a writer is made and closed; or a writer, which stays its owner's.
         scalars: Write the values too; `False` where a logger of the trainer does.
         publish: Which ones, and which histograms: as the callbacks' option of that name.
+        prefix: What stands before every key, where several monitors write into one log.
         layout: Make the charts of the custom-scalars page; `False` keeps a layout of your own.
         figures: Draws further pictures, for example `ww_monitor.plots.SpectralFigures()`.
 
@@ -48,18 +53,28 @@ class TensorBoard:
         *,
         scalars: bool = True,
         publish: Publish = "key",
+        prefix: str = "",
         layout: bool = True,
         figures: Figures | None = None,
     ) -> None:
         self._owned = isinstance(target, (str, Path))
         self.writer: Any = _writer_of(target) if self._owned else target
         self.scalars = scalars
-        self._dashboard = Dashboard(figures=figures, publish=publish)
+        self._dashboard = Dashboard(figures=figures, publish=publish, name=prefix)
         self._dashboard.layout = layout
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "writer": self.writer if self._owned else None}
+
     def write(self, snapshot: Snapshot) -> None:
-        """Scalars, then what stands beside them, at the snapshot's step."""
-        values = self._dashboard.published.scalars(snapshot) if self.scalars else {}
+        """Scalars, then what stands beside them, at the snapshot's step.
+
+        Raises:
+            WWMonitorError: in a copy, which has not the writer that was given.
+        """
+        if self.writer is None:
+            raise WWMonitorError("TensorBoard: expected a writer, got a copy without it; give a log folder instead")
+        values = self._dashboard.values(snapshot) if self.scalars else {}
         try:
             self._dashboard.update(self.writer, snapshot, snapshot.step or 0, values=values)
         finally:
@@ -68,6 +83,8 @@ class TensorBoard:
 
     def close(self) -> None:
         """Draw what the last picture lacks and flush; a writer made here is closed."""
+        if self.writer is None:
+            return
         try:
             self._dashboard.complete(self.writer)
         finally:
@@ -108,7 +125,7 @@ class Dashboard(dashboard.Dashboard):
         with self.apart():
             for key, value in {**values, **self._charts(tracker, snapshot)}.items():
                 tracker.add_scalar(key, value, step)
-        for key, esd in self.published.histograms(snapshot):
+        for key, esd in self._histograms(snapshot):
             with self.apart():
                 _add_histogram(tracker, key, esd, step)
         with self.apart():
@@ -127,7 +144,9 @@ class Dashboard(dashboard.Dashboard):
         if not self._has_layout:
             self._has_layout = True  # before the call: one that fails is not tried at every snapshot
             with self.apart():
-                tracker.add_custom_scalars(_layout(snapshot, self.prefix, self.published))
+                all_charts = _LAYOUTS.setdefault(tracker, {})
+                all_charts[f"{self.name}ww_monitor"] = _charts_of(snapshot, self.prefix, self.published)
+                tracker.add_custom_scalars(all_charts)
         beside = dict(zip(BAND_KEYS, ALPHA_BAND, strict=True))
         if "trap_headroom" in snapshot.summary:
             beside[EDGE_KEY] = 1.0
@@ -141,7 +160,7 @@ class Dashboard(dashboard.Dashboard):
             if finding.state == "begin":
                 self._holding[finding.rule, finding.layer] = finding
         if snapshot.findings:
-            writer.add_text(FINDINGS_KEY, _findings_text(snapshot, list(self._holding.values())), step)
+            writer.add_text(self.name + FINDINGS_KEY, _findings_text(snapshot, list(self._holding.values())), step)
 
     def _show_map(self, writer: Any, step: int) -> None:
         self._drawn = self.count
@@ -150,14 +169,14 @@ class Dashboard(dashboard.Dashboard):
         picture = self.alpha_map.draw()
         if picture is None:
             return
-        writer.add_image(MAP_KEY, picture, step, dataformats="HWC")
+        writer.add_image(self.name + MAP_KEY, picture, step, dataformats="HWC")
         legend = self.alpha_map.legend()
         if legend != self._legend:  # a text is shown at every step it was written at
             self._legend = legend
-            writer.add_text(MAP_KEY, legend, step)
+            writer.add_text(self.name + MAP_KEY, legend, step)
 
 
-def _layout(snapshot: Snapshot, prefix: str, published: Published) -> dict[str, dict[str, list[Any]]]:
+def _charts_of(snapshot: Snapshot, prefix: str, published: Published) -> dict[str, list[Any]]:
     """The charts of the metrics that the snapshot has, as `SummaryWriter.add_custom_scalars` wants them."""
     metrics = {metric for layer in snapshot.layers for metric in layer.metrics}
     start = re.escape(prefix)
@@ -192,7 +211,7 @@ def _layout(snapshot: Snapshot, prefix: str, published: Published) -> dict[str, 
         # the highest and the edge beside them, or a single layer that rises above 1 is an outlier that is left out
         beside = [f"{start}{key}$" for key in (summary_key("trap_headroom"), EDGE_KEY)]
         charts[title] = ["Multiline", [every["trap_headroom"], *beside]]
-    return {"ww_monitor": charts}
+    return charts
 
 
 def _spread_charts(keys: Mapping[str, float], prefix: str) -> dict[str, list[Any]]:

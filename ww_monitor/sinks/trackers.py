@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -36,16 +36,18 @@ class Dashboards:
         self._options = options
         self._by_tracker: WeakKeyDictionary[Any, Dashboard] = WeakKeyDictionary()
 
-    def update(self, tracker: Any, snapshot: Snapshot, step: int) -> None:
+    def update(self, tracker: Any, snapshot: Snapshot, step: int, values: Mapping[str, float]) -> None:
         """Show one snapshot; nothing where the tracker has no dashboard.
 
         Args:
             tracker: Whatever a framework logs to.
             snapshot: What was seen.
             step: Where on the x axis its owner's curves have it.
+            values: By the keys that the tracker shows, for a dashboard that carries them.
         """
-        if board := dashboard_of(tracker):
-            self._by_tracker.setdefault(tracker, board(**self._options)).update(tracker, snapshot, step)
+        if kind := dashboard_of(tracker):
+            board = self._by_tracker.setdefault(tracker, kind(**self._options))
+            board.update(tracker, snapshot, step, values=values if kind.carries_values else None)
 
     def finish(self) -> None:
         """Show what waited, in every tracker that is still there."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from types import ModuleType
@@ -23,8 +23,8 @@ STEP_KEY = summary_key("step")
 GLOBS = (summary_key("*"), "ww_*")
 """All our keys, as `define_metric` wants them: an asterisk at the end only."""
 
-OWNERS = ("trainer/global_step", "train/global_step")
-"""The x axes of Lightning's and of the Hugging Face Trainer's logger, each with a glob `*` over all keys."""
+MOST_DECLARED = 1000
+"""Keys up to which each is declared by its name, at 0.1 ms a key (our choice)."""
 
 ALERT_SECONDS = 300.0
 """Least time between two alerts of one rule: our choice, so that a rule that fires layer by layer is one mail."""
@@ -43,15 +43,14 @@ class WandB:
 
     The x axis is `ww/step`, declared for our keys. The run's own row counter stays its owner's, who may log with
     `step=` as if we were not there: a snapshot joins the row that is open and is saved with it, at most one a row.
-    Where analyses outnumber the rows of the run, the others wait and are written when it finishes. Where a logger of
-    the trainer owns the run and has declared its own axis for all keys, found in the run's summary or told by
-    `step_key`, a snapshot is one row on that axis.
+    Where analyses outnumber the rows of the run, the others wait and are written when it finishes.
 
     Args:
         run: A run; `None` for the one that is active at the write.
-        step_key: Key of the x axis of the run's owner, which then has declared it.
+        step_key: Key of another x axis, which the run's owner has declared; each snapshot is then a row of its own.
         scalars: Log the values too; `False` where a logger of the trainer does.
         publish: Which ones, and which histograms: as the callbacks' option of that name.
+        prefix: What stands before every key, where several monitors write into one run.
         own_rows: Write each snapshot as a row of its own at once, for a run that nobody else logs to with `step=`.
         figures: Draws further pictures, for example `ww_monitor.plots.SpectralFigures()`.
 
@@ -66,6 +65,7 @@ class WandB:
         step_key: str | None = None,
         scalars: bool = True,
         publish: Publish = "key",
+        prefix: str = "",
         own_rows: bool = False,
         figures: Figures | None = None,
     ) -> None:
@@ -75,10 +75,17 @@ class WandB:
         self._options: dict[str, Any] = {
             "step_key": step_key,
             "publish": publish,
+            "name": prefix,
             "own_rows": own_rows,
             "figures": figures,
         }
         self._dashboards: WeakKeyDictionary[Any, Dashboard] = WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "run": None, "_dashboards": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _dashboards=WeakKeyDictionary())
 
     def write(self, snapshot: Snapshot) -> None:
         """One row, and alerts for what begins.
@@ -90,7 +97,7 @@ class WandB:
         if run is None:
             raise WWMonitorError("WandB: expected an active run, got none; call wandb.init() first, or pass run=")
         board = self._dashboards.setdefault(run, Dashboard(**self._options))
-        values = board.published.scalars(snapshot) if self.scalars else {}
+        values = board.values(snapshot) if self.scalars else {}
         board.update(run, snapshot, snapshot.step or 0, values=values)
 
     def close(self) -> None:
@@ -110,20 +117,24 @@ class Dashboard(dashboard.Dashboard):
       one, and no rule more than once in `alert_seconds`; what comes in between waits. W&B itself drops a title that
       comes again within a minute.
 
-    Without `step_key` the x axis is one of `OWNERS` that the run's summary has, else `ww/step`, declared for our keys.
+    The x axis is `ww/step`. It is declared for each key by its name, which goes before an owner's glob over all keys,
+    and up to a thousand keys; for more by a glob, of which W&B takes either.
 
     Args:
+        step_key: Key of another x axis, which the run's owner has declared.
         own_rows: Write each snapshot as a row of its own at once, on the axis `ww/step` too.
         **arguments: Those of every dashboard.
     """
 
     alert_seconds = ALERT_SECONDS
+    carries_values = True
 
-    def __init__(self, *, own_rows: bool = False, **arguments: Any) -> None:
+    def __init__(self, *, step_key: str | None = None, own_rows: bool = False, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._owner_follows = self.step_key is not None
-        self._own_rows = own_rows
-        self._rows: _QueuedRows | None = None
+        self.step_key = step_key
+        self._axis = self.name + STEP_KEY
+        self._declared: set[str] = set()
+        self._own_rows = own_rows or step_key is not None
         self._alerted: set[tuple[str, str]] = set()
         self._waiting: dict[str, list[Finding]] = {}
         self._last_alert: dict[str, float] = {}
@@ -134,31 +145,42 @@ class Dashboard(dashboard.Dashboard):
         self._alert(tracker, ())
 
     def _show(self, tracker: Any, snapshot: Snapshot, step: int, values: Mapping[str, float]) -> None:
-        # asked once, at the first row: the run is not known before
-        self.step_key = self.step_key or _step_key(tracker)
-        row = {**values, **self._media(snapshot), self.step_key: step}
+        row = {**values, **self._media(snapshot)}
+        if self.step_key is None:
+            with self.apart():
+                self._declare(tracker, row)
+        row |= {self._axis: snapshot.step or 0} if self.step_key is None else {self.step_key: step}
         with self.apart():
-            if self._owner_follows and not values:
-                _log(tracker, row, commit=False)  # the owner's logger writes the values next, into this row
-            elif self._own_rows or self.step_key != STEP_KEY:
+            if self._own_rows:
                 _log(tracker, row)
             else:
-                self._rows = self._rows or _QueuedRows(tracker)
-                self._rows.write(tracker, row)
+                _QueuedRows.of(tracker, self._axis).write(tracker, row)
         with self.apart():
             self._alert(tracker, snapshot.findings)
 
+    def _declare(self, run: Any, keys: Iterable[str]) -> None:
+        """Say that new keys are shown over our axis."""
+        new = [key for key in keys if key not in self._declared]
+        if not self._declared:
+            run.define_metric(self._axis, hidden=True)
+        if len(new) > MOST_DECLARED:
+            new = [start + glob for start in {self.prefix, self.name} for glob in GLOBS]
+        for key in new:
+            if "*" not in key[:-1]:  # as a layer's name may have it
+                run.define_metric(key, step_metric=self._axis)
+        self._declared.update(keys)
+
     def _media(self, snapshot: Snapshot) -> dict[str, Any]:
         wandb, media = _wandb(), dict[str, Any]()
-        for key, esd in self.published.histograms(snapshot):
+        for key, esd in self._histograms(snapshot):
             with self.apart():
                 media[key] = wandb.Histogram(np_histogram=(list(esd.counts), list(esd.edges)))
         if snapshot.layers and is_milestone(self.count):
             with self.apart():
-                media[summary_key("layers")] = _table(wandb, snapshot)
+                media[self.name + summary_key("layers")] = _table(wandb, snapshot)
             with self.apart():
                 if (drawn := self.alpha_map.draw()) is not None:
-                    media[summary_key("alpha_map")] = wandb.Image(drawn, caption="alpha by layer and step")
+                    media[self.name + summary_key("alpha_map")] = wandb.Image(drawn, caption="alpha by layer and step")
         for key, picture in self._pictures(snapshot).items():
             with self.apart():
                 media[key] = wandb.Image(picture)
@@ -174,7 +196,10 @@ class Dashboard(dashboard.Dashboard):
         for rule in list(self._waiting):
             if now - self._last_alert.get(rule, -self.alert_seconds) >= self.alert_seconds:
                 self._last_alert[rule] = now
-                _send(run, rule, self._waiting.pop(rule))
+                _send(run, self.name + rule, self._waiting.pop(rule))
+
+
+_QUEUES: WeakKeyDictionary[Any, dict[str, _QueuedRows]] = WeakKeyDictionary()
 
 
 class _QueuedRows:
@@ -194,6 +219,12 @@ class _QueuedRows:
             run._teardown_hooks.append(TeardownHook(self._at_the_end, TeardownStage.EARLY))
             atexit.register(self._at_the_end)  # a run that is left to the end of the process calls no hook
             self._sees_the_end = True
+
+    @classmethod
+    def of(cls, run: Any, axis: str) -> _QueuedRows:
+        """The one of all dashboards of a run that share an axis, and so keys."""
+        queues = _QUEUES.setdefault(run, {})
+        return queues.get(axis) or queues.setdefault(axis, cls(run))
 
     def write(self, run: Any, row: dict[str, Any]) -> None:
         """Put the row that has waited longest into the row that is open, unless one of ours is there."""
@@ -247,28 +278,13 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if isinstance(value, (int, float))}
 
 
-def _send(run: Any, rule: str, findings: list[Finding]) -> None:
+def _send(run: Any, what: str, findings: list[Finding]) -> None:
     level = _wandb().AlertLevel
     run.alert(
-        title=f"ww_monitor: {rule}"[:63],
+        title=f"ww_monitor: {what}"[:63],
         text="\n".join(str(finding) for finding in findings),
         level=level.ERROR if any(finding.severity == "critical" for finding in findings) else level.WARN,
     )
-
-
-def _step_key(run: Any) -> str:
-    """The x axis of the run's owner, or ours, declared.
-
-    Of overlapping globs wandb takes either, so ours is declared only where no owner has declared `*`.
-    """
-    known = set(run.summary.keys())
-    for key in OWNERS:
-        if key in known:
-            return key
-    run.define_metric(STEP_KEY, hidden=True)
-    for glob in GLOBS:
-        run.define_metric(glob, step_metric=STEP_KEY)
-    return STEP_KEY
 
 
 def _table(wandb: ModuleType, snapshot: Snapshot) -> Any:

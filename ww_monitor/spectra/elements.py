@@ -172,11 +172,13 @@ def _beyond(entries: torch.Tensor, centre: float, distance: float) -> torch.Tens
     low, high = centre - distance, centre + distance
     if wide.device.type != "cpu":
         return ((wide < low) | (wide > high)).nonzero().flatten()
-    found = [  # torch takes ten times as long for this as numpy
+    parts = ((at, wide[at : at + _CHUNK].numpy()) for at in range(0, len(wide), _CHUNK))
+    found = [  # torch takes ten times as long for this as numpy, and most parts have none
         np.flatnonzero((part < low) | (part > high)) + start
-        for start, part in ((at, wide[at : at + _CHUNK].numpy()) for at in range(0, len(wide), _CHUNK))
+        for start, part in parts
+        if not (part.min() >= low and part.max() <= high)
     ]
-    return torch.from_numpy(np.concatenate(found))
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *found]))
 
 
 def large_entries(matrices: torch.Tensor, stats: Elements, *, limit: int = 8) -> LargeEntries:

@@ -99,7 +99,7 @@ def _solve_one(w: torch.Tensor, library: Library) -> tuple[Eigenvalues, Moments]
 
 
 def _row_chunks(w: torch.Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Some rows at a time, as what is quickest to compare and in float64 in one piece.
+    """Some rows at a time, as what is quickest to compare and in float64 in one piece; slices of kernels lie scattered.
 
     numpy converts what it knows: the threads that torch would convert with go on spinning where BLAS needs the cores.
     """
@@ -108,8 +108,9 @@ def _row_chunks(w: torch.Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         stop_if_told()
         array = part.numpy() if in_numpy else part.double().numpy()
         chunk = array.astype(np.float64, order="K" if 1 in w.stride() else "C", copy=False)
-        whole = chunk.flags.c_contiguous or chunk.flags.f_contiguous
-        yield array if array.dtype == np.float32 else chunk, chunk if whole else chunk.copy(order="K")
+        if not (chunk.flags.c_contiguous or chunk.flags.f_contiguous):
+            chunk = chunk.copy(order="K")
+        yield array if array.dtype == np.float32 and 1 in w.stride() else chunk, chunk
 
 
 def _squares(array: np.ndarray, library: Library) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.linalg import eigh
+from scipy.linalg import eigh, lapack
 
 from ww_monitor.spectra.device import read_together
 
@@ -224,7 +224,7 @@ def _none_beside(gram: torch.Tensor, rows: torch.Tensor, values: np.ndarray, lev
     rest = gram.neg()
     rest.diagonal().add_(level)
     scaled = (rows * torch.from_numpy(np.sqrt(values))[:, None]).to(gram.dtype)
-    return not torch.linalg.cholesky_ex(rest.addmm_(scaled.mT, scaled)).info
+    return not lapack.spotrf(rest.addmm_(scaled.mT, scaled).numpy().T, lower=1, clean=0, overwrite_a=1)[1]
 
 
 def _orthonormal(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ww_monitor.errors import InvalidArgument
@@ -27,6 +28,10 @@ them, which are there as they were, sorted, and as workspace (our estimate; not 
 _CHUNK, _BLOCK = 1 << 16, 128
 """Entries that the host holds in float64 at a time (half a MiB stays in a core's cache), and columns of a Gram matrix
 that are made together (measured: 15 ms at 3072 × 768 where the whole product takes 24)."""
+
+_SMALL_MEAN = 0.1
+"""Mean beside the standard deviation up to which it is taken off the Gram matrix and not off the entries: the products
+of means are then no more than those of the entries where N is 10,000."""
 
 
 def on_host(tensor: torch.Tensor) -> bool:
@@ -148,27 +153,33 @@ class Shuffled:
     """A = (shuffled W − mean)/σ of one matrix on the host, as many rows as columns or more."""
 
     def __init__(self, matrix: torch.Tensor, stats: Elements, order: torch.Tensor) -> None:
-        self._rows = tall_of(mixed([matrix], order)[0])
+        space = np.empty(matrix.numel() * matrix.element_size(), np.uint8)  # in large pages, unlike torch's
+        mixed = torch.index_select(matrix.reshape(-1), 0, order, out=torch.from_numpy(space).view(matrix.dtype))
+        self._rows = tall_of(mixed.view(matrix.shape))
         self._mean, self._std = float(stats.mean), float(stats.std)
 
     def gram(self) -> torch.Tensor:
         """AᵀA `[M, M]` in float32, from entries rounded once: good for directions and the first five digits."""
-        exact = self._rows.dtype == torch.float64 or abs(self._mean) > self._std
-        rows = self._rows.double() if exact else self._rows.float()
-        rows = rows.sub(self._mean).mul_(1.0 / self._std).float()
+        exact = self._rows.dtype == torch.float64 or abs(self._mean) > _SMALL_MEAN * self._std
+        rows = self._rows.double().sub_(self._mean).float() if exact else self._rows.float()
         gram = torch.empty(2 * rows.shape[1:], dtype=torch.float32, device="cpu")
         for start in range(0, len(gram), _BLOCK):  # each product once: a little over half of them
             stop_if_told()
             here, after = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
             torch.mm(rows[:, here].mT, rows[:, start:], out=gram[here, start:])
             gram[after, here] = gram[here, after].mT
-        return gram
+        if not exact:  # of a small mean the products are cleared by those of the columns' sums
+            half = rows.sum(0).mul_(-self._mean).add_(0.5 * len(rows) * self._mean**2)
+            gram.add_(half).add_(half[:, None])
+        return gram.mul_(self._std**-2)
 
     def image(self, vectors: torch.Tensor) -> torch.Tensor:
         """V AᵀA `[b, M]` of `[b, M]`, in float64."""
         stop_if_told()
-        image = torch.zeros_like(vectors)
+        image, shift, sums = torch.zeros_like(vectors), vectors.sum(1, keepdim=True).mul_(self._mean), 0.0
         for part in torch.split(self._rows, max(1, _CHUNK // self._rows.shape[1])):
-            rows = part.double().sub_(self._mean)
-            image.addmm_((vectors @ rows.mT).div_(self._std), rows)
-        return image / self._std
+            rows = part.double()
+            along = (vectors @ rows.mT).sub_(shift)  # V Aᵀ: the mean is taken off the products
+            image.addmm_(along, rows)
+            sums = sums + along.sum(1, keepdim=True)
+        return image.sub_(self._mean * sums).div_(self._std**2)

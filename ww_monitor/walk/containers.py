@@ -19,12 +19,13 @@ _MOST_NAMED = 8
 _WEIGHT = re.compile(r".*\..*|(.*[_.])?(weights?|kernel|embeddings?)([_.].*)?", re.DOTALL)
 _OPTIMIZER = re.compile(r"(.*_)?optim(izer)?s?(_states?)?(_dicts?)?", re.IGNORECASE)
 _OF_OPTIMIZER = {"param_groups", "exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg"}
-_AVERAGE = re.compile(r"(^|[._\W])(g_)?(ema|swa|avg|averaged?|shadow|teacher|target|polyak)(?![a-z])", re.IGNORECASE)
+AVERAGE = re.compile(r"(^|[._\W])(g_)?(ema|swa|avg|averaged?|shadow|teacher|target|polyak)(?![a-z])", re.IGNORECASE)
+"""Part of a name that says of what is below it that it is averaged over steps."""
 
 
 @dataclass(frozen=True)
 class StateDict:
-    """A mapping that holds weights, inside a checkpoint.
+    """A mapping, or a list, that holds weights, inside a checkpoint.
 
     Attributes:
         path: The keys that lead to it.
@@ -57,8 +58,8 @@ def choose(content: object, part: str, where: str) -> Chosen:
     """The state dicts inside a checkpoint: the only one, else all, each name with the path to its own in front.
 
     A state dict has tensors of two or more dimensions; the state of an optimizer is none. Beside one whose tensors have
-    names of weights, others do not count: a stray table is no model. A moving average of another one, by its name and
-    its shapes, is read if `part` asks for it.
+    names of weights, others do not count unless `part` asks for them: a stray table is no model. A moving average of
+    another one, by its name and its shapes, is read if `part` asks for it.
 
     Args:
         content: Mappings, lists and tensors, one in another; it may hold itself.
@@ -72,7 +73,8 @@ def choose(content: object, part: str, where: str) -> Chosen:
     if isinstance(content, Mapping) and content and not part and all(isinstance(v, Tensor) for v in content.values()):
         return Chosen({"": StateDict((), {str(key): value for key, value in content.items()}, {})}, "")
     found = list(_state_dicts(content, where))
-    found = [one for one in found if any(_is_weight(*item) for item in one.tensors.items())] or found
+    if not part:
+        found = [one for one in found if any(_is_weight(*item) for item in one.tensors.items())] or found
     more = [f"and {len(found) - _MOST_NAMED} more"] * (len(found) > _MOST_NAMED)
     listed = ", ".join([*map(str, found[:_MOST_NAMED]), *more])
     if part:
@@ -85,7 +87,8 @@ def choose(content: object, part: str, where: str) -> Chosen:
         return Chosen(_prefixed(found), "")
     read = f"read {', '.join(repr(one.name) for one in chosen[:_MOST_NAMED])}"
     left = f", left out {', '.join(repr(one.name) for one in averages)}, the same model averaged" if averages else ""
-    return Chosen(_prefixed(chosen), f"{where}: found {listed}; {read}{left}; part={found[-1].name!r} reads that alone")
+    alone = (averages or found)[-1].name
+    return Chosen(_prefixed(chosen), f"{where}: found {listed}; {read}{left}; part={alone!r} reads that alone")
 
 
 def of_others(chosen: Chosen) -> list[Skipped]:
@@ -100,10 +103,12 @@ def of_others(chosen: Chosen) -> list[Skipped]:
 
 def held(content: object) -> str:
     """What a checkpoint holds, in a line."""
-    if not isinstance(content, Mapping):
-        return type(content).__name__
-    items = [f"{repr(key)[:60]}: {_kind(value)}" for key, value in list(content.items())[:_MOST_NAMED]]
-    return "{" + ", ".join(items + ["…"] * (len(content) > len(items))) + "}"
+    if isinstance(content, Mapping):
+        items = [f"{repr(key)[:60]}: {_kind(value)}" for key, value in list(content.items())[:_MOST_NAMED]]
+        return "{" + ", ".join(items + ["…"] * (len(content) > len(items))) + "}"
+    if isinstance(content, (list, tuple)):
+        return "[" + ", ".join([*map(_kind, content[:_MOST_NAMED]), *["…"] * (len(content) > _MOST_NAMED)]) + "]"
+    return _kind(content)
 
 
 def _kind(value: object) -> str:
@@ -115,7 +120,7 @@ def _is_weight(name: str, tensor: Tensor) -> bool:
 
 
 def _state_dicts(content: object, where: str) -> Iterator[StateDict]:
-    """Every mapping with a tensor of two or more dimensions, outermost first; each once, however often it is held."""
+    """Every mapping or list with a tensor of two or more dimensions, outermost first; each once, however often held."""
     stack: list[tuple[tuple[Any, ...], object]] = [((), content)]
     seen: set[int] = set()
     while stack:
@@ -125,18 +130,22 @@ def _state_dicts(content: object, where: str) -> Iterator[StateDict]:
         seen.add(id(inner))
         if len(path) > _DEEPEST:
             raise InvalidArgument(f"{where}: expected a checkpoint, got containers nested more than {_DEEPEST} deep")
-        if isinstance(inner, Mapping):
-            if _OF_OPTIMIZER & {key for key in inner if isinstance(key, str)}:
-                continue
-            tensors = {str(key): value for key, value in inner.items() if isinstance(value, Tensor)}
-            if any(tensor.ndim > 1 for tensor in tensors.values()):
-                others = {str(key): type(value).__name__ for key, value in inner.items() if str(key) not in tensors}
-                yield StateDict(path, tensors, others)
-            children = [(key, value) for key, value in inner.items() if not _OPTIMIZER.fullmatch(str(key))]
-        else:
-            children = list(enumerate(inner)) if isinstance(inner, (list, tuple)) else []
+        children = entries(inner)
+        if _OF_OPTIMIZER & {key for key, _ in children if isinstance(key, str)}:
+            continue
+        tensors = {str(key): value for key, value in children if isinstance(value, Tensor)}
+        if any(tensor.ndim > 1 for tensor in tensors.values()):
+            others = {str(key): type(value).__name__ for key, value in children if str(key) not in tensors}
+            yield StateDict(path, tensors, others)
         inside = [(key, value) for key, value in children if isinstance(value, (Mapping, list, tuple))]
-        stack += [((*path, key), value) for key, value in reversed(inside)]
+        stack += [((*path, key), value) for key, value in reversed(inside) if not _OPTIMIZER.fullmatch(str(key))]
+
+
+def entries(container: object) -> list[tuple[Any, Any]]:
+    """What a mapping, a list or a tuple holds, by key or place; nothing of anything else."""
+    if isinstance(container, Mapping):
+        return list(container.items())
+    return list(enumerate(container)) if isinstance(container, (list, tuple)) else []
 
 
 def _of_part(found: list[StateDict], part: str, where: str, listed: str) -> list[StateDict]:
@@ -155,8 +164,8 @@ def _of_part(found: list[StateDict], part: str, where: str, listed: str) -> list
 def _averages(found: list[StateDict]) -> list[StateDict]:
     """Those named as a moving average of another with the same tensors."""
     shapes = {id(one): _shapes(one) for one in found}
-    plain = [shapes[id(one)] for one in found if not _AVERAGE.search(one.name)]
-    return [one for one in found if _AVERAGE.search(one.name) and shapes[id(one)] in plain]
+    plain = [shapes[id(one)] for one in found if not AVERAGE.search(one.name)]
+    return [one for one in found if AVERAGE.search(one.name) and shapes[id(one)] in plain]
 
 
 def _shapes(one: StateDict) -> dict[str, tuple[int, ...]]:

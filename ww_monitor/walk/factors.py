@@ -5,36 +5,41 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
 
 from ww_monitor.errors import WWMonitorError
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.folders import check_regular
+from ww_monitor.walk.fused import hint
 from ww_monitor.walk.lora import low_rank
-from ww_monitor.walk.parts import KERNEL, WHOLE, matrix
+from ww_monitor.walk.parts import KERNEL, WHOLE, joined, matrix
+from ww_monitor.walk.reading import own_tensors
 from ww_monitor.walk.roles import infer_role
-from ww_monitor.walk.unread import Unread
+from ww_monitor.walk.unread import Unread, unread
 
 Scaling = Callable[[str, int], float]
 """Name of the adapted module and rank → the scaling s of its delta s·B·A."""
 
 _FACTOR = re.compile(
-    r"(?P<name>.+?)(?P<stem>\.lora_(?:embedding_)?|[._]lora\.)(?P<which>[ABEab]|down|up)"
+    r"(?P<name>.+?)(?P<stem>\.lora_(?:embedding_|linear_layer\.)?|[._]lora\d*\.)(?P<which>[ABEab]|down|mid|up)"
     r"(?P<end>(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?)"
 )
 _RIGHT = {"A": "B", "a": "b", "down": "up"}
-"""Names of the factor that the inputs meet first, with those of the other: of PEFT and diffusers, of torchtune, of
-kohya's scripts and of older diffusers."""
+"""Names of the factor that the inputs meet first, with those of the other: of PEFT and diffusers, of torchtune and
+MLX, of kohya's scripts and of older diffusers."""
 
-_OTHERS = re.compile(
-    r"(^|\.)(hada_[wt]\d|lokr_[wt]\d|oft_(R|blocks)|boft_[Rs]|ia3_l|hra_u|(miss|bone)_block|vera_(lambda_)?[abdAB]"
-    r"|randlora_(lambda|gamma|A|B))"
+_OTHERS = re.compile(  # as PEFT 0.21 names what its adapters train, and what they share
+    r"(^|\.)(hada_[wt]\d|lokr_[wt]\d|oft_(R|embedding_R|blocks)|boft_[Rs]|ia3_l|hra_u|(miss|bone)_block"
+    r"|p?vera_(lambda_)?[abdAB]|(rand|vb|tiny|gra|de|g|supertuning_|poly_)lora_\w+|hira_(embedding_)?[AB]|adamss_\w+"
+    r"|c3a_kernel|beft_bias|deft_[PR]|frod_\w+|psoft_R|osf_svd_params|peanut_([AB]|encoders|decoders)|poly_router"
+    r"|lily_([AB]|router)|road_(theta|alpha)|ln_tuning_layers|shira_weight)(?![a-z])"
 )
 _ADALORA = 1e-5  # what AdaLoRA of PEFT adds to the rank that it divides by
 
@@ -62,29 +67,64 @@ def delta(
 ) -> Iterator[Matrix | Skipped]:
     """The delta s·B·A at the place of its factor A; a factor without its other half is left out.
 
-    s is the `alpha` beside the factors divided by the rank, else what `scaling` says, else 1.
+    s is the `alpha` beside the factors divided by the rank, else what `scaling` says, else 1. MLX keeps the transposes
+    of the factors: they are told by the sides that fit, and of square weights by the smaller one.
     """
     label = f"lora[{factor['adapter'] or 'default'}]"
     yield Skipped(key.removesuffix(".weight"), Kind.OTHER, tensors[key].shape, f"factor of {label}")
     # at A only, so that the delta is listed once; a lone factor has none
-    left = tensors.get(f"{factor['name']}{factor['stem']}{_RIGHT.get(factor['which'], '')}{factor['end']}")
-    middle = tensors.get(f"{factor['name']}{factor['stem']}E{factor['end']}")
-    right, name = tensors[key], factor["name"]
+    stem, end, right, name = f"{factor['name']}{factor['stem']}", factor["end"], tensors[key], factor["name"]
+    left = tensors.get(f"{stem}{_RIGHT.get(factor['which'], '')}{end}")
     if factor["which"] not in _RIGHT or left is None or 0 in (*left.shape, *right.shape):
         return
-    rank = right.shape[0]
-    if math.prod(left.shape[1:]) != rank or (middle is not None and math.prod(middle.shape) != rank):
+    diagonal, core = tensors.get(f"{stem}E{end}"), tensors.get(f"{stem}mid{end}")
+    (rows, *inputs), (outputs, *columns) = right.shape, left.shape
+    transposed = inputs == [outputs] and len(columns) == 1 and (rows != columns[0] or outputs < rows)
+    if transposed:
+        rows, inputs, outputs, columns = outputs, [rows], columns[0], [outputs]
+    if math.prod(columns) != rows or (diagonal is not None and math.prod(diagonal.shape) != rows):
         return
-    embedding, kernel = "_embedding_" in factor["stem"], len(right.shape) > 2
-    shape = (left.shape[0], *right.shape[1:])
+    if core is not None and (core.shape[:2] != (rows, rows) or math.prod(inputs) != inputs[0]):
+        return
+    embedding, kernel = "_embedding_" in stem, len(inputs) > 1
+    shape = (outputs, *(inputs if core is None else (inputs[0], *core.shape[2:])))
     kind = Kind.EMBEDDING if embedding else Kind.CONV if kernel else Kind.DENSE
-    reason = next((one.reason for one in (right, left, middle) if one is not None and one.reason), "")
-    if reason:
+    factors = [one for one in (right, left, diagonal, core) if one is not None]
+    if reason := next((one.reason for one in factors if one.reason), ""):
         yield Skipped(f"{name}.{label}", kind, shape, reason)
         return
-    made = _Delta(left, right, middle, _scale(name, rank, tensors, scaling), shape, embedding)
+    made = _Delta(left, right, diagonal, core, _scale(name, rows, tensors, scaling), shape, embedding, transposed)
     part = KERNEL[0] if kernel else WHOLE[0]
     yield matrix(f"{name}.{label}", kind, part, shape[::-1] if embedding else shape, made.read, infer_role(name, kind))
+
+
+def of_modules(found: Iterable[tuple[str, nn.Module]]) -> dict[str, Unread]:
+    """The factors among the parameters of modules, and their alphas, by name; those that lie here as a whole only."""
+    return {
+        key: unread(tensor, tensor.detach)
+        for path, module in found
+        for key, tensor in ((joined(path, name), tensor) for name, tensor in own_tensors(module).items())
+        if (key.endswith(".alpha") or factor_of(key)) and type(tensor) in (Tensor, Parameter)
+        if not hasattr(tensor, "ds_id")
+    }
+
+
+def live_delta(
+    key: str, found: Mapping[str, Unread], owners: Mapping[str, nn.Module], lora: Sequence[str]
+) -> Iterator[Matrix | Skipped]:
+    """`delta` of a parameter, if it is a factor; s is the `scaling` of the adapted module, or its alpha / rank."""
+    factor = factor_of(key) if key in found else None
+    if factor is not None:
+        made = delta(key, factor, found, partial(_own_scaling, owners.get(factor["name"])))
+        yield from (item for item in made if isinstance(item, Skipped) or "delta" in lora)
+
+
+def _own_scaling(owner: nn.Module | None, _: str, rank: int) -> float:
+    for attribute, divisor in (("scaling", 1), ("lora_alpha", rank), ("alpha", rank)):
+        value = hint(owner, attribute)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return value / divisor
+    return 1.0
 
 
 def _scale(name: str, rank: int, tensors: Mapping[str, Unread], scaling: Scaling | None) -> float:
@@ -96,39 +136,72 @@ def _scale(name: str, rank: int, tensors: Mapping[str, Unread], scaling: Scaling
 
 @dataclass(frozen=True)
 class _Delta:
-    """s·B·diag(E)·A, which is computed when it is read."""
+    """s·B·diag(E)·A, or s·B·C·A with a core C, a kernel; computed when it is read."""
 
     left: Unread
     right: Unread
-    middle: Unread | None
+    diagonal: Unread | None
+    core: Unread | None
     scale: float
     shape: tuple[int, ...]
+    embedding: bool
     transposed: bool
 
     def read(self) -> Tensor:
         left, right, scale = self.left.read().flatten(1), self.right.read().flatten(1), self.scale
-        if self.middle is not None:
-            right, scale = right * self.middle.read().view(-1, 1), scale * len(right) / (len(right) + _ADALORA)
+        if self.transposed:
+            left, right = left.T, right.T
+        if self.diagonal is not None:
+            right, scale = right * self.diagonal.read().view(-1, 1), scale * len(right) / (len(right) + _ADALORA)
+        if self.core is not None:
+            core = self.core.read()
+            right = (core.movedim(1, -1) @ right.to(core.dtype)).movedim(-1, 1).flatten(1)
         product = low_rank(left, right, scale)
-        return product.T if self.transposed else product.view(self.shape)
+        return product.T if self.embedding else product.view(self.shape)
 
 
-# --- the scaling in an adapter_config.json
+# --- the scaling that a configuration says
 
 
-def lora_scaling(folder: Path) -> Scaling | None:
-    """The scaling alpha / r, or alpha / √r with `use_rslora`, from an adapter_config.json beside the weights.
+def lora_scaling(weights: Path, header: Mapping[str, str]) -> Scaling | None:
+    """The scaling alpha / r, or alpha / √r with `use_rslora`, by an adapter_config.json beside the weights or a header.
+
+    Args:
+        weights: The file with the factors.
+        header: Its metadata: of diffusers and of kohya's scripts they say what a configuration does.
 
     Raises:
         WWMonitorError: if it is no such configuration, or has a pattern that is not matched.
     """
-    file = folder / "adapter_config.json"
+    file = weights.parent / "adapter_config.json"
     if not file.is_file():
-        return None
+        return _in_header(weights, header)
     if check_regular(file).stat().st_size > MOST_CONFIG:
         raise WWMonitorError(f"walk_files: expected a configuration of at most {MOST_CONFIG} bytes, got {file}")
+    return _of_config(file.read_bytes(), "", file)
+
+
+def _in_header(file: Path, header: Mapping[str, str]) -> Scaling | None:
+    if "lora_adapter_metadata" in header:  # of diffusers: a configuration a model, flat
+        text = header["lora_adapter_metadata"]
+        models = set(re.findall(r'"(\w+)\.lora_alpha"', text))
+        return partial(_by_model, models={model: _of_config(text, f"{model}.", file) for model in models})
+    alpha = header.get("ss_network_alpha", "")  # of kohya's scripts
+    number = re.fullmatch(r"\d+(\.\d+)?", alpha)
+    return partial(_scaling, patterns=[], alpha=float(alpha), root=False) if number else None
+
+
+def _by_model(name: str, rank: int, *, models: Mapping[str, Scaling]) -> float:
+    model, _, inner = name.partition(".")
+    return models[model](inner, rank) if model in models else 1.0
+
+
+def _of_config(text: str | bytes, prefix: str, file: Path) -> Scaling:
+    """What a configuration of PEFT or MLX in JSON says, under keys with a prefix."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = {key.removeprefix(prefix): value for key, value in json.loads(text).items() if key.startswith(prefix)}
+        if "scale" in (mlx := config.get("lora_parameters") or {}):  # of MLX: one number for all ranks
+            return partial(_constant, scale=float(mlx["scale"]))
         found = dict(config.get("alpha_pattern") or {})
         patterns = [(_compiled(pattern, file), float(alpha)) for pattern, alpha in found.items()]
         if sum(map(_work, found)) > MOST_WORK:
@@ -139,6 +212,10 @@ def lora_scaling(folder: Path) -> Scaling | None:
     if alpha is None and config.get("peft_type", "LORA") in ("LORA", "ADALORA"):
         raise WWMonitorError(f"walk_files: expected a LoRA configuration with `lora_alpha` in {file}")
     return partial(_scaling, patterns=patterns, alpha=alpha or 0.0, root=bool(config.get("use_rslora")))
+
+
+def _constant(name: str, rank: int, *, scale: float) -> float:
+    return scale
 
 
 def _scaling(name: str, rank: int, *, patterns: list[tuple[re.Pattern[str], float]], alpha: float, root: bool) -> float:

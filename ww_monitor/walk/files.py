@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import Tensor
 from ww_monitor.errors import InvalidArgument, MissingDependency, SpectralWarning, WWMonitorError
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.archives import check_sizes, content_of, is_script, load
-from ww_monitor.walk.containers import choose, of_others
-from ww_monitor.walk.factors import lora_scaling
+from ww_monitor.walk.containers import choose, entries, of_others
+from ww_monitor.walk.factors import factor_of, lora_scaling
 from ww_monitor.walk.folders import KERAS, RECOGNISED, TORCH, Files, check_regular, weight_files
 from ww_monitor.walk.parts import Split, check_split, joined
 from ww_monitor.walk.script import script_weights
@@ -105,7 +106,9 @@ def _items(files: Files, split: Split | None, part: str) -> Iterator[Matrix | Sk
     tensors: dict[str, Unread] = {}
     skipped: list[Skipped] = []
     for file in files.paths:
-        found, left_out = _read_file(file, part)
+        found, left_out, said = _read_file(file, part)
+        if said:
+            warnings.warn(said, SpectralWarning, stacklevel=4)
         twice = "" if files.indexed else next((key for key in found if key in tensors), "")
         if twice:
             raise WWMonitorError(
@@ -116,18 +119,32 @@ def _items(files: Files, split: Split | None, part: str) -> Iterator[Matrix | Sk
         skipped += left_out
     if not any(len(value.shape) > 1 for value in tensors.values()):
         raise _without_weights(first, [f"{name} {value.shape}" for name, value in tensors.items()])
-    return chain(walk_unread(tensors, split, lora_scaling(first.parent)), skipped)
+    scaling = None
+    if factors := [key for key in tensors if factor_of(key)]:
+        scaling = lora_scaling(first, _header(first))
+        if scaling is None and not any(key.endswith(".alpha") for key in tensors):
+            said = (
+                f"walk_files: nothing says how the {len(factors)} factors of adapters in {first} are scaled; taken as 1"
+            )
+            warnings.warn(said, SpectralWarning, stacklevel=3)
+    return chain(walk_unread(tensors, split, scaling), skipped)
 
 
-def _read_file(path: Path, part: str) -> tuple[Mapping[str, Unread], Iterable[Skipped]]:
-    """What one file holds, by name, and its entries that are no tensors."""
+def num_stored(path: str | Path, part: str) -> int:
+    """How many numbers the tensors of a checkpoint have; 0 for a file of Keras, which is not read for this."""
+    files = [file for file in weight_files(Path(path)).paths if not file.name.lower().endswith(KERAS)]
+    return sum(prod(value.shape) for file in files for value in _read_file(file, part)[0].values())
+
+
+def _read_file(path: Path, part: str) -> tuple[Mapping[str, Unread], Iterable[Skipped], str]:
+    """What one file holds, by name, its entries that are no tensors, and what is to be said of the choice."""
     name = check_regular(path).name.lower()
     if name.endswith(TORCH) and not is_script(path):
         return _torch_file(path, part)
     if name.endswith((".safetensors", *TORCH)):
         if part:
             raise InvalidArgument(f"walk_files: part chooses between several state dicts; {path} has one; got {part!r}")
-        return (_safetensors(path) if name.endswith(".safetensors") else script_weights(path)), ()
+        return (_safetensors(path) if name.endswith(".safetensors") else script_weights(path)), (), ""
     raise WWMonitorError(f"walk_files: expected {RECOGNISED}; got {path.name!r} in {path.parent}")
 
 
@@ -153,6 +170,16 @@ def _safetensors(path: Path) -> dict[str, Unread]:
     return found
 
 
+def _header(path: Path) -> Mapping[str, str]:
+    """What a safetensors file says of itself; nothing of another file."""
+    if not path.name.lower().endswith(".safetensors"):
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
 def _dtype(header: Any) -> torch.dtype | None:
     """As torch reads no row of it, or the number that a scalar is; `None` for a type that torch lacks."""
     try:
@@ -174,12 +201,10 @@ def _from_safetensors(path: Path, key: str) -> Tensor:
 # --- torch.save
 
 
-def _torch_file(path: Path, part: str) -> tuple[dict[str, Unread], Iterable[Skipped]]:
+def _torch_file(path: Path, part: str) -> tuple[dict[str, Unread], Iterable[Skipped], str]:
     """The tensors of a torch file. An archive is mapped, and mapped anew for every tensor that is read."""
     content = content_of(path)
     chosen = choose(content, part, f"walk_files: {path}")
-    if chosen.said:
-        warnings.warn(chosen.said, SpectralWarning, stacklevel=5)
     found = {}
     mapped = zipfile.is_zipfile(path)
     for prefix, one in chosen.state_dicts.items():
@@ -189,11 +214,11 @@ def _torch_file(path: Path, part: str) -> tuple[dict[str, Unread], Iterable[Skip
             described = unread(tensor, read)
             # one address may be mapped again for another file, whose tensors are not tied to these
             found[joined(prefix, name)] = replace(described, identity=(path, described.identity))
-    return found, of_others(chosen)
+    return found, of_others(chosen), chosen.said
 
 
 def _from_archive(path: Path, keys: tuple[Any, ...], name: str) -> Tensor:
     inner = load(path, mapped=True)
     for key in keys:
         inner = inner[key]
-    return next(value for key, value in inner.items() if str(key) == name and isinstance(value, Tensor))
+    return next(value for key, value in entries(inner) if str(key) == name and isinstance(value, Tensor))

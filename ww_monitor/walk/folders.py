@@ -13,12 +13,14 @@ from ww_monitor.errors import NoSuchFile, WWMonitorError
 
 TORCH = (".bin", ".pt", ".pth", ".th", ".ckpt", ".pth.tar", ".pt.tar", ".ckpt.tar")
 KERAS = (".keras", ".h5")
+_SUFFIXES = (*TORCH, *KERAS, ".safetensors")
 _INDEX = ".index.json"
 _IN_FOLDER = (  # the first that finds something counts
     "model*.safetensors",
     "pytorch_model*.bin",
     "adapter_model*.safetensors",
     "adapter_model*.bin",
+    "adapters*.safetensors",
     "diffusion_pytorch_model*.safetensors",
     "diffusion_pytorch_model*.bin",
     "consolidated*.safetensors",
@@ -68,9 +70,9 @@ def check_regular(path: Path) -> Path:
 
 
 def _in_folder(folder: Path) -> Files:
-    files = _weights_in(folder)
-    if files.paths:
-        return files
+    weights = _weights_in(folder)
+    if weights.paths:
+        return weights
     steps = {
         int(inner.name.rpartition("-")[2]): inner
         for inner in folder.glob("checkpoint-*")
@@ -78,10 +80,14 @@ def _in_folder(folder: Path) -> Files:
     }
     for step in sorted(steps, reverse=True):
         if (files := _weights_in(steps[step])).paths:
-            said = f"walk_files: read {steps[step].name}, the newest of {len(steps)} checkpoints in {folder}"
+            empty = ", ".join(steps[newer].name for newer in sorted(steps) if newer > step)
+            which = f"the newest of {len(steps)} checkpoints" + f" with weights, which {empty} lacks" * bool(empty)
+            said = f"walk_files: read {steps[step].name}, {which} in {folder}"
             return replace(files, said="; ".join(filter(None, (said, files.said))))
     inside = [inner.name for inner in sorted(folder.iterdir()) if inner.is_dir() and _weights_in(inner).paths]
-    hint = f"its folders {', '.join(inside)} have some: give one of them" if inside else f"use {RECOGNISED}"
+    names = [inner.name for inner in sorted(folder.iterdir()) if inner.name.lower().endswith(_SUFFIXES)]
+    named = f"its folders {', '.join(inside)} have some" * bool(inside) or f"it has {', '.join(names)}" * bool(names)
+    hint = f"{named}: give one of them" if named else f"use {RECOGNISED}"
     raise WWMonitorError(f"walk_files: expected weights in {str(folder)!r}, found none; {hint}")
 
 
@@ -89,7 +95,10 @@ def _weights_in(folder: Path) -> Files:
     for pattern in _IN_FOLDER:
         whole = folder / pattern.replace("*", "")
         if whole.is_file():
-            return Files((whole,))
+            rest = [
+                file.name for file in sorted(folder.glob(pattern)) if file != whole and not _SHARD.search(file.name)
+            ]
+            return Files((whole,), f"walk_files: read {whole.name}, left out {', '.join(rest)}" if rest else "")
         indices = sorted(folder.glob(f"{pattern}.index*.json"), key=lambda index: (len(index.name), index.name))
         if indices:
             return Files(_shards(indices[0]), indexed=True)

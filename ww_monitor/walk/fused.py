@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 
-from torch import nn
+from torch import Tensor, nn
 
-from ww_monitor.walk.parts import WHOLE, Part, blocks, each_expert, halves, interleaved_heads
+from ww_monitor.walk.parts import KERNEL, WHOLE, Part, blocks, each_expert, halves, interleaved_heads
 
 _QKV = ("q", "k", "v")
 _OF_CLASS = {  # attentions that put their rows in another order than the others with a projection of that name
@@ -26,6 +28,14 @@ _ORDER = {
     "gate_up_proj": "halves",
 }
 _WITHOUT_OWNER = ("c_attn", "qkv", "Wqkv", "gate_up_proj")  # names with one meaning in every family with such a layer
+
+
+def hint(owner: object, attribute: str) -> object:
+    """What an object has under a name, or `None`: a property of the user's own that fails tells nothing."""
+    try:
+        return getattr(owner, attribute, None)
+    except Exception:  # noqa: BLE001 - the weight can be read all the same
+        return None
 
 
 def fused_parts(name: str, shape: Sequence[int], axis: int, owner: nn.Module | None) -> tuple[Part, ...]:
@@ -52,7 +62,7 @@ def fused_parts(name: str, shape: Sequence[int], axis: int, owner: nn.Module | N
     if last == "in_proj" and outputs != 3 * inputs and order == "blocks":
         return ()  # the input projection of Mamba and LFM2 is no attention
     heads = None if owner is None else _heads(owner, outputs, config=last != "in_proj")
-    if order == "interleaved" or getattr(owner, "multi_query", True) is False:
+    if order == "interleaved" or hint(owner, "multi_query") is False:
         return interleaved_heads(*heads) if heads and heads[2] else ()
     if heads is None:
         return blocks(_QKV, (inputs,) * 3, axis) if outputs == 3 * inputs and last != "in_proj" else ()
@@ -65,7 +75,7 @@ def _heads(owner: nn.Module, outputs: int, *, config: bool) -> tuple[int, int, i
 
     The third number is the rows of a head in a fused weight with `outputs` rows, 0 where they do not fit.
     """
-    sources = (owner, getattr(owner, "config", None)) if config else (owner,)
+    sources = (owner, hint(owner, "config")) if config else (owner,)
     queries = _first(sources, ("num_attention_heads", "num_heads", "n_heads"))
     if not queries:
         return None
@@ -77,11 +87,27 @@ def _heads(owner: nn.Module, outputs: int, *, config: bool) -> tuple[int, int, i
 
 def _first(sources: Sequence[object], attributes: Sequence[str]) -> int:
     """The first of the attributes that is a positive integer, or 0."""
-    values = (getattr(source, attribute, None) for source in sources for attribute in attributes)
+    values = (hint(source, attribute) for source in sources for attribute in attributes)
     return next((value for value in values if isinstance(value, int) and value > 0), 0)
 
 
 # --- experts
+
+
+def stacked_kernels(owner: object, attribute: str, shape: Sequence[int]) -> tuple[Part, ...]:
+    """A kernel a row of `[E, n]`, where the module says the shape of a row under `<attribute>_shape`; else nothing.
+
+    So are the experts of a conditionally parametrised convolution stored (Yang et al. 2019, arXiv:1904.04971).
+    """
+    declared = hint(owner, f"{attribute}_shape")
+    sizes = declared if isinstance(declared, (tuple, list)) and all(type(size) is int for size in declared) else ()
+    if len(shape) != 2 or len(sizes) < 3 or prod(sizes) != shape[1]:
+        return ()
+    return tuple(Part(str(row), partial(_kernel_of_row, row=row, sizes=tuple(sizes))) for row in range(shape[0]))
+
+
+def _kernel_of_row(tensor: Tensor, row: int, sizes: tuple[int, ...]) -> Tensor:
+    return KERNEL[0].take(tensor[row].view(sizes))
 
 
 @dataclass(frozen=True)
@@ -94,7 +120,7 @@ class ExpertLayout:
 
 def declared_layout(owner: nn.Module) -> ExpertLayout | None:
     """The layout that an experts module of transformers declares, or `None`."""
-    transposed, concatenated = getattr(owner, "is_transposed", None), getattr(owner, "is_concatenated", None)
+    transposed, concatenated = hint(owner, "is_transposed"), hint(owner, "is_concatenated")
     if not isinstance(transposed, bool) or not isinstance(concatenated, bool):
         return None
     return ExpertLayout(2 if transposed else 1, alternate=not concatenated)
@@ -107,6 +133,20 @@ def layout_beside(fused: Sequence[int], down: Sequence[int] | None) -> ExpertLay
     if (fused[1], fused[2]) == (2 * down[2], down[1]):
         return ExpertLayout(1)
     return ExpertLayout(2) if (fused[1], fused[2]) == (down[2], 2 * down[1]) else None
+
+
+def layout_of(owner: nn.Module, shape: Sequence[int]) -> ExpertLayout | None:
+    """The layout of a stack of experts of that shape, which its module declares or the stack beside it tells."""
+    return declared_layout(owner) or layout_beside(shape, getattr(hint(owner, "down_proj"), "shape", None))
+
+
+def holds_inputs_first(owner: nn.Module, shape: Sequence[int]) -> bool:
+    """Whether a stack of experts, or the one beside it, has its outputs last."""
+    like = hint(owner, "gate_up_proj")
+    if len(shape) != 3 or like is None:
+        return False
+    layout = layout_of(owner, tuple(getattr(like, "shape", shape)))
+    return layout is not None and layout.axis == 2
 
 
 def expert_parts(

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ww_monitor.errors import MissingDependency, WWMonitorError
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
+from ww_monitor.walk import names
 from ww_monitor.walk.keras import load_keras_file, walk_keras
-from ww_monitor.walk.parts import WHOLE, Part, Split, blocks, joined, matrix, split_parts, unfit, unique
+from ww_monitor.walk.parts import WHOLE, Part, Split, blocks, joined, matrix, resolved, split_parts, unfit, unique
+from ww_monitor.walk.reading import tied_to
 from ww_monitor.walk.roles import infer_role
 
 _SLACK = 64 << 20
@@ -24,6 +28,7 @@ _MOST_TIMES = (
 )
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "attention_output": "o"}
 _GATES = {3: "zrh", 4: "ifco"}
+_UNKNOWN = "its group and shape tell no weight: load the model and analyse that"
 _CONV = ("kernel", "depthwise_kernel", "pointwise_kernel")
 
 
@@ -120,6 +125,7 @@ def _weights(file: Any, path: Path, split: Split | None) -> Iterator[Matrix | Sk
         tensors = {child.name: child for child in inner if hasattr(child, "shape")}
         if tensors and "optimizer" not in group.name.partition("/vars")[0].strip("/").split("/")[0]:
             groups[group.name] = tensors
+    split = resolved(split, [_name(file, folder) for folder in groups])
     for folder, tensors in groups.items():
         yield from _layer(file, path, folder, tensors, split)
 
@@ -139,7 +145,8 @@ def _layer(
         plain = attribute in ("kernel", "embeddings") and kind is not Kind.RECURRENT
         own = name if plain else joined(name, attribute)
         dtype = _dtype(value)
-        reason = "" if cut else "its group and shape tell no weight: load the model and analyse that"
+        reason = _no_weight(word) if folder.endswith("/vars") else ""
+        reason = reason or _held_inside(file, folder, value) or ("" if cut else _UNKNOWN)
         size = cut[0].shape(shape)[1:] if cut and kind is not Kind.CONV else shape
         reason = reason or ("a storage type that is not read" if dtype is None else unfit(dtype, size, kind))
         if reason:
@@ -147,6 +154,27 @@ def _layer(
         else:
             of_name = infer_role(own, kind) if role is None else role
             yield from (matrix(own, kind, part, shape, partial(_read, path, key), of_name) for part in cut)
+
+
+def _no_weight(word: str) -> str:
+    """Why the variables of a layer are no weights, as its class says, for which its group is called."""
+    word = re.sub(r"_\d+$", "", word)
+    if word.endswith("normalization"):
+        return "numbers of a normalisation"
+    return names.POSITIONS if names.no_weight(word) == names.POSITIONS else ""
+
+
+def _held_inside(file: Any, folder: str, value: Any) -> str:
+    """Where the same variable is that of a layer inside, which a wrapper lists as its own."""
+    inside: list[Any] = []
+    file[folder.removesuffix("vars") or "/"].visititems(
+        lambda _, one: inside.append(one) if hasattr(one, "shape") else None
+    )
+    for one in inside:
+        group, alike = one.name.rpartition("/")[0], (one.shape, one.dtype) == (value.shape, value.dtype)
+        if group != folder and alike and len(one.shape) > 1 and np.array_equal(one[()], value[()]):
+            return tied_to(_name(file, group))
+    return ""
 
 
 def _name(file: Any, folder: str) -> str:

@@ -18,7 +18,19 @@ from ww_monitor.errors import MissingDependency, WWMonitorError
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import names
-from ww_monitor.walk.parts import WHOLE, Part, Split, blocks, check_split, flat, matrix, split_parts, unfit, unique
+from ww_monitor.walk.parts import (
+    WHOLE,
+    Part,
+    Split,
+    blocks,
+    check_split,
+    flat,
+    matrix,
+    resolved,
+    split_parts,
+    unfit,
+    unique,
+)
 from ww_monitor.walk.reading import tied_to
 from ww_monitor.walk.roles import infer_role
 
@@ -84,6 +96,7 @@ def walk_keras(model: Any, *, split: Split | None = None) -> Iterator[Matrix | S
         InvalidArgument: if `split` is malformed.
     """
     check_split("walk_keras", split)
+    split = resolved(split, [path for *_, path in _layers(model)]) if split else None
     return unique(chain(_known(model, split), _others(model)))
 
 
@@ -206,19 +219,24 @@ def _others(model: Any) -> Iterator[Matrix | Skipped]:
             if id(variable) in seen or len(variable.shape) < 2 or variable.name == "bias":
                 continue
             seen.add(id(variable))
-            name = path if variable.name in _PLAIN else f"{path}.{variable.name}"
             learns = any(variable is own for own in layer._trainable_variables)
-            yield _by_name(variable, name, learns=learns)
+            reason = "" if learns else names.BUFFER
+            if type(layer).__name__.endswith("Normalization") and learns:
+                reason = f"parameters of {type(layer).__name__} are not a known weight"
+            yield _by_name(variable, path, reason)
 
 
-def _by_name(variable: Any, name: str, *, learns: bool) -> Matrix | Skipped:
+def _by_name(variable: Any, path: str, reason: str) -> Matrix | Skipped:
     """What the rules by name and shape make of a variable, with kernels as Keras stores them."""
+    name = path if variable.name in _PLAIN else f"{path}.{variable.name}"
+    if variable.name != "kernel" and names.no_weight(path) == names.POSITIONS:
+        reason = reason or names.POSITIONS
     shape, dtype = tuple(variable.shape), getattr(torch, variable.dtype)
     found = names.read_shape(shape)
     long = len(shape) > 3 and max(shape[:-2]) <= names.LARGEST_KERNEL
     kernel = found.kernel or long
     part = Part("", partial(torch.flatten, end_dim=-3)) if kernel else (found.parts or WHOLE)[0]
-    reason = names.BUFFER if not learns else names.no_weight(name) or ("" if long else found.reason)
+    reason = reason or names.no_weight(variable.name) or ("" if long else found.reason)
     reason = reason or unfit(dtype, shape, Kind.PARAMETER)
     if reason:
         return Skipped(name, Kind.OTHER, shape, reason)

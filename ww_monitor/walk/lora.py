@@ -22,9 +22,12 @@ from ww_monitor.walk.parts import Part, variant
 
 CHOICES = ("base", "delta", "merged")
 _HOME = "peft.tuners.lora.layer"
-_ADDED = ("lora", "adalora", "loha", "lokr", "vera", "fourierft", "randlora")
+_ADDED = (
+    "lora", "adalora", "loha", "lokr", "vera", "fourierft", "randlora", "adamss", "c3a", "delora", "frod", "gralora",
+    "osf", "psoft", "pvera", "supertuning", "tinylora", "unilora", "vblora", "waveft",
+)  # fmt: skip
 """Kinds of adapters whose `get_delta_weight` gives what is added to the weight; that of others is a rotation, a whole
-weight, or not there, and some of them write on their layer as they compute it."""
+weight, another one once it is merged, or not there, and some of them write on their layer as they compute it."""
 
 
 Adapters = Mapping["tuple[int, str]", Any]
@@ -59,6 +62,17 @@ def find_adapters(root: nn.Module) -> Adapters:
     layers: list[Any] = [module for module in root.modules() if is_adapter(module)]
     # by id: a layer knows its module, the module knows no layer, and nothing may be written on either
     return {(id(layer.get_base_layer()), _attribute(layer)): layer for layer in layers}
+
+
+def trains(found: Adapters, module: nn.Module) -> bool:
+    """Whether an adapter of a weight of the module learns, which the module does not know."""
+    layers = (found[id(module), name] for name in ("weight", "in_proj_weight") if (id(module), name) in found)
+    return any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+
+
+def is_adapted(name: str) -> bool:
+    """Whether a name is that of a delta, or of a weight with its adapters."""
+    return name.endswith(("]", ".merged"))
 
 
 def _attribute(layer: Any) -> str:

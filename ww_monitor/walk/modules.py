@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 from ww_monitor.walk import lora as adapters
 from ww_monitor.walk import parts
 from ww_monitor.walk.parts import WRAPPERS
+from ww_monitor.walk.reading import own_parameters
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -45,3 +46,10 @@ def modules(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str,
 def class_name(module: nn.Module) -> str:
     """The name of the class the user wrote, also if a parametrization replaced it."""
     return parametrize.type_before_parametrizations(module).__name__
+
+
+def names_in(root: nn.Module) -> Iterator[str]:
+    """What weights in a model may be called: a module's path, or that of one of its parameters."""
+    for path, module in modules(root, "", set()):
+        yield path
+        yield from (parts.joined(path, attribute) for attribute in own_parameters(module))

@@ -19,12 +19,14 @@ LARGEST_KERNEL = 16
 LEAST_HEAD = 8
 """Least size of an attention head; kernels of one dimension are shorter, but for few."""
 
+POSITIONS = "a table of positions"
 _NO_WEIGHT = (
-    (r"(rel|abs)?pos(ition(s|al)?)?(_?(emb|enc)\w*)?|pe|wpe|rpe|rope|rotary\w*|alibi\w*", "a table of positions"),
+    (r"(rel|abs)?pos(ition(s|al)?)?(_?(emb|enc)\w*)?|pe|wpe|rpe|rope|rotary\w*|alibi\w*", POSITIONS),
     (r"mask(s|ed)?(?!_?(token|emb))", "a mask"),
     (r"bias(es)?", "a bias"),
     (r"weight_(scales?(_inv)?|zero(s|_points?)?)|qzeros|\w*absmax|quant_(map|state)", "numbers of a quantisation"),
 )
+_ACTS = re.compile(r"(proj(ections?)?|kernels?|(?<!emb)(?<!enc)(?<!embed)(?<!ding)(?<!dings)_(w|weights?))_?\d*$")
 _BUFFERS = r"running|cos|sin|\w*cached?|inv_freq|freqs|window|\w*filter_?banks?|mel_\w+"
 
 
@@ -39,6 +41,8 @@ def no_weight(key: str, *, stored: bool = False) -> str:
     ['a table of positions', 'a mask', 'a bias', '', '']
     """
     last = next((part for part in reversed(key.split(".")) if not part.isdigit()), "")
+    if _ACTS.search(last.lower()):
+        return ""  # what acts on positions or on a mask is none itself
     rules = (*_NO_WEIGHT, (_BUFFERS, BUFFER)) if stored else _NO_WEIGHT
     found = (reason for words, reason in rules if re.search(f"(?<![a-z])({words})(?![a-z])", last, re.IGNORECASE))
     return next(found, "")

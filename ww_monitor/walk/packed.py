@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ww_monitor.walk.quantized import FLOAT8, Codes, codes_of, companions, dequantized
+from ww_monitor.walk.quantized import FLOAT8, Codes, codes_of, dequantized, numbers_of
 from ww_monitor.walk.unread import Unread
 
-_PACKED = {"qweight": "GPTQ or AWQ", "weight_packed": "compressed-tensors", "W_q": "HQQ", "_data": "quanto"}
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # and their negatives: OCP Microscaling Formats v1.0, section 5.3.3
 _STATE = "quant_state.bitsandbytes__"
 _MOST_STATE = 1 << 16  # bytes of its text, which is some hundred
@@ -46,7 +45,7 @@ def readable(tensors: Mapping[str, Unread]) -> dict[str, Unread]:
         scaled = scaled or value.dtype in FLOAT8
         if weight.dtype is torch.float32 and attribute.endswith("_blocks"):
             renamed[key] = key.removesuffix("_blocks")
-        for name in companions(attribute.removesuffix("_blocks"), beside):
+        for name in numbers_of(attribute, value, beside):
             other = f"{path}.{name}".lstrip(".")
             found[other] = replace(found[other], reason=f"scales of {key}")
         found[key] = weight
@@ -58,12 +57,8 @@ def readable(tensors: Mapping[str, Unread]) -> dict[str, Unread]:
 
 def _weight(attribute: str, value: Unread, beside: Mapping[str, Unread]) -> Unread | None:
     """The weight behind one tensor, with the reason where it is not read; `None` if it is none that is quantised."""
-    if attribute in _PACKED or (state := next((name for name in beside if _STATE in name), "")):
-        if attribute == "weight":
-            return _four_bits(value, beside, state)
-        if attribute in _PACKED:
-            return replace(value, reason=f"packed codes ({_PACKED[attribute]}), which are not read")
-        return None
+    if state := next((name for name in beside if _STATE in name), ""):
+        return _four_bits(value, beside, state) if attribute == "weight" else None
     if attribute.endswith("_blocks") and f"{attribute.removesuffix('_blocks')}_scales" in beside:
         return _microscaled(value, beside[f"{attribute.removesuffix('_blocks')}_scales"])
     codes = codes_of(attribute, value, beside)

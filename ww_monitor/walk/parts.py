@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import partial
 from itertools import accumulate, chain, count
 from operator import itemgetter
@@ -12,9 +12,10 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from ww_monitor.errors import InvalidArgument
+from ww_monitor.errors import InvalidArgument, SpectralWarning
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Shards, Skipped
+from ww_monitor.settings import matching
 from ww_monitor.walk.sharded import whole
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
@@ -193,19 +194,30 @@ def check_split(where: str, split: Split | None) -> None:
             )
 
 
+def resolved(split: Split | None, names: Collection[str]) -> Split | None:
+    """Name of a weight → the caller's cut of it, by the first pattern that selects it; one that selects none warns."""
+    found: dict[str, int | Sequence[int]] = {}
+    for pattern, sizes in (split or {}).items():
+        selected = matching(pattern, names)
+        found |= {name: sizes for name in selected if name not in found}
+        if names and not selected:
+            said = f"walk: split={pattern!r} matches no layer; the first are {', '.join(map(repr, list(names)[:3]))}"
+            warnings.warn(said, SpectralWarning, stacklevel=3)
+    return found or None
+
+
 def split_parts(split: Split | None, name: str, shape: Sequence[int], axis: int) -> tuple[Part, ...]:
-    """The parts `0`, `1`, … that the first matching glob asks for; nothing if none matches.
+    """The parts `0`, `1`, … of a weight that `resolved` cuts; nothing for another.
 
     Raises:
         InvalidArgument: if the sizes do not add up to the output axis.
     """
-    for pattern, sizes in (split or {}).items():
-        if not fnmatchcase(name, pattern):
-            continue
-        listed = [shape[axis] // sizes] * sizes if isinstance(sizes, int) else list(sizes)
-        if sum(listed) != shape[axis]:
-            raise InvalidArgument(
-                f"walk: split[{pattern!r}] must add up to the {shape[axis]} outputs of {name!r}; got {sizes!r}"
-            )
-        return WHOLE if len(listed) == 1 else blocks([str(i) for i in range(len(listed))], listed, axis)
-    return ()
+    sizes = (split or {}).get(name)
+    if sizes is None:
+        return ()
+    listed = [shape[axis] // sizes] * sizes if isinstance(sizes, int) else list(sizes)
+    if sum(listed) != shape[axis]:
+        raise InvalidArgument(
+            f"walk: the sizes in split must add up to the {shape[axis]} outputs of {name!r}; got {sizes!r}"
+        )
+    return WHOLE if len(listed) == 1 else blocks([str(i) for i in range(len(listed))], listed, axis)

@@ -22,8 +22,19 @@ BLOCK = 128
 FLOAT8 = {dtype for name, dtype in vars(torch).items() if name.startswith("float8_") and isinstance(dtype, torch.dtype)}
 _FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
 _OF_VALUES = re.compile(r"input|output|act(ivation)?s?(?![a-z])|(^|_)[qkv](v?_cache)?_scale")  # not of the weights
-_COMPANION = re.compile(r"scales?(?![a-z])|zero|offset|absmax|quant_|SCB|(^|[._])g_idx$|(^|_)weight_(shape|format)$")
-_ONLY = ("weight", "qweight", "weight_packed", "W_q", "_data")  # what is the only weight of its module
+_COMPANION = re.compile(
+    r"scales?(?![a-z])|zero|offset|a(bs)?max|quant_|SCB|(^|[._])(g_idx|shift)$|(^|_)weight_(shape|format)$"
+    r"|codebook|centroid|(^|_)(tables?|lut)\d*$"
+)
+_BOOK = re.compile("codebook|centroid|table|lut")
+_PLACES = ("codes", "indices")
+_ONLY = ("weight", "qweight", "weight_packed", "W_q", "_data", *_PLACES)  # the only weight of its module
+_OTHER = re.compile(
+    r"bias|lora|input|output|act(ivation)?s?(?![a-z])"
+)  # beside eight-bit floats and no scale of theirs
+
+
+_PACKED = {"qweight": "GPTQ or AWQ", "weight_packed": "compressed-tensors", "W_q": "HQQ", "_data": "quanto"}
 
 
 class _Stored(Protocol):
@@ -65,14 +76,18 @@ def codes_of(attribute: str, stored: _Stored, beside: Mapping[str, _Stored]) -> 
     >>> codes_of("weight", fp8, {"weight_scale_inv": torch.ones(5, 7)})
     'codes with weight_scale_inv of shape (5, 7), a layout that is not known'
     """
-    if stored.dtype is not None and stored.dtype is _FLOAT4:
-        return "packed codes of four bits, which are not read"
-    if not _may_be_codes(stored.dtype) or len(stored.shape) < 2:
+    floats = stored.dtype is not None and stored.dtype.is_floating_point and stored.dtype not in FLOAT8
+    if (attribute in _PACKED and not floats) or (stored.dtype is not None and stored.dtype is _FLOAT4):
+        return f"packed codes ({_PACKED.get(attribute, 'four bits')}), which are not read"
+    if not _may_be_codes(stored.dtype) or len(stored.shape) < 2 or _COMPANION.search(attribute):
         return ""
     found = companions(attribute, beside)
-    scales = [name for name in found if not re.search("zero|format|shape", name)]
+    if attribute in _PLACES and not any(_BOOK.search(name) for name in found):
+        return ""  # places in something else
+    scales = [name for name in found if "scale" in name or not re.search("zero|format|shape", name)]
     if not scales:
-        return ""
+        found = numbers_of(attribute, stored, beside)
+        return f"codes of {stored.dtype} with {', '.join(found)}, a layout that is not known" if found else ""
     known = {f"{attribute}_scale_inv": 1.0, f"{attribute}_scale": 1.0, f"scale_{attribute}": 1.0}
     if stored.dtype == torch.int8:
         known["SCB"] = 1 / 127  # the largest code stands for the largest magnitude of the row
@@ -96,8 +111,24 @@ def _may_be_codes(dtype: torch.dtype | None) -> bool:
 
 def companions(attribute: str, beside: Iterable[str]) -> list[str]:
     """What belongs to the codes of an attribute: all scales of a `weight`, those with its name of another."""
+    attribute = attribute.removesuffix("_blocks")
     named = [name for name in beside if _COMPANION.search(name) and not _OF_VALUES.search(name)]
     return [name for name in named if attribute in _ONLY or attribute in name]
+
+
+def numbers_of(attribute: str, stored: _Stored, beside: Mapping[str, _Stored]) -> list[str]:
+    """What of a module says how codes become weights, as far as names tell.
+
+    Beside eight-bit floats without a scale of a known name that is all but a bias and what is about activations, where
+    the weight is the module's only one (also bytes in which a library keeps its state); else what has the weight's
+    name in its own, or is called a scale.
+    """
+    found = companions(attribute, beside)
+    if found or stored.dtype not in FLOAT8:
+        return found
+    only = attribute in _ONLY
+    named = (n for n in beside if only or attribute in n or (_COMPANION.search(n) and not _OF_VALUES.search(n)))
+    return [name for name in named if not _OTHER.search(name) and beside[name].dtype not in FLOAT8]
 
 
 def repeats(shape: Sequence[int], scale: Sequence[int]) -> tuple[int, ...] | None:
@@ -179,7 +210,7 @@ def beside(module: torch.nn.Module, attribute: str, weight: Tensor) -> dict[str,
     numbers = {
         name: torch.tensor(value, dtype=torch.float32, device="cpu")
         for name, value in own.items()
-        if type(value) is float
+        if type(value) is float and _COMPANION.search(name)
     }
     tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
     return {name: value for name, value in {**numbers, **tensors}.items() if name != attribute}

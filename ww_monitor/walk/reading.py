@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ww_monitor.kind import Kind
 from ww_monitor.walk.parts import unfit
-from ww_monitor.walk.quantized import Codes, codes_in, companions, read_codes
+from ww_monitor.walk.quantized import Codes, codes_in, numbers_of, read_codes
 from ww_monitor.walk.sharded import like_whole, read_whole
 
 
@@ -57,10 +58,20 @@ def refusal(module: nn.Module, attribute: str, stored: Tensor) -> str:
     return codes if isinstance(codes, str) else ""
 
 
+def holds_no_weights(module: nn.Module) -> str:
+    """Why a module of TorchScript that was frozen has no weight, or `""`: they are constants of its code."""
+    if not isinstance(module, torch.jit.ScriptModule) or own_tensors(module):
+        return ""
+    graph: Any = module.graph if hasattr(module, "graph") else None
+    nodes = graph.findAllNodes("prim::Constant", recurse=True) if graph else ()
+    held = (node.t("value") for node in nodes if node.hasAttribute("value") and node.kindOf("value") == "t")
+    return "a frozen script: its weights are constants" if any(tensor.ndim > 1 for tensor in held) else ""
+
+
 def scales_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The names of scales and zero points → the codes they belong to."""
-    coded = [name for name, tensor in tensors.items() if not is_lazy(tensor) and codes_in(module, name, tensor)]
-    return {scale: name for name in coded for scale in companions(name, tensors) if scale != name}
+    coded = {name: tensor for name, tensor in tensors.items() if not is_lazy(tensor) and codes_in(module, name, tensor)}
+    return {scale: name for name in coded for scale in numbers_of(name, coded[name], tensors) if scale != name}
 
 
 def dequantized_shape(module: nn.Module, attribute: str, stored: Tensor) -> tuple[int, ...] | None:
@@ -103,18 +114,31 @@ def _source(module: nn.Module, attribute: str) -> tuple[list[Tensor], Callable[[
     if parametrize.is_parametrized(module, attribute):
         functions = module.get_submodule(f"parametrizations.{attribute}")
         return originals(functions), partial(_evaluate, functions), True
-    stored, compute = attribute, partial(getattr, module, attribute)
-    # pruning and norms of the older kind: their hook writes the attribute in the next forward pass only, and nothing
-    # public tells which hooks a module has, nor what they write
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, BasePruningMethod) and hook._tensor_name == attribute:
-            stored, compute = f"{attribute}_orig", partial(hook.apply_mask, module)
-        elif isinstance(hook, SpectralNorm) and hook.name == attribute:
-            stored, compute = f"{attribute}_orig", partial(hook.compute_weight, module, do_power_iteration=False)
-        elif isinstance(hook, WeightNorm) and hook.name == attribute:
-            stored, compute = f"{attribute}_v", partial(hook.compute_weight, module)
-    tensor = getattr(module, stored, None)
+    stored, compute = made_by_hooks(module).get(attribute, (attribute, partial(getattr, module, attribute)))
+    if stored in own_tensors(module) or stored in vars(module):
+        tensor = getattr(module, stored, None)
+    else:  # the user's code, if anything
+        compute = partial(_evaluate, _Attribute(module, stored))
+        tensor = compute()
     return [tensor] if isinstance(tensor, Tensor) else [], compute, stored != attribute
+
+
+def made_by_hooks(module: nn.Module) -> dict[str, tuple[str, Callable[[], Tensor]]]:
+    """Weights that pruning and norms of the older kind make → the parameter that they are made of, and how.
+
+    Their hook writes the attribute in the next forward pass only, and nothing public tells which hooks a module has,
+    nor what they write.
+    """
+    found: dict[str, tuple[str, Callable[[], Tensor]]] = {}
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod):
+            found[hook._tensor_name] = f"{hook._tensor_name}_orig", partial(hook.apply_mask, module)
+        elif isinstance(hook, SpectralNorm):
+            make = partial(hook.compute_weight, module, do_power_iteration=False)
+            found[hook.name] = f"{hook.name}_orig", make
+        elif isinstance(hook, WeightNorm):
+            found[hook.name] = f"{hook.name}_v", partial(hook.compute_weight, module)
+    return found
 
 
 def originals(functions: nn.Module) -> list[Tensor]:
@@ -130,7 +154,7 @@ def _evaluate(functions: nn.Module) -> Tensor:
     # in training mode a spectral norm would take a power step first
     flags = [(module, module.training) for module in functions.modules()]
     copies = {name: buffer.clone() for name, buffer in functions.named_buffers()}
-    device = originals(functions)[-1].device
+    device = next((tensor.device for _, tensor in all_parameters(functions)), torch.device("cpu"))
     generators = [device] if device.type in ("cuda", "xpu") else []
     try:
         for module, _ in flags:
@@ -143,14 +167,32 @@ def _evaluate(functions: nn.Module) -> Tensor:
             module.training = training
 
 
+class _Attribute(nn.Module):
+    """What a module gives for an attribute, which may be a property."""
+
+    def __init__(self, owner: nn.Module, attribute: str) -> None:
+        super().__init__()
+        self.owner, self.attribute = owner, attribute
+
+    def forward(self) -> Any:
+        return getattr(self.owner, self.attribute, None)
+
+
+def all_parameters(
+    module: nn.Module, *, recurse: bool = True, remove_duplicate: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """`named_parameters` of torch's class: a model may have a method of that name that does something else."""
+    return nn.Module.named_parameters(module, recurse=recurse, remove_duplicate=remove_duplicate)
+
+
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:
     """Parameters that `module` itself registers, by attribute; of a script module they are tensors of no class."""
-    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    return dict(all_parameters(module, recurse=False, remove_duplicate=False))
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers that `module` itself registers, by attribute."""
-    return {**own_parameters(module), **dict(module.named_buffers(recurse=False, remove_duplicate=False))}
+    return {**own_parameters(module), **dict(nn.Module.named_buffers(module, recurse=False, remove_duplicate=False))}
 
 
 def made_of(module: nn.Module, attribute: str) -> str:
@@ -162,9 +204,9 @@ def made_of(module: nn.Module, attribute: str) -> str:
     own = own_parameters(module)
     beside = [name for name in own if name.startswith(f"{attribute}_") and len(shape(own[name])) > 1]
     known = attribute in own_tensors(module) or parametrize.is_parametrized(module, attribute)
-    if known or len(beside) != 1 or sources(module, attribute)[1]:
+    if known or len(beside) != 1 or attribute in made_by_hooks(module):
         return attribute
-    found = getattr(module, attribute, None)
+    found = vars(module).get(attribute)
     return beside[0] if found is None or found.shape == own[beside[0]].shape else attribute
 
 

@@ -14,7 +14,7 @@ from ww_monitor.errors import InvalidArgument, SpectralWarning
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import factors, fused, names, parts
-from ww_monitor.walk.containers import choose, of_others
+from ww_monitor.walk.containers import AVERAGE, choose, of_others
 from ww_monitor.walk.factors import Scaling
 from ww_monitor.walk.packed import readable
 from ww_monitor.walk.parts import WHOLE, WRAPPERS, Part, Split
@@ -24,7 +24,7 @@ from ww_monitor.walk.unread import Unread, unread
 
 _EMBEDDING = re.compile(r"(.*_)?(embed(ding)?s?|emb|wte|wpe)(_(?!out).*)?|[a-z]*embed", re.IGNORECASE)
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
-_COMPUTED = re.compile(r"(.*\.)?(parametrizations\..*|weight\w*_(orig|g|v))")
+_COMPUTED = "stored before pruning or a parametrization, which needs the model"
 
 
 def walk_state_dict(
@@ -80,9 +80,14 @@ def walk_unread(
 ) -> Iterator[Matrix | Skipped]:
     """`walk_state_dict` of tensors that are not read yet, with the scaling of LoRA deltas (1 if it is not known)."""
     tensors = readable(_cleaned(tensors))
+    split = parts.resolved(split, [_name(key) for key in tensors])
     seen: dict[object, str] = {}
+    copies = _undotted_copies(tensors)
     for key, value in tensors.items():
         if len(value.shape) < 2:
+            continue
+        if key in copies:
+            yield Skipped(key, Kind.OTHER, value.shape, f"a copy of {copies[key]}, averaged")
             continue
         own = value.identity is None or factors.factor_of(key)  # a factor may serve several layers: each has its delta
         if not own and value.identity in seen:
@@ -92,6 +97,14 @@ def walk_unread(
         if not own and any(isinstance(item, Matrix) for item in items):
             seen[value.identity] = _name(key)
         yield from items
+
+
+def _undotted_copies(tensors: Mapping[str, Unread]) -> dict[str, str]:
+    """Buffers of an average that are called as a parameter without its dots → that parameter; so LitEma keeps them."""
+    names = ((key, name) for key in tensors for name in (key, key.partition(".")[2]) if "." in name)
+    plain = {name.replace(".", ""): key for key, name in names}
+    found = {key: plain.get(key.rpartition(".")[2]) for key in tensors if AVERAGE.search(key.rpartition(".")[0])}
+    return {key: other for key, other in found.items() if other and tensors[key].shape == tensors[other].shape}
 
 
 def _cleaned(tensors: Mapping[str, Unread]) -> dict[str, Unread]:
@@ -150,8 +163,8 @@ def meaning(
     """
     path, _, attribute = key.rpartition(".")
     rows, ndim = value.shape[0], len(value.shape)
-    if _COMPUTED.fullmatch(key):
-        return Kind.OTHER, (), "stored before pruning or a parametrization, which needs the model"
+    if stored and _is_computed(key, tensors):
+        return Kind.OTHER, (), _COMPUTED
     if _RECURRENT.fullmatch(attribute):
         return Kind.RECURRENT, WHOLE, ""
     if attribute == "in_proj_weight" and ndim == 2 and rows % 3 == 0:
@@ -170,6 +183,19 @@ def meaning(
     transposed = path.endswith("c_attn") and value.shape[1] in (2 * rows, 3 * rows)  # GPT-2 stores [in, out]
     wished = parts.split_parts(split, path, value.shape, int(transposed))
     return Kind.DENSE, wished or fused.fused_parts(path, value.shape, int(transposed), None) or WHOLE, ""
+
+
+def _is_computed(key: str, tensors: Mapping[str, Unread]) -> bool:
+    """Whether a weight is made of a tensor: by torch's parametrizations, or by pruning and norms of the older kind."""
+    stem, _, end = key.rpartition("_")
+    shape = {name: tensors[f"{stem}_{name}"].shape for name in "guv" if f"{stem}_{name}" in tensors}
+    if end in ("v", "g") and "v" in shape and "g" in shape:  # lengths, of the slices along one dimension or of all
+        lengths = [(size, whole) for size, whole in zip(shape["g"], shape["v"], strict=False) if size > 1]
+        fits = len(shape["g"]) in (0, len(shape["v"])) and len(lengths) < 2
+        return fits and all(size == whole for size, whole in lengths)
+    mask = tensors.get(f"{stem}_mask")
+    pruned = mask is not None and mask.shape == tensors[key].shape
+    return "parametrizations" in key.split(".") or (end == "orig" and (pruned or len(shape.get("u", ())) == 1))
 
 
 def _by_shape(key: str, value: Unread, *, called_weight: bool, stored: bool) -> tuple[Kind, tuple[Part, ...], str]:

