@@ -54,8 +54,8 @@ class Span:
 def spans(run: Recording) -> list[Span]:
     """Every finding once, the most severe first, then in the order of their begin.
 
-    Where none has a step or an end they are of analyses by themselves (`ww_monitor.analyze`): each holds until one lacks
-    it.
+    Where none has a step or an end they are of analyses by themselves (`ww_monitor.analyze`): each holds until an
+    analysis lacks it.
     """
     open_: dict[tuple[str, str], Span] = {}
     done: list[Span] = []
