@@ -311,7 +311,7 @@ def test_dashboards_keep_their_writers_apart(tmp_path, texts, images, layouts):
     dashboard = Dashboards()
     for name in ("first", "second"):
         with SummaryWriter(tmp_path / name) as writer:
-            dashboard.update(writer, Snapshot((layer(name, alpha=3.0),), step=5), 5)
+            dashboard.update(writer, Snapshot((layer(name, alpha=3.0),), step=5), 5, {})
     for name in ("first", "second"):
         assert len(layouts(tmp_path / name)) == 1
         assert f"| 1 | `{name}` |" in texts(tmp_path / name, "ww/alpha_map")[0][1]
@@ -342,7 +342,7 @@ def test_two_monitors_of_a_writer_share_no_key_and_both_have_charts(tmp_path, re
 def test_a_dashboard_does_not_keep_a_writer_alive(tmp_path):
     dashboard = Dashboards()
     writer = SummaryWriter(tmp_path)
-    dashboard.update(writer, snapshot(), 0)
+    dashboard.update(writer, snapshot(), 0, {})
     writer.close()
     gone = weakref.ref(writer)
     del writer

@@ -176,10 +176,11 @@ class Shuffled:
     def image(self, vectors: torch.Tensor) -> torch.Tensor:
         """V AᵀA `[b, M]` of `[b, M]`, in float64."""
         stop_if_told()
-        image, shift, sums = torch.zeros_like(vectors), vectors.sum(1, keepdim=True).mul_(self._mean), 0.0
+        image, shift = torch.zeros_like(vectors), vectors.sum(1, keepdim=True).mul_(self._mean)
+        sums = torch.zeros_like(shift)
         for part in torch.split(self._rows, max(1, _CHUNK // self._rows.shape[1])):
             rows = part.double()
             along = (vectors @ rows.mT).sub_(shift)  # V Aᵀ: the mean is taken off the products
             image.addmm_(along, rows)
-            sums = sums + along.sum(1, keepdim=True)
+            sums += along.sum(1, keepdim=True)
         return image.sub_(self._mean * sums).div_(self._std**2)
