@@ -141,6 +141,15 @@ def test_split():
         walk_state_dict(tensors, split={"fc": 0})
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage.*")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_tensor_costs_itself(layout):
+    rows = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(5, 4)], layout=layout)
+    tensors = {"a.weight": rows, "b.weight": torch.randn(8, 8)}
+    assert list(matrices(tensors)) == ["b"]
+    assert reasons(tensors) == {"a": "nested weights, whose rows differ in length"}
+
+
 @pytest.mark.parametrize("adapter", ["", ".default"])
 def test_lora_factors(adapter):
     """The two factors of an adapter make one delta, also if one is tied elsewhere; a lone factor makes none."""
