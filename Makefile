@@ -51,7 +51,7 @@ evidence: $(STAMP)      ## the runs behind docs/evidence.md, hours; QUICK=1: sho
 	done
 
 docs: $(STAMP)          ## the documentation as a site, into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir site
+	KERAS_BACKEND=torch NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir site
 
 clean:
 	rm -rf $(VENV) dist demo_logs .pytest_cache .mypy_cache .ruff_cache
