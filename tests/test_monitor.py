@@ -656,6 +656,16 @@ def test_an_analysis_that_fails_in_every_layer_stops_no_healthy_run(monkeypatch)
     assert watcher.stop_reason == ""
 
 
+def test_finite_weights_that_no_solver_takes_stop_no_run():
+    watcher = Monitor(stop_on="broken_layers", patience=1)
+    items = [matrix("fc", healthy().double() * 1e160)]
+    with pytest.warns(errors.SpectralWarning, match="1 layer without numbers, as fc: solver_failed"):
+        watcher.observe(items, step=0)
+    watcher.observe(items, step=1)
+    assert watcher.history.last.layers[0].status == "solver_failed"
+    assert watcher.stop_reason == ""
+
+
 def test_nothing_escapes_where_warnings_are_errors(failing_engine, caplog):
     failing_engine(looks=1)
     watcher = Monitor(sinks=[Failing(1)])

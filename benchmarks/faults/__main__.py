@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 from benchmarks.faults import Counts
 
-PARTS = ("disk", "misbehaviour", "ends", "folders")
+PARTS = ("disk", "misbehaviour", "ends", "folders", "space")
 OTHERS = ("files", "hooks")
 """Scripts of their own, whose last line is a JSON object with `tried` and `survived`."""
 

@@ -338,16 +338,36 @@ def test_averaged_weights_that_a_lightning_run_ends_with_are_seen_last(tmp_path,
     assert "exchanged_weights" in {finding.rule for finding in monitor.monitor.history.last.findings}
 
 
-def test_the_averaged_weights_that_keras_ends_with_are_seen_last(tmp_path):
+def exchanging(keras, how):
+    """Callbacks of Keras, and the optimizer, by which a run ends with other weights than those of its last step."""
+    if how == "best weights":
+        return [keras.callbacks.EarlyStopping("loss", mode="max", restore_best_weights=True)], keras.optimizers.SGD(0.5)
+    swapping = [keras.callbacks.SwapEMAWeights()] * (how == "swapped averages")
+    return swapping, keras.optimizers.SGD(0.5, use_ema=True)
+
+
+@pytest.mark.parametrize("monitors", ["first", "last", "on both sides"])
+@pytest.mark.parametrize("how", ["best weights", "averages", "swapped averages"])
+def test_the_weights_that_keras_ends_with_are_seen_last(tmp_path, how, monitors):
     framework = Keras()
     keras, model = framework.keras, framework.make_model(make_weights(), 1e-2, 1)
-    model.compile(keras.optimizers.SGD(0.5, use_ema=True), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    callbacks, optimizer = exchanging(keras, how)
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     x, y = np.random.default_rng(0).normal(size=(32, 24)).astype("float32"), np.arange(32) % 10
-    monitor = framework.spectral_monitor(tmp_path, every_n_steps=4, console=False, metrics=["log_norm"])
-    model.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=[monitor])
+    options = {"every_n_steps": 4, "console": False, "metrics": ["log_norm"]}
+    one, other = (framework.spectral_monitor(tmp_path, prefix=prefix, **options) for prefix in ("", "b/"))
+    callbacks = {"first": [one, *callbacks], "last": [*callbacks, one], "on both sides": [one, *callbacks, other]}[
+        monitors
+    ]
+    model.fit(x, y, batch_size=8, epochs=3, verbose=0, callbacks=callbacks)
     mean = sum(float(matrix.double().square().sum().log10()) for matrix in framework.matrices(model)) / 3
-    assert monitor.monitor.history.last.summary["log_norm"] == pytest.approx(mean)
-    assert steps_of(monitor.monitor.history) == [0, 4, 8, 8]
+    for monitor in (one, other) if monitors == "on both sides" else (one,):
+        steps, history = steps_of(monitor.monitor.history), monitor.monitor.history
+        assert history.last.summary["log_norm"] == pytest.approx(mean)
+        assert steps[-2] == steps[-1]  # both are there
+        assert monitor._session is None
+    assert History.read(tmp_path / "ww_history.jsonl").last.summary["log_norm"] == pytest.approx(mean)
+    assert "exchanged_weights" in {finding.rule for finding in one.monitor.history.last.findings}
 
 
 # --- several monitors in one run
@@ -363,6 +383,22 @@ def test_two_monitors_of_one_run_get_keys_of_their_own(tmp_path, name):
     (message,) = said(caught)
     assert "another SpectralMonitor has the same keys, so this one's begin with '2/'; give prefix=" in message
     assert (steps_of(one.monitor.history), steps_of(other.monitor.history)) == ([0, 4], [0, 2, 4])
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_sinks_of_two_monitors_have_keys_of_their_own_too(tmp_path, name):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from ww_monitor.sinks.tensorboard import TensorBoard
+
+    framework = FRAMEWORKS[name]()
+    monitors = [
+        make(framework, tmp_path, 2, sinks=[TensorBoard(tmp_path / "tb")], prefix=prefix) for prefix in ("", "b/")
+    ]
+    framework.train(tmp_path, *monitors, steps=4)
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    for key in ("ww/alpha", "b/ww/alpha"):
+        assert [event.step for event in events.Scalars(key)] == [0, 2, 4]
 
 
 def test_a_prefix_stands_before_every_key(tmp_path):

@@ -194,6 +194,7 @@ def test_a_sink_leaves_the_snapshot_as_it_is(name, tmp_path, make_sink):
     assert one.to_json() == before
 
 
+@pytest.mark.filterwarnings("ignore:.*writes there, so the keys of this one begin with '2/'")
 @pytest.mark.parametrize("name", FACTORIES)
 def test_a_sink_in_use_can_be_copied_and_the_copy_writes(name, tmp_path, make_sink):
     sink, _ = make_sink(name, tmp_path)
@@ -204,6 +205,23 @@ def test_a_sink_in_use_can_be_copied_and_the_copy_writes(name, tmp_path, make_si
         made.close()
     sink.write(snapshot(30))
     sink.close()
+
+
+@pytest.mark.parametrize("name", ["TensorBoard", "WandB"])
+def test_a_second_sink_in_use_on_a_log_has_keys_of_its_own_and_says_so_once(name, tmp_path, make_sink):
+    first, count = make_sink(name, tmp_path)
+    second = WandB(first.run) if name == "WandB" else TensorBoard(tmp_path)
+    first.write(snapshot(0))
+    with pytest.warns(SpectralWarning, match="the keys of this one begin with '2/'; give prefix="):
+        second.write(snapshot(0))
+    for sink in (first, second):
+        sink.write(snapshot(1))
+    first.close()
+    third = WandB(first.run) if name == "WandB" else TensorBoard(tmp_path)
+    third.write(snapshot(2))  # the first has left
+    for sink in (second, third):
+        sink.close()
+    assert count() == 3
 
 
 def test_a_copy_of_a_sink_has_not_the_writer_that_was_given_and_says_so(tmp_path):

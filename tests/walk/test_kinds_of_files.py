@@ -162,6 +162,14 @@ def keras_models():
     return plain, keras.Model(tokens, k.MultiHeadAttention(2, 6)(x, x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantized_layers_of_an_archive_of_torchscript_are_listed(tmp_path):
+    quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(32, 24), nn.Conv1d(24, 20, 3)).eval())
+    torch.jit.script(quantized).save(tmp_path / "net.pt")
+    found = list(walk_files(tmp_path / "net.pt"))
+    assert [(type(item), item.shape) for item in found] == [(Skipped, (24, 32)), (Matrix, (3, 20, 24))]
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 def test_weights_of_keras_without_their_model_have_its_names_kinds_and_numbers(tmp_path):
     for model in keras_models():

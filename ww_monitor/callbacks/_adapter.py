@@ -26,6 +26,7 @@ from ww_monitor.monitor.update import UPDATE
 from ww_monitor.record import Skipped, Snapshot
 from ww_monitor.settings import AnalysisOptions, CallbackOptions, RunOptions, Select
 from ww_monitor.signatures import method_taking
+from ww_monitor.sinks.dashboard import Named
 from ww_monitor.sinks.published import Published
 from ww_monitor.sinks.trackers import Dashboards
 from ww_monitor.walk.sources import Source, walk_source
@@ -101,6 +102,9 @@ class Adapter:
         shared = any(metrics & {metric.name for metric in one.monitor.options.chosen} for one in alike)
         self._name = f"{self.prefix}{len(alike) + 1}/" if shared else self.prefix
         self._dashboards = self._make_dashboards()
+        for sink in self.monitor.sinks:
+            if isinstance(sink, Named):
+                sink.within = self._name
         if shared:
             message = (
                 f"another SpectralMonitor has the same keys, so this one's begin with {self._name!r}; give prefix="

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +131,21 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
 
     @hook
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
-        """Last snapshot, where no hook above knew that the step was the last; the table; close the sinks."""
+        """Last snapshot, where no hook above knew that the step was the last; the end, behind the other callbacks."""
         self._within_line = False
+        calling = calling_object(keras.callbacks.CallbackList)
         if self._begun:
-            self._observe(step := self._step(), whole=True)
-            if self._are_exchanged(self.model, step):
-                self._observe(step, whole=True, again=True)
+            self._observe(self._step(), whole=True)
+        if calling is None or calling.callbacks[-1] is self:
+            self._end()
+        else:
+            calling.callbacks.append(_AtTheEnd(self._end))
+
+    @hook
+    def _end(self) -> None:
+        """A snapshot of the weights that somebody has put in place of the last step's; the table; close the sinks."""
+        if self._begun and self._are_exchanged(self.model, step := self._step()):
+            self._observe(step, whole=True, again=True)
         self._show_table()
         self._close()
 
@@ -220,6 +229,24 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         drawn = (self.params or {}).get("verbose") in (1, "auto")
         print(f"\n{line}" if drawn and self._within_line else line)
         self._within_line = False
+
+
+class _AtTheEnd(keras.callbacks.Callback):  # type: ignore[misc]
+    """Ends a monitor once every callback of the run has ended: `EarlyStopping` restores the best weights only then.
+
+    Args:
+        end: What ends it.
+    """
+
+    def __init__(self, end: Callable[[], None]) -> None:
+        super().__init__()
+        self._end: Callable[[], None] | None = end
+
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
+        """Once: the list of callbacks may serve another run."""
+        end, self._end = self._end, None
+        if end is not None:
+            end()
 
 
 def completed_updates(model: Any) -> int:

@@ -97,7 +97,7 @@ def worst(snapshot: Snapshot, count: int) -> list[Layer]:
     """Layers without a spectrum, then those with the most traps or a headroom above 1, then by alpha outside 2 to 6."""
 
     def badness(layer: Layer) -> tuple[float, ...]:
-        broken = layer.status in BROKEN or layer.status.startswith("error")
+        broken = layer.status in (*BROKEN, "solver_failed") or layer.status.startswith("error")
         traps, headroom, alpha = (layer.value(name) for name in ("num_traps", "trap_headroom", "alpha"))
         values = traps, max(headroom, 1.0), max(2.0 - alpha, alpha - 6.0)
         return (float(broken), *(-math.inf if math.isnan(value) else value for value in values))

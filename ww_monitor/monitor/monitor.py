@@ -287,7 +287,9 @@ class Monitor(Stepping):
     def _warn_of_failures(self, snapshot: Snapshot) -> None:
         """Say once a cause which layers have no row, or an empty one, through no fault of theirs."""
         failed = [(item.name, item.reason) for item in snapshot.skipped if item.reason.startswith(UNREAD)]
-        failed += [(row.name, row.status) for row in snapshot.layers if row.status.startswith("error:")]
+        failed += [
+            (row.name, row.status) for row in snapshot.layers if row.status.startswith(("error:", "solver_failed"))
+        ]
         for name, reason in failed:
             cause = ":".join(reason.split(":")[:2])  # how, and the class of the exception
             alike = sum(other.startswith(cause) for _, other in failed)

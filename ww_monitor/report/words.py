@@ -29,7 +29,7 @@ VERDICT_WORDS = {
 """A verdict (`ww_monitor.metric.verdict`) or status → what it means."""
 
 _TOLD = {
-    "broken_layer": ("{has} no spectrum", "the weights are not finite or the analysis failed"),
+    "broken_layer": ("{has} no spectrum", "the weights are not finite"),
     "trap": ("{has} correlation traps", "weights grown so large that they act alone, a sign of memorising"),
     "trap_approaching": ("{is} close to a correlation trap", "the largest weight keeps growing"),
     "over_trained": ("{is} over-trained", "alpha is below 2 by more than its error"),

@@ -15,7 +15,8 @@ LOOKBACK = 16
 MOST_FINDINGS = 200_000
 """Findings of one rule at one snapshot (our choice: as many as the matrices of the largest model that `plan` takes)."""
 
-BROKEN = ("not_finite", "solver_failed")
+BROKEN = ("not_finite",)
+"""Statuses of weights that are lost; where no solver gives a spectrum of finite ones they are not."""
 
 
 _Function = TypeVar("_Function", bound=Callable[..., object])

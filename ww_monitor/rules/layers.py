@@ -14,7 +14,7 @@ FEW = 20
 
 @looks_back()
 def broken_layer(history: History) -> Iterator[Finding]:
-    """A layer has NaN or infinite weights, or a spectrum that no solver gives; a failure of our own is none."""
+    """A layer has NaN or infinite weights; a failure of ours or of a solver is none."""
     for layer in history.last.layers:
         if layer.status in BROKEN:
             yield finding_of(history, broken_layer, layer, "critical", f"no spectrum: {layer.status}")

@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from ww_monitor.errors import SpectralWarning
 from ww_monitor.record import Histogram, Snapshot, layer_key
 from ww_monitor.sinks.heatmap import AlphaMap, Figures
 from ww_monitor.sinks.published import Publish, Published
+
+_OPEN: WeakKeyDictionary[Named, tuple[object, str, str]] = WeakKeyDictionary()
+"""Of each sink in use its log, the name that it asks for, and the one that it has."""
+
+
+class Named:
+    """A sink whose keys no other one has that is in use on the same log: the second that would gets `2/`."""
+
+    prefix = ""
+    """What stands before its keys, as it was given."""
+
+    within = ""
+    """What the callback that it belongs to puts before that."""
+
+    def _name_on(self, log: object) -> str:
+        """What stands before its keys in this log."""
+        asked = log, self.within + self.prefix
+        if _OPEN.get(self, ())[:2] != asked:
+            taken = {(where, name) for other, (where, _, name) in _OPEN.items() if other is not self}
+            names = (f"{asked[1]}{number}/" if number > 1 else asked[1] for number in count(1))
+            name = next(name for name in names if (log, name) not in taken)
+            _OPEN[self] = (*asked, name)
+            if name != asked[1]:
+                said = f"another {type(self).__name__} writes there, so the keys of this one begin with {name!r}"
+                warnings.warn(f"ww_monitor: {said}; give prefix=", SpectralWarning, stacklevel=3)
+        return _OPEN[self][2]
+
+    def _leave(self) -> None:
+        """Let others have the name."""
+        _OPEN.pop(self, None)
 
 
 class Dashboard:
@@ -34,12 +68,17 @@ class Dashboard:
         figures: Figures | None = None,
         publish: Publish = "key",
     ) -> None:
-        self.prefix, self.name = prefix + name, name
+        self.owner, self.name = prefix, name
         self.figures = figures
         self.published = Published(publish)
         self.count = 0
         self._failed: list[Exception] = []
         self.alpha_map = AlphaMap()
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the keys of values."""
+        return self.owner + self.name
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_failed": []}

@@ -36,12 +36,12 @@ class EventFile:
             from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2
         except ImportError as error:
             raise MissingDependency("TensorBoard: needs tensorboard; pip install 'ww-monitor[tensorboard]'") from error
-        self.folder = Path(folder)
+        self.log_dir = Path(folder)
         self._event, self._summary, self._tensor, self._types = event_pb2, summary_pb2, tensor_pb2, types_pb2
         self._records: Any = None
 
     def __reduce__(self) -> tuple[type[EventFile], tuple[Path]]:
-        return EventFile, (self.folder,)  # a copy writes a file of its own
+        return EventFile, (self.log_dir,)  # a copy writes a file of its own
 
     def add_scalar(self, tag: str, value: float, global_step: int) -> None:
         """A point of a curve."""
@@ -113,8 +113,8 @@ class EventFile:
     def _open(self) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log_dir.mkdir(parents=True, exist_ok=True)
         now = time.time()
         name = f"events.out.tfevents.{now:010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}.ww_monitor"
-        self._records = RecordWriter((self.folder / name).open("ab"))
+        self._records = RecordWriter((self.log_dir / name).open("ab"))
         self._records.write(self._event.Event(wall_time=now, file_version="brain.Event:2").SerializeToString())

@@ -32,7 +32,7 @@ _LAYOUTS: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 """The charts of all monitors of a writer: TensorBoard shows the layout that was written last."""
 
 
-class TensorBoard:
+class TensorBoard(dashboard.Named):
     """Writes event files, without TensorFlow; or with a `torch.utils.tensorboard.SummaryWriter` of yours.
 
     Args:
@@ -59,8 +59,8 @@ class TensorBoard:
     ) -> None:
         self._owned = isinstance(target, (str, Path))
         self.writer: Any = _writer_of(target) if self._owned else target
-        self.scalars = scalars
-        self._dashboard = Dashboard(figures=figures, publish=publish, name=prefix)
+        self.scalars, self.prefix = scalars, prefix
+        self._dashboard = Dashboard(figures=figures, publish=publish)
         self._dashboard.layout = layout
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,6 +74,8 @@ class TensorBoard:
         """
         if self.writer is None:
             raise WWMonitorError("TensorBoard: expected a writer, got a copy without it; give a log folder instead")
+        folder = getattr(self.writer, "log_dir", "")  # of a writer that writes anywhere
+        self._dashboard.name = self._name_on(str(Path(folder).absolute()) if folder else id(self.writer))
         values = self._dashboard.values(snapshot) if self.scalars else {}
         try:
             self._dashboard.update(self.writer, snapshot, snapshot.step or 0, values=values)
@@ -88,6 +90,7 @@ class TensorBoard:
         try:
             self._dashboard.complete(self.writer)
         finally:
+            self._leave()
             self.writer.flush()
             if self._owned:
                 self.writer.close()

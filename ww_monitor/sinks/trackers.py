@@ -36,7 +36,7 @@ class Dashboards:
         self._options = options
         self._by_tracker: WeakKeyDictionary[Any, Dashboard] = WeakKeyDictionary()
 
-    def update(self, tracker: Any, snapshot: Snapshot, step: int, values: Mapping[str, float]) -> None:
+    def update(self, tracker: Any, snapshot: Snapshot, step: int, values: Mapping[str, float] | None = None) -> None:
         """Show one snapshot; nothing where the tracker has no dashboard.
 
         Args:

@@ -38,7 +38,7 @@ QUEUED_MEDIA = 64
 _TABLE = ("layer", "kind", "shape", "status", "verdict", "phase")
 
 
-class WandB:
+class WandB(dashboard.Named):
     """Logs into a run that somebody else began and will finish; works offline.
 
     The x axis is `ww/step`, declared for our keys. The run's own row counter stays its owner's, who may log with
@@ -71,11 +71,10 @@ class WandB:
     ) -> None:
         _wandb()
         self.run = run
-        self.scalars = scalars
+        self.scalars, self.prefix = scalars, prefix
         self._options: dict[str, Any] = {
             "step_key": step_key,
             "publish": publish,
-            "name": prefix,
             "own_rows": own_rows,
             "figures": figures,
         }
@@ -97,11 +96,13 @@ class WandB:
         if run is None:
             raise WWMonitorError("WandB: expected an active run, got none; call wandb.init() first, or pass run=")
         board = self._dashboards.setdefault(run, Dashboard(**self._options))
+        board.name = self._name_on(id(run))
         values = board.values(snapshot) if self.scalars else {}
         board.update(run, snapshot, snapshot.step or 0, values=values)
 
     def close(self) -> None:
         """Send the alerts that waited; rows wait for the end of the run, which is its owner's to finish."""
+        self._leave()
         for run, board in list(self._dashboards.items()):
             board.finish(run)
 
@@ -132,12 +133,15 @@ class Dashboard(dashboard.Dashboard):
     def __init__(self, *, step_key: str | None = None, own_rows: bool = False, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.step_key = step_key
-        self._axis = self.name + STEP_KEY
         self._declared: set[str] = set()
         self._own_rows = own_rows or step_key is not None
         self._alerted: set[tuple[str, str]] = set()
         self._waiting: dict[str, list[Finding]] = {}
         self._last_alert: dict[str, float] = {}
+
+    @property
+    def _axis(self) -> str:
+        return self.name + STEP_KEY
 
     def finish(self, tracker: Any) -> None:
         """Send the alerts that waited."""

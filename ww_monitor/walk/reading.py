@@ -17,7 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ww_monitor.kind import Kind
 from ww_monitor.walk.parts import unfit
-from ww_monitor.walk.quantized import Codes, codes_in, numbers_of, read_codes
+from ww_monitor.walk.quantized import FLOAT8, Codes, codes_in, numbers_of, read_codes
 from ww_monitor.walk.sharded import like_whole, read_whole
 
 
@@ -66,6 +66,12 @@ def holds_no_weights(module: nn.Module) -> str:
     nodes = graph.findAllNodes("prim::Constant", recurse=True) if graph else ()
     held = (node.t("value") for node in nodes if node.hasAttribute("value") and node.kindOf("value") == "t")
     return "a frozen script: its weights are constants" if any(tensor.ndim > 1 for tensor in held) else ""
+
+
+def is_scaled(module: nn.Module) -> bool:
+    """Whether a module has a weight of eight-bit floats with a scale in a layout that is known."""
+    own = own_parameters(module).items()
+    return any(tensor.dtype in FLOAT8 and isinstance(codes_in(module, name, tensor), Codes) for name, tensor in own)
 
 
 def scales_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:

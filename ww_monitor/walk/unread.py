@@ -32,6 +32,8 @@ class Unread:
 
 def unread(tensor: Tensor, read: Callable[[], Tensor]) -> Unread:
     """The description of a tensor that `read` reads; a class that dequantises itself is described by its weight."""
+    if tensor.is_nested:  # has no shape, or one that is not known
+        return Unread((0,) * tensor.dim(), None, read, reason="nested weights, whose rows differ in length")
     shape, dtype, reason = tuple(tensor.shape), tensor.dtype, ""
     if offers_dequantize(tensor):
         return Unread(shape, torch.float32, lambda: read().dequantize(), identity(tensor))
