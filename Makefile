@@ -54,7 +54,7 @@ evidence: $(STAMP)      ## the runs behind docs/evidence.md, hours; QUICK=1: min
 	$(if $(DATA),$(BIN)/python -m benchmarks.evidence.resnets --data $(DATA))
 
 docs: $(STAMP)          ## the documentation as a site, into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir site
+	KERAS_BACKEND=torch NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir site
 
 clean:
 	rm -rf $(VENV) dist demo_logs .pytest_cache .mypy_cache .ruff_cache
