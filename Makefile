@@ -45,13 +45,16 @@ bench-overhead: $(STAMP) ## training with the monitor and without, 25 minutes (9
 faults: $(STAMP)        ## kills, full disks, odd folders, rules and sinks that misbehave, interrupts, forks: 20 minutes
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.faults
 
-evidence: $(STAMP)      ## the runs behind docs/evidence.md, hours; QUICK=1: shortened ones, minutes
-	for study in evidence evidence.setol evidence.healthy evidence.actions; do \
-		$(BIN)/python -m benchmarks.$$study $(if $(QUICK),--quick) || exit 1; \
+evidence: $(STAMP)      ## the runs behind docs/evidence.md, hours; QUICK=1: minutes; DATA=folder: published runs and nets too
+	$(BIN)/python -m benchmarks.evidence $(if $(QUICK),--quick) \
+		$(if $(DATA),--antigrokking $(DATA)/antigrokking/history.jsonl)
+	for study in setol healthy actions; do \
+		$(BIN)/python -m benchmarks.evidence.$$study $(if $(QUICK),--quick) || exit 1; \
 	done
+	$(if $(DATA),$(BIN)/python -m benchmarks.evidence.resnets --data $(DATA))
 
 docs: $(STAMP)          ## the documentation as a site, into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir site
+	KERAS_BACKEND=torch NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir site
 
 clean:
 	rm -rf $(VENV) dist demo_logs .pytest_cache .mypy_cache .ruff_cache

@@ -34,7 +34,7 @@ from torch import nn
 from ww_monitor.description import kinds_of, num_parameters
 from ww_monitor.matrix import Skipped
 from ww_monitor.settings import Select
-from ww_monitor.walk.names import BUFFER
+from ww_monitor.walk.names import BUFFER, POSITIONS
 from ww_monitor.walk.sharded import shards_of
 from ww_monitor.walk.sources import walk_source
 
@@ -43,6 +43,9 @@ SECONDS = 60
 
 LEAST = 0.97
 """Share below which an architecture is listed with its reasons."""
+
+NO_MATRIX = (POSITIONS, "a mask", "a bias", "a vector", "parameters of ")
+"""How the reasons begin for parameters that are no matrix of a layer, beside vectors: they stay out on purpose."""
 
 LEVELS = ((0.999, "0.999 to 1"), (0.99, "0.99 to 0.999"), (LEAST, "0.97 to 0.99"), (0.0, "below 0.97"))
 
@@ -101,10 +104,11 @@ def stand_in_for_torchvision() -> None:
     try:
         importlib.import_module("torchvision.ops.misc")
     except Exception:  # noqa: BLE001 - without its binary for this torch it raises a RuntimeError
-        inside = ("ops", "ops.misc", "models", "models.feature_extraction", "transforms", "transforms.functional")
-        for name in ("torchvision", *(f"torchvision.{one}" for one in (*inside, "datasets", "utils"))):
+        inside = "ops ops.misc models models.feature_extraction transforms transforms.functional transforms.v2"
+        names = f"{inside} transforms.v2.functional io datasets utils".split()
+        for name in ("torchvision", *(f"torchvision.{one}" for one in names)):
             sys.modules[name] = module = _Empty(name)
-            module.__spec__, module.__path__ = ModuleSpec(name, None), []
+            module.__spec__, module.__path__, module.__version__ = ModuleSpec(name, None), [], "0"
             above, _, last = name.rpartition(".")
             if above:
                 setattr(sys.modules[above], last, module)
@@ -113,8 +117,8 @@ def stand_in_for_torchvision() -> None:
 # --- one architecture
 
 
-def share(build: Build) -> tuple[float, str]:
-    """The share of a model's parameters that is followed, and why the rest is not."""
+def share(build: Build) -> tuple[float, float, str]:
+    """The share of a model's parameters that is followed, that of those in matrices, and why the rest is not."""
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         model = build()
@@ -126,8 +130,10 @@ def share(build: Build) -> tuple[float, str]:
             why[item.reason] += math.prod(item.shape)
     kinds = kinds_of(items, total)
     why["vectors: biases, gains"] = round(sum(one.share_skipped for one in kinds if one.kind == "vector") * total)
+    no_matrix = sum(size for reason, size in why.items() if reason.startswith(("vectors", *NO_MATRIX)))
+    followed = sum(one.share for one in kinds)
     reasons = [f"{reason} {size / total:.1%}" for reason, size in why.most_common(3) if size > 0.001 * total]
-    return sum(one.share for one in kinds), "; ".join(reasons)
+    return followed, followed / max(followed, 1 - no_matrix / total), "; ".join(reasons)
 
 
 def measure(sources: Iterable[str], into: Path | None) -> list[dict[str, Any]]:
@@ -141,7 +147,7 @@ def measure(sources: Iterable[str], into: Path | None) -> list[dict[str, Any]]:
             line: dict[str, Any] = {"source": source, "name": name, "version": version(source)}
             try:
                 signal.alarm(SECONDS)
-                line["share"], line["why"] = share(build)
+                line["share"], line["of_matrices"], line["why"] = share(build)
             except Exception as error:  # noqa: BLE001 - many need a package or a configuration of their own
                 line["not_built"] = f"{type(error).__name__}: {str(error).strip()[:120]}"
             finally:
@@ -159,19 +165,17 @@ def measure(sources: Iterable[str], into: Path | None) -> list[dict[str, Any]]:
 def tables(lines: Sequence[dict[str, Any]]) -> str:
     """How many architectures of each source are at which level, and those below the last one."""
     sources = list(dict.fromkeys(line["source"] for line in lines))
-    built = [line for line in lines if "share" in line]
-    titles = [f"{source} {next(one['version'] for one in lines if one['source'] == source)}" for source in sources]
-    text = ["| share of the parameters | " + " | ".join(titles) + " |", "|---" * (1 + len(sources)) + "|"]
-    left = built
-    for least, label in LEVELS:
-        here = [line for line in left if line["share"] >= least]
-        left = [line for line in left if line["share"] < least]
-        text.append(f"| {label} | " + " | ".join(str(sum(o["source"] == s for o in here)) for s in sources) + " |")
-    counts = [(sum(o["source"] == s for o in built), sum(o["source"] == s for o in lines)) for s in sources]
-    text.append("| built, of all | " + " | ".join(f"{some} of {every}" for some, every in counts) + " |")
-    text += ["", "| below 97 % | followed | the rest |", "|---|---|---|"]
-    text += [f"| {line['name']} | {line['share']:.1%} | {line['why']} |" for line in built if line["share"] < LEAST]
-    return "\n".join(text)
+    head, counts = "| followed, of all parameters |", [f"| {label} |" for _, label in LEVELS]
+    for source in sources:
+        of = [line for line in lines if line["source"] == source]
+        shares = [line["share"] for line in of if "share" in line]
+        head += f" {source} {of[0]['version']}, {len(shares)} of {len(of)} built |"
+        levels = [next(at for at, (least, _) in enumerate(LEVELS) if share >= least) for share in shares]
+        counts = [f"{row} {levels.count(at)} |" for at, row in enumerate(counts)]
+    low = sorted((line for line in lines if line.get("share", 1.0) < LEAST), key=lambda line: line["of_matrices"])
+    rows = [f"| {one['name']} | {one['of_matrices']:.1%} | {one['share']:.1%} | {one['why']} |" for one in low]
+    below = ["| below 97 % of all | followed, of matrices | of all | the rest |", "|---|---|---|---|", *rows]
+    return "\n".join([head, "|---" * (1 + len(sources)) + "|", *counts, "", *below])
 
 
 def _too_long(*_: object) -> None:

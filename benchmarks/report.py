@@ -174,8 +174,10 @@ def section(layers: int, snapshots: int, folder: Path) -> str:
     ]
     text = f"""## The report (`python -m benchmarks.report`)
 
-{machine()}. Headless Chromium without a GPU, on the same cores; the load average was {os.getloadavg()[0]:.0f}, so
-that "on a core" (CPU time of the process, of the page's main thread) says more than the seconds that passed.
+{machine()}.
+Headless Chromium without a GPU, on the same cores; the load average was {os.getloadavg()[0]:.0f} and the niceness
+{os.nice(0)}, so that "on a core" (CPU time of the process, of the page's main thread) says more than the seconds that
+passed.
 
 A generated history of {layers:,} layers at {snapshots:,} snapshots ({history.stat().st_size / 1e9:.2f} GB), every
 standard metric and a spectrum a row. Of the main metrics the page has every snapshot, of the others and of the spectra

@@ -52,7 +52,7 @@ def test_a_rule_lasts_as_long_as_it_holds_in_one_layer_and_warnings_count_apart(
 
 def test_every_healthy_run_has_a_name_and_a_seed_of_its_own():
     runs = healthy.every_run()
-    assert len({run.name for run in runs}) == len(runs) >= 300
+    assert len({run.name for run in runs}) == len(runs) == 288
 
 
 def test_a_control_replays_the_factors_of_its_step_as_their_mean_or_shuffled():
@@ -89,6 +89,26 @@ def test_the_page_has_the_tables_of_the_results(study):
     assert {"ww_monitor", "torch"} <= found["versions"].keys()
     for row in found["table"]:
         assert in_page(*PAGE[study](row)), row
+
+
+def test_the_page_has_how_often_each_rule_spoke_in_the_66_runs():
+    runs = json.loads((RESULTS / "stopping.json").read_text(encoding="utf-8"))["runs"]
+    good, losing = ([run for run in runs if run["loses"] is loses] for loses in (False, True))
+    healthy_runs = [run for run in good if run["study"].startswith("healthy")]
+    assert [len(some) for some in (good, healthy_runs, losing)] == [40, 22, 26]
+    for rule in (
+        "trap",
+        "broken_layer",
+        "trap_approaching",
+        "mean_shift",
+        "over_trained",
+        "under_trained",
+        "norm_growth",
+    ):
+        at = [run["alarms"].get(rule, {}) for some in (good, healthy_runs, losing) for run in some]
+        counts = [sum(p in one for one in at[a:b]) for a, b in ((0, 40), (40, 62), (62, 88)) for p in ("1", "3")]
+        early = sum(run["alarms"].get(rule, {}).get("3", 10**9) <= run["loss_begins"] for run in losing)
+        assert in_page(*counts, early), rule
 
 
 PAGE = {

@@ -168,3 +168,14 @@ def test_a_part_of_a_checkpoint_and_a_fused_weight_are_described_as_they_are_ana
     assert (found.parameters, found.share) == (2700, 1.0)
     with pytest.raises(InvalidArgument, match="part must be one of those in it; got 'x'"):
         describe(tmp_path / "c.pt", part="x")
+
+
+def test_the_parameters_of_factors_are_those_of_the_delta_that_is_followed():
+    tensors = {
+        "a.fc.lora_A.weight": torch.zeros(8, 40),
+        "a.fc.lora_B.weight": torch.zeros(30, 8),
+        "b.lora_A": torch.zeros(8, 9),
+    }
+    found = {one.kind: one for one in describe(tensors).kinds}
+    assert (found["dense"].followed, found["dense"].share) == (1, pytest.approx(560 / 632))
+    assert (found["other"].skipped, found["other"].share_skipped) == (3, pytest.approx(72 / 632))

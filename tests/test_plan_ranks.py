@@ -66,6 +66,27 @@ TINY = {
 """Causal ones, fused, mixtures, tied, one that is none, and one that knows no words."""
 
 
+def test_a_module_on_the_meta_device_is_planned_as_one_that_is_there():
+    def net(device):
+        return nn.Sequential(nn.Linear(100, 300, device=device), nn.Conv2d(3, 16, 3, device=device))
+
+    rates = Rates(gram=2e10, solve=8e9)
+    here, there = (plan_ranks(net(device), 4, rates=rates) for device in ("cpu", "meta"))
+    assert here.overall() == there.overall()
+    assert there.num_matrices.sum() == 2
+    assert there.bytes_sent.sum() > 0
+
+
+def test_a_plan_of_nothing_says_what_was_left_out():
+    with torch.device("meta"):
+        yielded = list(walk(nn.Linear(100, 300)))
+    with pytest.raises(
+        InvalidArgument,
+        match=r"plan: expected a model with a matrix to analyse; got none \('Linear': on the meta device",
+    ):
+        plan_ranks(yielded, 4)
+
+
 @pytest.mark.parametrize("family", TINY)
 def test_a_config_file_gives_what_the_walker_yields_of_the_model(family, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -235,7 +256,10 @@ def test_what_is_left_out_costs_nothing():
     items = [matrix((1, 40, 24)), matrix((1, 3, 50)), Skipped("x", "other", (3, 4), "integer weights")]
     plan = plan_ranks(items, 2, rates=RATES)
     assert (plan.num_matrices.tolist(), len(plan.description.skipped)) == ([1, 0], 2)
-    assert plan_ranks(items[1:], 2, rates=RATES).balance == 1
+    with pytest.raises(
+        InvalidArgument, match=r"got none \('w': 3 eigenvalues, fewer than min_size=8; 'x': integer weights"
+    ):
+        plan_ranks(items[1:], 2, rates=RATES)
 
 
 def test_a_model_without_a_configuration_is_planned_from_its_walker():

@@ -148,6 +148,17 @@ def test_what_is_not_known_is_not_drawn(layer, shown):
     assert plots.render(axes).shape == (440, 660, 3)
 
 
+@pytest.mark.parametrize("value", [NAN, float("inf"), 0.0])
+def test_a_layer_without_eigenvalues_is_drawn_or_refused_by_name(value):
+    layer = ww_monitor.analyze({"fc.weight": torch.full((90, 80), value)}).layers[0]
+    for scale in ("log-log", "log-lin", "lin-lin"):
+        assert plots.render(plots.spectrum(layer, scale=scale)).ndim == 3
+    assert plots.correlation_boundary(layer).get_lines()[:] == []
+    assert plots.real_and_shuffled(layer, [1.0, 2.0]).get_xlabel() == "eigenvalue λ (weight²)"
+    with pytest.raises(InvalidArgument, match="'fc'"):
+        plots.xmin_scan(layer)
+
+
 def test_a_layer_of_the_other_preset_is_drawn_too(net):
     axes = plots.spectrum(ww_monitor.analyze(net, preset="weightwatcher").layers[0])
     assert {"eigenvalues", "power law"} <= labels(axes)
@@ -269,6 +280,19 @@ def test_a_legend_of_curves_covers_no_data_however_many_layers(count):
     assert named == count if count <= 14 else named <= 15
     styles = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines() if count < 20}
     assert len(styles) == (count if count < 20 else 0)
+
+
+def test_names_in_legends_are_as_they_are(snapshot):
+    """matplotlib leaves a label with an underscore in front out, and reads formulas between dollars."""
+    names = ["_enc", "__proto__", "$a$", "<b>"]
+    rows = tuple(Layer(name, "dense", (1, 9, 9), metrics={"alpha": 3.0}) for name in names)
+    axes = plots.curves(History([Snapshot(rows, step=0), Snapshot(rows, step=9)]))
+    plots.render(axes)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == names
+    axes = plots.histogram_of_two(snapshot, snapshot, names=("_ema", "$x$"))
+    plots.render(axes)
+    assert [text.get_text().split()[0] for text in axes.get_legend().get_texts()] == ["_ema", "$x$"]
+    assert not any(text.get_parse_math() for text in axes.get_legend().get_texts())
 
 
 @pytest.mark.parametrize("draw", ["spectrum", "log-lin", "lin-lin", "real", "detx", "histogram"])

@@ -15,6 +15,7 @@ from torch import nn
 import ww_monitor
 from tests.processes import run_python
 from ww_monitor import InvalidArgument, Monitor, Options, SpectralWarning
+from ww_monitor.actions import LayerwiseRate
 from ww_monitor.analysis import AnalyzeOptions
 from ww_monitor.errors import check_positive_int
 from ww_monitor.monitor import MonitorOptions
@@ -84,6 +85,23 @@ WRONG = [
     ("copy_budget_bytes", 0, "copy_budget_bytes must be an integer >= 1; got 0"),
     ("max_overhead", "little", "max_overhead must be between 0 and 1; got 'little'"),
     ("include", "fc*", r"include must be a sequence of globs; got the string 'fc\*'"),
+    ("seed", 1.5, "seed must be an integer; got 1.5"),
+    ("seed", True, "seed must be an integer; got True"),
+    ("exclude", None, "exclude must be a sequence of strings; got None"),
+    ("include", [3], r"include must be a sequence of strings; got \[3\]"),
+    ("metrics", 3, "metrics must be a sequence of strings or a string or None; got 3"),
+    ("aspect_ratio", "1", "aspect_ratio must be a number or None; got '1'"),
+    ("lora", "base", "lora must be a sequence of some of 'base', 'delta', 'merged'; got 'base'"),
+    ("split", "c_attn", "split must be a mapping or None; got 'c_attn'"),
+    ("rules", "traps", "rules must be a sequence or None; got 'traps'"),
+    ("rules", [3], r"rules must be a sequence or None; got \[3\]"),
+    ("sinks", None, "sinks must be a sequence; got None"),
+    ("actions", 3, "actions must be a sequence; got 3"),
+    ("prefix", 3, "prefix must be a string; got 3"),
+    ("progress", 3, "progress must be a function or None; got 3"),
+    ("folder", 3, "folder must be a string or Path; got 3"),
+    ("options", 3, "options must be Options or None; got 3"),
+    ("select", 3, "select must be Select or None; got 3"),
 ]
 
 
@@ -119,6 +137,14 @@ def test_names_of_the_last_release_are_taken_with_a_warning(taker):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         take(copy_budget_bytes=123)
+
+
+@pytest.mark.parametrize("taker", ["Monitor", "lightning", "huggingface", "keras"], indirect=True)
+def test_an_old_and_a_new_name_of_one_option_are_not_taken_together(taker):
+    take, kind, _ = taker
+    message = f"{kind.where}: still_bytes is called copy_budget_bytes now; expected one of them, got both"
+    with pytest.raises(InvalidArgument, match=message):
+        take(still_bytes=123, copy_budget_bytes=3)
 
 
 def test_a_new_option_is_a_field_and_the_place_that_uses_it():
@@ -208,6 +234,7 @@ trainer:
         console: false
         rules: [ww_monitor.rules.broken_layer]
         sinks: [{class_path: ww_monitor.sinks.memory.Memory}]
+        actions: [{class_path: ww_monitor.actions.LayerwiseRate, init_args: {high: 2.0}}]
 """
 
 
@@ -229,10 +256,11 @@ def test_lightnings_command_line_makes_the_callback_from_yaml(tmp_path, monkeypa
         return next(one for one in trainer.callbacks if isinstance(one, callback("lightning")))
 
     monitor = made().monitor
-    assert monitor.options == Options(preset="weightwatcher", metrics=["alpha"])
+    assert monitor.options == Options(preset="weightwatcher", metrics=["alpha", "alpha_hill"])  # the action's
     assert (monitor.every_n_steps, monitor.select.include, monitor.analyzer.copy_budget_bytes) == (50, ["net.*"], 1000)
     assert monitor.rules == (broken_layer,)
     assert [type(sink) for sink in monitor.sinks] == [Memory]
+    assert monitor.acting.actions == (LayerwiseRate(high=2.0, exclude=[]),)
     path.write_text(CONFIG.replace("weightwatcher", "ww"))
     with pytest.raises(SystemExit):
         made()

@@ -186,7 +186,7 @@ def num_parameters(model: object, part: str = "") -> int:
 
 
 def kinds_of(items: Iterable[Matrix | Skipped], parameters: int) -> tuple[OfKind, ...]:
-    """What becomes of each kind; the share of a delta is that of its base, and a tied weight counts once.
+    """What becomes of each kind; the share of a delta is that of its factors, and a tied weight counts once.
 
     Args:
         items: What a walker yields, after selection.
@@ -194,21 +194,32 @@ def kinds_of(items: Iterable[Matrix | Skipped], parameters: int) -> tuple[OfKind
     """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     sizes: dict[str, Counter[bool]] = defaultdict(Counter)
-    for item in items:
+    listed = list(items)
+    deltas = {item.name: str(item.kind) for item in listed if isinstance(item, Matrix) and is_adapted(item.name)}
+    for item in listed:
         reason = item.reason if isinstance(item, Skipped) else ""
         again = is_adapted(item.name) or reason.startswith(("tied to", BUFFER))
         counts[str(item.kind)][reason] += 1
-        sizes[str(item.kind)][not reason] += 0 if again or not item.shape else math.prod(item.shape)
-    listed = sum(size for of_kind in sizes.values() for size in of_kind.values())
-    whole = max(parameters, listed, 1)
+        delta = _delta_of(item.name, reason, deltas)
+        sizes[delta or str(item.kind)][bool(delta) or not reason] += 0 if again else math.prod(item.shape or (0,))
+    known = sum(size for of_kind in sizes.values() for size in of_kind.values())
+    whole = max(parameters, known, 1)
     found = []
     for kind, of_kind in counts.items():
         followed = of_kind.pop("", 0)
         shares = sizes[kind][True] / whole, sizes[kind][False] / whole
         found.append(OfKind(kind, followed, of_kind.total(), *shares, dict(of_kind.most_common())))
-    if parameters > listed:
-        found.append(OfKind("vector", 0, 0, 0.0, (parameters - listed) / whole, {}))
+    if parameters > known:
+        found.append(OfKind("vector", 0, 0, 0.0, (parameters - known) / whole, {}))
     return tuple(found)
+
+
+def _delta_of(name: str, reason: str, deltas: Mapping[str, str]) -> str:
+    """The kind of the delta that is followed in the place of a factor; `""` for what is none."""
+    if not reason.startswith("factor of "):
+        return ""
+    words, label = name.split("."), reason.removeprefix("factor of ")
+    return next((deltas[at] for end in range(len(words)) if (at := ".".join([*words[:end], label])) in deltas), "")
 
 
 def plan_matrices(

@@ -110,10 +110,10 @@ class Patterns(Settings):
     exclude: Annotated[Sequence[str], "Globs on layer names to leave out, also where they are included."] = ()
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name, value in (("include", self.include), ("exclude", self.exclude)):
             if isinstance(value, str):
                 raise InvalidArgument(f"{self.where}: {name} must be a sequence of globs; got the string {value!r}")
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,9 +183,7 @@ class Stored(Settings):
     """Which of the models that a checkpoint or a mapping holds."""
 
     part: Annotated[
-        str,
-        'Which of several state dicts in a checkpoint or mapping to read, by its path (`"generator"`, `"ema"`);'
-        " without it all but moving averages, their names with that path in front.",
+        str, 'Which state dict of several in a file or mapping to read, by its path (`"ema"`); else all but averages.'
     ] = ""
 
 
@@ -203,7 +201,7 @@ class WalkOptions(Settings):
         '`"separate"` gives a matrix for each expert of a stacked weight, `"pooled"` one with a slice for each.',
     ] = "separate"
     lora: Annotated[
-        Sequence[str],
+        Sequence[Literal["base", "delta", "merged"]],
         'Which of `"base"`, `"delta"` (B·A with its scale) and `"merged"` to analyse of a layer with adapters.',
     ] = ("base", "delta")
 

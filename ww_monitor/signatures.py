@@ -6,10 +6,12 @@ import inspect
 import textwrap
 import types
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from functools import cache, update_wrapper
+from numbers import Integral, Real
+from pathlib import Path
 from typing import (
     Any,
     ClassVar,
@@ -24,7 +26,7 @@ from typing import (
     get_type_hints,
 )  # fmt: skip
 
-from ww_monitor.errors import SpectralWarning, UnknownArgument, check_choice
+from ww_monitor.errors import InvalidArgument, SpectralWarning, UnknownArgument, check_choice
 
 _Part = TypeVar("_Part", bound="Settings")
 
@@ -84,12 +86,57 @@ class Option:
     check: Callable[[str, str, object], None] | None = None
 
     def verify(self, where: str, value: object) -> None:
-        """Raise `InvalidArgument` if the value is none of the choices, or out of bounds."""
+        """Raise `InvalidArgument` if the value is none of the choices, out of bounds, or of another type."""
         kinds = get_args(self.type) if get_origin(self.type) in (Union, types.UnionType) else (self.type,)
         if get_origin(self.type) is Literal or self.type is bool:
             check_choice(where, self.name, value, get_args(self.type) or (True, False))
         elif self.check is not None and not (value is None and type(None) in kinds):
             self.check(where, self.name, value)
+        if not any(_is(value, kind) for kind in kinds):
+            wanted = " or ".join(dict.fromkeys(_in_words(kind) for kind in kinds))
+            raise InvalidArgument(f"{where}: {self.name} must be {wanted}; got {value!r}")
+
+
+_WORDS: Mapping[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    type(None): "None",
+    Sequence[str]: "a sequence of strings",
+    Mapping: "a mapping",
+    Callable: "a function",
+}
+
+
+def _is(value: object, kind: Any) -> bool:
+    """Whether a value is of a type of options, as far as that can be seen without using it up."""
+    origin = get_origin(kind)
+    if origin is Literal:
+        return value in get_args(kind)
+    if origin is Sequence:  # an iterator serves where a sequence does
+        of_one = isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+        (item,) = get_args(kind)
+        kinds = get_args(item) if get_origin(item) in (Union, types.UnionType) else (item,)
+        return of_one and (
+            not isinstance(value, Collection) or all(any(_is(one, kind) for kind in kinds) for one in value)
+        )
+    if origin is Mapping:
+        return isinstance(value, Mapping)
+    if origin is Callable:
+        return callable(value)
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    told = kind in (str, Path, type(None)) or (isinstance(kind, type) and issubclass(kind, Settings))
+    return not told or isinstance(value, kind)
+
+
+def _in_words(kind: Any) -> str:
+    origin = get_origin(kind)
+    if origin is Sequence:
+        (item,) = get_args(kind)
+        choices = ", ".join(map(repr, get_args(item)))
+        return f"a sequence of some of {choices}" if get_origin(item) is Literal else _WORDS.get(kind, "a sequence")
+    return _WORDS.get(kind, "") or _WORDS.get(origin, "") or str(getattr(kind, "__name__", kind))
 
 
 def options_of(kind: Any) -> tuple[Option, ...]:
@@ -154,6 +201,8 @@ def _made(kind: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
     for name in list(given):
         if name in kind.renamed:
             now = kind.renamed[name]
+            if now in given:
+                raise InvalidArgument(f"{kind.where}: {name} is called {now} now; expected one of them, got both")
             _warn(f"{kind.where}: {name} is called {now} now; the old name goes with the next release")
             given[now] = given.pop(name)
         elif name in kind.ignored:

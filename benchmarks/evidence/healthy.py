@@ -1,7 +1,7 @@
-"""How often a healthy run is warned: 320 small nets on digits that train as people train, and every rule on them.
+"""How often a healthy run is warned: 288 small nets on digits that train as people train, and every rule on them.
 
-`python -m benchmarks.evidence.healthy [--quick] [--jobs 2]` writes `results/healthy.json`. It takes 299 runs
-without a false alarm to show a rate below 1 % (95 % bound, Clopper & Pearson 1934).
+`python -m benchmarks.evidence.healthy [--quick] [--jobs 2]` writes `results/healthy.json`. It takes 299 runs without a
+false alarm, such as these and the 22 healthy ones of `runs`, to show a rate below 1 % (95 % bound, Clopper & Pearson).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RESULT = Path(__file__).parent / "results" / "healthy.json"
 NETS = ("MLP 48", "MLP 96-48", "MLP 128-64-32", "CNN 8-16")
 TRAININGS = (("sgd", 0.1), ("momentum", 0.02), ("adamw", 1e-3), ("adamw", 3e-3))
 DECAYS = {"sgd": (0.0, 5e-4), "momentum": (0.0, 5e-4), "adamw": (0.0, 0.01)}
-SEEDS, STEPS, EVERY = 10, 1000, 50
+SEEDS, STEPS, EVERY = {"MLP": 10, "CNN": 6}, 1000, 50
 ALARMING = ("warning", "critical")
 
 
@@ -37,7 +37,7 @@ def every_run() -> list[Run]:
     for name, (kind, rate) in itertools.product(NETS, TRAININGS):
         for decay in DECAYS[kind]:
             label = f"{name}, {kind} {rate:g}, weight decay {decay:g}"
-            for seed in range(SEEDS):
+            for seed in range(SEEDS[name[:3]]):
                 make = partial(small_net, name.partition(" ")[2], "CNN" in name, kind, rate, decay)
                 found.append(Run("healthy", f"{label}, seed {seed}", make, seed, STEPS, EVERY, {"label": label}))
     return found

@@ -165,6 +165,7 @@ def test_the_models_curves_have_the_findings_on_their_axis(one, history):
     begun = {finding.step for finding in history.findings if finding.severity == "critical"}
     assert begun
     (critical,) = [trace for trace in traces if trace["name"] == "critical"]
+    assert traces[-1] == critical, "nothing lies on it"
     assert set(critical["x"]) == begun
 
 
@@ -265,6 +266,9 @@ def test_two_runs_are_aligned_by_step_and_their_differences_coloured(look, histo
     two.open_layer(0)
     names = two.page.evaluate("document.querySelector('#esd').data.map(({name}) => name)")
     assert {"eigenvalues A", "eigenvalues B"} <= set(names)
+    shares = "[...document.querySelectorAll('#curves [data-metric=verdict] .js-plotly-plot')]"
+    ranges = two.page.evaluate(f"{shares}.map((one) => one.layout.xaxis.range)")
+    assert ranges == [[history[0].step, history.last.step]] * 2
     save(two.page, "two")
 
 

@@ -201,7 +201,7 @@ def unescape_tags(html):
             "Nearest to a correlation trap is a: its largest weight is at 0.30 of the size that makes one.",
         ),
         (
-            [snapshot(0, findings=[Finding("mine", "a", "warning", "a: 3 < 5.")]), snapshot(9)],
+            [snapshot(0, findings=[Finding("mine", "a", "warning", "a: 3 < 5.", step=0)]), snapshot(9)],
             "Look first at a since step 0: 3 < 5.",
             "How near the layers are to a correlation trap is not known here.",
         ),
@@ -337,6 +337,17 @@ def test_snapshots_that_a_run_went_back_behind_are_counted(write):
     assert facts(page)[0]["steps"] == [0, 10, 15]
     assert "3 snapshots were replaced: the run went back to an earlier step." in notes(page)
     assert "replaced" not in notes(write([snapshot(0), snapshot(1)]))
+
+
+def test_a_finding_of_an_analysis_holds_until_one_lacks_it(write):
+    """Analyses by themselves say what holds at them; a run says what begins and what ends."""
+    trap = Finding("trap", "fc1", "critical", "fc1: 1 trap")
+    run = [snapshot(step, findings=[trap] if step in (10, 20, 40) else ()) for step in range(0, 60, 10)]
+    (found,) = facts(page := write(run))
+    assert [(begin, end) for *_, begin, end in found["spans"]] == [(1, 3), (4, 5)]
+    assert sentences(page)[0] == "Nothing needs a look: no finding holds at step 50."
+    (found,) = facts(write([snapshot(0), snapshot(10, findings=[replace(trap, step=10)]), snapshot(20)]))
+    assert [(begin, end) for *_, begin, end in found["spans"]] == [(1, None)]
 
 
 def test_numbers_in_sentences_are_short(write):

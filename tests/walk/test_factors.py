@@ -180,7 +180,7 @@ HEADERS = {
 def test_the_header_of_a_file_says_the_scaling(tmp_path, writer):
     safetensors = pytest.importorskip("safetensors.torch", reason="its files are read")
     tensors = {
-        f"transformer.{at}.fc.lora_{which}.weight": factor
+        f"transformer.{at}.fc.lora_{which}.weight": factor.clone()
         for at in "ab"
         for which, factor in (("A", RIGHT), ("B", LEFT))
     }

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import ww_monitor
 from ww_monitor import analyze
 from ww_monitor.errors import NoSuchFile, SpectralWarning, WWMonitorError
 from ww_monitor.matrix import Matrix, Skipped
@@ -162,6 +163,14 @@ def keras_models():
     return plain, keras.Model(tokens, k.MultiHeadAttention(2, 6)(x, x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantized_layers_of_an_archive_of_torchscript_are_listed(tmp_path):
+    quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(32, 24), nn.Conv1d(24, 20, 3)).eval())
+    torch.jit.script(quantized).save(tmp_path / "net.pt")
+    found = list(walk_files(tmp_path / "net.pt"))
+    assert [(type(item), item.shape) for item in found] == [(Skipped, (24, 32)), (Matrix, (3, 20, 24))]
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 def test_weights_of_keras_without_their_model_have_its_names_kinds_and_numbers(tmp_path):
     for model in keras_models():
@@ -203,6 +212,7 @@ def test_weights_of_keras_alone_leave_out_what_their_model_leaves_out(tmp_path):
     stored = list(walk_files(tmp_path / "net.weights.h5"))
     assert {item.shape for item in stored if isinstance(item, Matrix)} == {(1, 32, 24), (1, 24, 16)}
     assert len([item for item in stored if isinstance(item, Matrix)]) == len(analyzable(model)) == 2
+    assert ww_monitor.describe(tmp_path / "net.weights.h5").kinds[-1].kind == "vector"
     reasons = {item.name.partition(".")[0]: item.reason for item in stored if isinstance(item, Skipped)}
     assert reasons["position_embedding"] == "a table of positions"
     assert reasons["layer_normalization"] == "numbers of a normalisation"

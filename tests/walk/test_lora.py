@@ -6,6 +6,8 @@ from torch import nn
 
 from ww_monitor.errors import InvalidArgument
 from ww_monitor.matrix import Matrix, Skipped
+from ww_monitor.walk.files import walk_files
+from ww_monitor.walk.state_dict import walk_state_dict
 from ww_monitor.walk.torch import walk
 
 peft = pytest.importorskip("peft", reason="the adapters are theirs")
@@ -242,3 +244,40 @@ def test_a_delta_trains_where_its_factors_do():
     assert {name for name, still in frozen.items() if not still} == {"fc.lora[default]", "fc.merged"}
     model.requires_grad_(False)
     assert all(item.frozen for item in matrices(model, lora=ALL).values())
+
+
+def test_a_copy_that_trains_stands_in_the_place_of_its_original():
+    model = adapt(Net(), ["fc"], modules_to_save=["plain"])
+    copy = model.base_model.model.plain.modules_to_save["default"].weight
+    found = {name.removeprefix(PREFIX): item for name, item in matrices(model).items() if "plain" in name}
+    assert list(found) == ["plain"]
+    assert found["plain"].load().data_ptr() == copy.data_ptr()
+    assert not found["plain"].frozen
+    assert reasons(model)[f"{PREFIX}plain.original_module.weight"].startswith("the original of a module that trains")
+    stored = {
+        item.name.removeprefix(PREFIX): item for item in walk_state_dict(model.state_dict()) if "plain" in item.name
+    }
+    assert {name: type(item) for name, item in stored.items()} == {"plain": Matrix, "plain.original_module": Skipped}
+
+
+def test_stored_adapters_of_stacked_parameters_are_left_out_with_the_reason(tmp_path):
+    """Live each expert has its delta; a file does not say which parameter a factor belongs to."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.randn(4, 16, 24)), nn.Parameter(torch.randn(4, 24, 16))
+
+    for targets in (["experts.up", "experts.down"], ["experts.down"]):
+        model = nn.ModuleDict({"experts": Experts(), "fc": nn.Linear(12, 10)})
+        model = adapt(model, ["fc"], target_parameters=targets)
+        model.save_pretrained(tmp_path)
+        for items in (walk_files(tmp_path), walk_state_dict(model.state_dict())):
+            listed = list(items)
+            deltas = [item.name for item in listed if isinstance(item, Matrix) and "lora" in item.name]
+            assert deltas == [f"{PREFIX}fc.lora[default]"]
+            assert any(
+                item.reason.startswith("an adapter of a module's parameters")
+                for item in listed
+                if isinstance(item, Skipped)
+            )

@@ -218,6 +218,15 @@ def test_eight_bits_without_a_scale_are_weights_unless_others_have_one():
     assert found["fc"].reason == "codes of eight bits whose scale is not there, as others' are"
 
 
+def test_in_a_module_too_eight_bits_without_a_scale_are_codes_where_others_have_one():
+    plain, scaled = (Quantized({"weight": CODES}) for _ in range(2))
+    assert torch.equal(next(walk(nn.ModuleDict({"a": plain}))).load()[0].float(), CODES.float())
+    scaled.weight_scale = 2  # a number counts, too
+    found = {item.name: item for item in walk(nn.ModuleDict({"a": plain, "b": scaled}))}
+    assert found["a"].reason == "codes of eight bits whose scale is not there, as others' are"
+    assert torch.equal(found["b"].load()[0], 2 * CODES.float())
+
+
 def test_weights_in_floating_point_are_not_scaled_again():
     """Training that simulates quantisation keeps full weights beside their scales."""
     (item,) = matrices({"fc.weight": torch.eye(16), "fc.weight_scale": torch.full((16, 1), 3.0)})

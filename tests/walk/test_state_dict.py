@@ -67,7 +67,6 @@ OTHERS = [
     ("embeddings.cls_token", (1, 1, 8), "a vector"),
     ("moe.embeddings.position_embeddings", (1, 9, 8), "a table of positions"),
     ("experts.gate_up_proj_bias", (4, 8), "a bias"),
-    ("fc.weight_orig", (4, 8), "stored before pruning or a parametrization, which needs the model"),
     (
         "fc.parametrizations.weight.original0",
         (4, 1),
@@ -204,3 +203,11 @@ def test_examples():
     results = doctest.testmod(state_dict)
     assert results.attempted
     assert not results.failed
+
+
+def test_every_name_is_there_once():
+    """Two tensors of one name are told apart, and none is lost where a wrapper's name goes."""
+    weights = [torch.full((9, 9), float(value)) for value in range(4)]
+    tensors = dict(zip(["fc", "fc.weight", "_orig_mod.a.weight", "a.weight"], weights, strict=True))
+    found = {item.name: float(item.load()[0, 0, 0]) for item in walk_state_dict(tensors)}
+    assert found == {"fc": 0.0, "fc#2": 1.0, "_orig_mod.a": 2.0, "a": 3.0}

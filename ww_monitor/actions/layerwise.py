@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,7 +41,7 @@ class _Layerwise:
         if isinstance(self.exclude, str):
             raise InvalidArgument(f"{where}: exclude must be a sequence of globs; got the string {self.exclude!r}")
 
-    def factors(self, snapshot: Snapshot) -> dict[str, float]:
+    def factors(self, snapshot: Snapshot) -> Mapping[str, float]:
         """Layer → factor."""
         left_out = {name for one in self.exclude for name in matching(one, [row.name for row in snapshot.layers])}
         rows = [row for row in snapshot.layers if self._balances(row) and row.name not in left_out]

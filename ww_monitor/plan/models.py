@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ww_monitor.errors import InvalidArgument, MissingDependency
 from ww_monitor.matrix import Matrix, Skipped
@@ -33,16 +34,18 @@ _MOST_LAYERS, _MOST = 2_000, 200_000
 """Several times the layers and the matrices of the largest models that are known; a plan of more would seem to hang."""
 
 
-def configured(model: str | Path | Config) -> list[Matrix | Skipped]:
-    """The weight matrices of a configured language model, in the order of the model; no weight is made or loaded.
+def configured(model: str | Path | Config | nn.Module) -> list[Matrix | Skipped]:
+    """The weight matrices of a language model as it is configured, in its order; no weight is made or loaded.
 
     Args:
-        model: A name of `BUILT_IN`, a Hugging Face `config.json` or its folder, or what stands in one.
+        model: A name of `BUILT_IN`, a Hugging Face `config.json` or its folder, what stands in one, or a module.
 
     Raises:
         InvalidArgument: if it is none of these, transformers cannot build it, or it is too large for a plan.
         MissingDependency: without transformers.
     """
+    if isinstance(model, nn.Module):
+        return list(walk(model, layout=even_shards))
     config = dict(model if isinstance(model, Mapping) else BUILT_IN.get(str(model)) or _read(Path(model)))
     layers, experts = (max(_counts(config, word), default=1) for word in ("layer|depth", "expert"))
     if layers > _MOST_LAYERS or layers * experts > _MOST:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from ww_monitor.description import Description, Rates, plan_matrices
 from ww_monitor.distributed.assign import assign_owners, rounds
@@ -84,7 +85,7 @@ class RankPlan:
 
 
 def plan_ranks(
-    model: str | Path | Config | Iterable[Matrix | Skipped], world_size: int, *, sharding: str = "fsdp",
+    model: str | Path | Config | nn.Module | Iterable[Matrix | Skipped], world_size: int, *, sharding: str = "fsdp",
     dtype: str = "float32", rates: Rates | None = None,
 ) -> RankPlan:  # fmt: skip
     """What `analyze_on_ranks` would do on so many ranks: cost, balance, bytes and memory of each, from shapes alone.
@@ -92,15 +93,15 @@ def plan_ranks(
     It is assumed that no layer is near a trap: one that is arrives whole at its owner.
 
     Args:
-        model: A name of `BUILT_IN`, a Hugging Face `config.json` or its folder, what stands in one, or what a walker
-            yields of any model (without a layout for a plan the rows of its matrices are taken to be what is cut).
+        model: A name of `BUILT_IN`, a Hugging Face `config.json` or its folder, what stands in one, a module, also on
+            the meta device, or what a walker yields (of whose matrices the rows are taken to be what is cut).
         world_size: Number of ranks.
         sharding: `"fsdp"` (FSDP2, every stored tensor cut along its first dimension over all ranks) or `"ddp"`.
         dtype: Of the stored weights; FSDP2 keeps float32 unless the model was made in less.
         rates: Speed of a rank; `None` measures this host.
 
     Raises:
-        InvalidArgument: naming the argument, its value and the choices.
+        InvalidArgument: naming the argument, its value and the choices; or if there is nothing to analyse.
 
     >>> fc = Matrix("fc", "dense", (1, 4096, 1024), torch.zeros)
     >>> float(plan_ranks([fc], 8, rates=Rates(gram=2e10, solve=8e9)).bytes_sent.sum()) / (4096 * 1024 * 4)
@@ -111,8 +112,13 @@ def plan_ranks(
     check_choice("plan", "dtype", dtype, DTYPES)
     if world_size > _MOST_RANKS:
         raise InvalidArgument(f"plan: world_size must be at most {_MOST_RANKS}; got {world_size}")
-    items = list(Select().apply(configured(model) if isinstance(model, str | Path | Mapping) else model))
-    matrices, description = [one for one in items if isinstance(one, Matrix)], plan_matrices(items, rates=rates)
+    known = configured(model) if isinstance(model, str | Path | Mapping | nn.Module) else model
+    items = list(Select().apply(known))
+    matrices = [one for one in items if isinstance(one, Matrix)]
+    if not matrices:
+        left_out = "; ".join(f"{one.name!r}: {one.reason}" for one in items[:3] if isinstance(one, Skipped))
+        raise InvalidArgument(f"plan: expected a model with a matrix to analyse; got none ({left_out or 'empty'})")
+    description = plan_matrices(items, rates=rates)
     seconds, costs = np.array([row.seconds for row in description.rows]), [matrix.cost for matrix in matrices]
     owners = assign_owners(costs, [range(world_size)] * len(costs), world_size)
     number, cost, busy = (np.bincount(np.array(owners, dtype=int), of, world_size) for of in (None, costs, seconds))

@@ -10,6 +10,7 @@ from ww_monitor.metric import metrics
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 BANDS = {"alpha": (2.0, 6.0), "trap_headroom": (0.0, 1.0)}
 """Where a metric is at ease, shaded: alpha from 2 to 6 (Martin & Mahoney 2021), a headroom below 1."""
@@ -68,15 +69,27 @@ def labelled(metric: str) -> str:
     return metric if unit == "1" else f"{metric} ({unit})"
 
 
+_SHOWN = "\u200b"
+
+
+def shown(name: str) -> str:
+    """A label for matplotlib, which leaves those that begin with an underscore out of legends."""
+    return _SHOWN + name if name.startswith("_") else name
+
+
+def _as_given(legend: Legend) -> None:
+    for text in legend.get_texts():
+        text.set_text(text.get_text().removeprefix(_SHOWN))
+        text.set_parse_math(False)
+
+
 def legend_beside(ax: Axes) -> None:
     """A legend to the right of the axes; of many lines every so many."""
     handles, labels = ax.get_legend_handles_labels()
     every = -(-len(handles) // MOST_IN_LEGEND)
     if handles:
         place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.5}
-        legend = ax.legend(handles[::every], labels[::every], fontsize="small", frameon=False, **place)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+        _as_given(ax.legend(handles[::every], labels[::every], fontsize="small", frameon=False, **place))
 
 
 def legend_below(ax: Axes) -> None:
@@ -87,4 +100,4 @@ def legend_below(ax: Axes) -> None:
 
     under = ax.transAxes + ScaledTranslation(0, -34 / 72, ax.figure.dpi_scale_trans)
     place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "bbox_transform": under}
-    ax.legend(fontsize="small", frameon=False, ncols=2, borderaxespad=0, **place)
+    _as_given(ax.legend(fontsize="small", frameon=False, ncols=2, borderaxespad=0, **place))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.plots.axes import BANDS, BLUE, GREEN, ORANGE, labelled, legend_below, new_axes
+from ww_monitor.plots.axes import BANDS, BLUE, GREEN, ORANGE, labelled, legend_below, new_axes, shown
 from ww_monitor.record import Snapshot
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def histogram_of_two(
     edges = np.histogram_bin_edges(together, min(40, max(8, len(together) // 4))).tolist()
     for values, name, color, style in zip(known, names, (BLUE, ORANGE), ("-", "--"), strict=True):
         ax.hist(values, edges, histtype="stepfilled", color=color, alpha=0.3)
-        ax.hist(values, edges, histtype="step", color=color, ls=style, label=f"{name} ({len(values)} layers)")
+        ax.hist(values, edges, histtype="step", color=color, ls=style, label=shown(f"{name} ({len(values)} layers)"))
         if len(values):
             ax.axvline(float(values.mean()), color=color, lw=1, ls=":")
     ax.set_xlabel(labelled(metric))

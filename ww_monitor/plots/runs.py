@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.plots.axes import BANDS, BLUE, GREEN, ORANGE, PALETTE, labelled, legend_beside, new_axes, new_figure
+from ww_monitor.plots.axes import (
+    BANDS,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PALETTE,
+    labelled,
+    legend_beside,
+    new_axes,
+    new_figure,
+    shown,
+)
 from ww_monitor.record import History
 
 if TYPE_CHECKING:
@@ -35,7 +46,7 @@ def curves(history: History, metric: str = "alpha", *, ax: Axes | None = None) -
     names = history.layer_names
     for name, style in zip(names, _styles(len(names)), strict=True):
         steps, values = history.series(metric, layer=name)
-        ax.plot(steps, values, marker=".", ms=4, lw=1.2, label=name, **style)
+        ax.plot(steps, values, marker=".", ms=4, lw=1.2, label=shown(name), **style)
     ax.set_xlabel("optimizer step")
     ax.set_ylabel(labelled(metric))
     traps = [one.step for one in history.findings if one.rule == "trap" and one.state == "begin"]
@@ -111,8 +122,8 @@ def depth_and_time(history: History, metric: str = "alpha", *, ax: Axes | None =
     image = ax.imshow(values, aspect="auto", interpolation="nearest", cmap=colours, norm=scale)
     ax.set_yticks(every := range(0, len(names), -(-len(names) // _MOST_NAMES)))
     ax.set_yticklabels([names[row] for row in every], fontsize="small", parse_math=False)
-    ax.set_xticks(shown := range(0, len(history), -(-len(history) // 6)))
-    ax.set_xticklabels([str(column if (at := history[column].step) is None else at) for column in shown])
+    ax.set_xticks(columns := range(0, len(history), -(-len(history) // 6)))
+    ax.set_xticklabels([str(column if (at := history[column].step) is None else at) for column in columns])
     ax.set_xlabel("optimizer step")
     ax.set_ylabel("layer")
     ax.figure.colorbar(image, ax=ax, label=labelled(metric), extend="both" if band else "neither")

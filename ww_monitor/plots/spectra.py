@@ -128,9 +128,8 @@ def correlation_boundary(layer: Layer, *, ax: Axes | None = None) -> Axes:
     _draw_density(ax, *_binned(layer), "log-lin", marker="o", color=BLUE, label="eigenvalues")
     ax.set_ylim(bottom=0)
     detx = layer.value("erg_lambda")
-    if math.isnan(detx) and layer.eigenvalues:
-        known = torch.tensor(_known(layer)[None], dtype=torch.float64, device="cpu")
-        detx = float(correlation_space(known).boundary)
+    if math.isnan(detx) and len(known := _known(layer)):
+        detx = float(correlation_space(torch.tensor(known[None], dtype=torch.float64, device="cpu")).boundary)
     for name, at, color, style in (("xmin", layer.value("xmin"), XMIN, "--"), ("detX", detx, DETX, "-.")):
         if at > 0:
             ax.axvline(at, color=color, lw=1.4, ls=style, label=f"{name} = {at:.3g}")

@@ -91,7 +91,7 @@ function marks(runs) {
     tell(begin, false);
     if (end !== null) tell(end, true);
   }));
-  const traces = Object.entries(SEVERITIES).map(([kind, symbol]) => {
+  const traces = Object.entries(SEVERITIES).reverse().map(([kind, symbol]) => { // the most severe on top
     const here = [...places.values()].filter((place) => place.kind === kind);
     const texts = here.map(({ step, told }) => {
       const lines = told.slice(0, 6).map((text) => plain(text.length > 90 ? `${text.slice(0, 89)}…` : text));
@@ -131,7 +131,9 @@ const SHARE = {
 };
 const shareColour = (word) => SHARE[word] ?? "#009e73";
 
-function shares(run, log) {
+function shares(run, log, runs) {
+  const ends = [Math.min, Math.max].map((end) => runs.map((one) => end(one.steps[0], one.steps.at(-1))).reduce((one, two) => end(one, two)));
+  const range = runs.length > 1 && ends[0] < ends[1] && !log ? { range: ends } : {};
   const traces = run.shares.map((share, code) => {
     const word = run.verdicts[code], color = shareColour(word);
     const kind = share.length > 1 ? { stackgroup: "all", mode: "lines" } : { type: "bar", marker: { color } };
@@ -140,7 +142,7 @@ function shares(run, log) {
       line: { width: 0.5, color }, fillcolor: filled(color, 0.8), hovertemplate: "%{text}: %{y:.0f} % of the layers at step %{x:,}<extra></extra>",
     };
   });
-  return [traces, { xaxis: overSteps([run], log), yaxis: { range: [0, 100], ticksuffix: " %" }, barmode: "stack", height: 204 }];
+  return [traces, { xaxis: { ...overSteps(runs, log), ...range }, yaxis: { range: [0, 100], ticksuffix: " %" }, barmode: "stack", height: 204 }];
 }
 
 const VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"];

@@ -35,7 +35,7 @@ function shownCurves() {
   const known = (metric) => runs.some((run) => run.summary[metric]?.some((value) => value !== null));
   const cards = meta.key.filter(known).map((metric) => [metric, meta.metrics[metric].model, () => modelCurve(runs, metric, log)]);
   runs.forEach((run, index) => {
-    if (run.layers.length) cards.push(["verdict", runs.length > 1 ? `run ${"AB"[index]}` : "", () => shares(run, log), run.verdicts]);
+    if (run.layers.length) cards.push(["verdict", runs.length > 1 ? `run ${"AB"[index]}` : "", () => shares(run, log, runs), run.verdicts]);
   });
   return cards;
 }

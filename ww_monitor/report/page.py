@@ -17,7 +17,7 @@ import numpy as np
 from ww_monitor.errors import MissingDependency
 from ww_monitor.metric import PRESETS, metrics
 from ww_monitor.record import NAN
-from ww_monitor.report.packing import deflated, packed, packed_json, planes, short
+from ww_monitor.report.packing import deflated, deflated_numbers, packed, packed_json, planes, short
 from ww_monitor.report.recording import Recording, Spectra
 from ww_monitor.report.words import VERDICT_WORDS, compared_at, judged, last_values, lead, spans
 
@@ -267,7 +267,7 @@ def _pack_spectra(run: Recording, prefix: str, blocks: dict[str, str]) -> int:
     bins = max((len(counts) for item in kept for counts in item.counts), default=0)
     if bins:
         for begin in range(0, len(run.layers), CHUNK):
-            blocks[f"{prefix}esd-{begin // CHUNK}"] = deflated(
+            blocks[f"{prefix}esd-{begin // CHUNK}"] = deflated_numbers(
                 _chunk(kept, begin, min(CHUNK, len(run.layers) - begin), bins)
             )
     return bins

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 import numpy as np
@@ -52,16 +52,23 @@ class Span:
 
 
 def spans(run: Recording) -> list[Span]:
-    """Every finding once, the most severe first, then in the order of their begin."""
+    """Every finding once, the most severe first, then in the order of their begin.
+
+    Where none has a step or an end they are of analyses by themselves (`ww_monitor.analyze`): each holds until an
+    analysis lacks it.
+    """
     open_: dict[tuple[str, str], Span] = {}
     done: list[Span] = []
+    alone = all(one.step is None and one.state == "begin" for findings in run.findings for one in findings)
     for number, findings in enumerate(run.findings):
+        if alone:
+            for key in open_.keys() - {(finding.rule, finding.layer) for finding in findings}:
+                done.append(replace(open_.pop(key), end=number))
         for finding in findings:
             key = finding.rule, finding.layer
             if finding.state == "end":
                 if key in open_:
-                    begun = open_.pop(key)
-                    done.append(Span(*key, begun.severity, begun.message, begun.begin, number))
+                    done.append(replace(open_.pop(key), end=number))
             else:
                 if not finding.layer and key in open_:  # notes of the run, which never end
                     done.append(open_.pop(key))

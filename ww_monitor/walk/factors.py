@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,9 @@ from ww_monitor.walk.roles import infer_role
 from ww_monitor.walk.unread import Unread, unread
 
 Scaling = Callable[[str, int], float]
-"""Name of the adapted module and rank → the scaling s of its delta s·B·A."""
+"""Name of the adapted module and rank → the scaling s of its delta s·B·A; NaN for an adapter of stacked parameters."""
+
+_STACKED = "an adapter of a module's parameters, each with experts of its own, whose delta only its model gives"
 
 _FACTOR = re.compile(
     r"(?P<name>.+?)(?P<stem>\.lora_(?:embedding_|linear_layer\.)?|[._]lora\d*\.)(?P<which>[ABEab]|down|mid|up)"
@@ -93,9 +95,26 @@ def delta(
     if reason := next((one.reason for one in factors if one.reason), ""):
         yield Skipped(f"{name}.{label}", kind, shape, reason)
         return
-    made = _Delta(left, right, diagonal, core, _scale(name, rows, tensors, scaling), shape, embedding, transposed)
+    scale = _scale(name, rows, tensors, scaling)
+    if math.isnan(scale):
+        yield Skipped(f"{name}.{label}", kind, shape, _STACKED)
+        return
+    made = _Delta(left, right, diagonal, core, scale, shape, embedding, transposed)
     part = KERNEL[0] if kernel else WHOLE[0]
     yield matrix(f"{name}.{label}", kind, part, shape[::-1] if embedding else shape, made.read, infer_role(name, kind))
+
+
+def of_parameters_left_out(tensors: Mapping[str, Unread]) -> dict[str, Unread]:
+    """The tensors, with the reason for factors of parameters that have no layer: one is wrapped around the other.
+
+    PEFT's `target_parameters` adapts stacks of experts so; what belongs to which the names do not say.
+    """
+    names = {key: factor["name"] for key in tensors if (factor := factor_of(key))}
+    stacks = {key.rpartition(".")[0] for key, value in tensors.items() if names and len(value.shape) == 3}
+    stacks = {name for name in stacks if f"{name}.weight" not in tensors}
+    stacks |= {name.removesuffix(".base_layer") for name in names.values() if name.endswith(".base_layer")}
+    left = {key for key, name in names.items() if name.removesuffix(".base_layer") in stacks}
+    return {key: replace(value, reason=_STACKED) if key in left else value for key, value in tensors.items()}
 
 
 def of_modules(found: Iterable[tuple[str, nn.Module]]) -> dict[str, Unread]:
@@ -211,14 +230,27 @@ def _of_config(text: str | bytes, prefix: str, file: Path) -> Scaling:
         raise WWMonitorError(f"walk_files: expected a LoRA configuration with `lora_alpha` in {file}") from error
     if alpha is None and config.get("peft_type", "LORA") in ("LORA", "ADALORA"):
         raise WWMonitorError(f"walk_files: expected a LoRA configuration with `lora_alpha` in {file}")
-    return partial(_scaling, patterns=patterns, alpha=alpha or 0.0, root=bool(config.get("use_rslora")))
+    stacked = tuple(str(name).rpartition(".")[0] for name in config.get("target_parameters") or ())
+    return partial(
+        _scaling, patterns=patterns, alpha=alpha or 0.0, root=bool(config.get("use_rslora")), stacked=stacked
+    )
 
 
 def _constant(name: str, rank: int, *, scale: float) -> float:
     return scale
 
 
-def _scaling(name: str, rank: int, *, patterns: list[tuple[re.Pattern[str], float]], alpha: float, root: bool) -> float:
+def _scaling(
+    name: str,
+    rank: int,
+    *,
+    patterns: list[tuple[re.Pattern[str], float]],
+    alpha: float,
+    root: bool,
+    stacked: tuple[str, ...] = (),
+) -> float:
+    if any(f".{name}".endswith(f".{module}") for module in stacked):
+        return math.nan
     inner = name.removeprefix("base_model.model.")  # PEFT matches the names of the model that it was given
     own = next((value for pattern, value in patterns if pattern.match(inner)), alpha)
     return own / (math.sqrt(rank) if root else rank)

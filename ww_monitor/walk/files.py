@@ -131,8 +131,12 @@ def _items(files: Files, split: Split | None, part: str) -> Iterator[Matrix | Sk
 
 
 def num_stored(path: str | Path, part: str) -> int:
-    """How many numbers the tensors of a checkpoint have; 0 for a file of Keras, which is not read for this."""
-    files = [file for file in weight_files(Path(path)).paths if not file.name.lower().endswith(KERAS)]
+    """How many numbers the tensors of a checkpoint have; 0 for a whole model of Keras, which is not read for this."""
+    files = weight_files(Path(path)).paths
+    if files[0].name.lower().endswith(KERAS):
+        from ww_monitor.walk.hdf5 import num_weights
+
+        return num_weights(files[0])
     return sum(prod(value.shape) for file in files for value in _read_file(file, part)[0].values())
 
 

@@ -6,7 +6,7 @@ sizes are certain; `split` of the walkers cuts, or with 1 keeps whole, whatever 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ww_monitor.walk.parts import KERNEL, WHOLE, Part, blocks, each_expert, halves, interleaved_heads
 
+_GATES = (((nn.LSTM, nn.LSTMCell), "ifgo"), ((nn.GRU, nn.GRUCell), "rzn"))
 _QKV = ("q", "k", "v")
 _OF_CLASS = {  # attentions that put their rows in another order than the others with a projection of that name
     ("qkv_proj", "MiniMaxLightningAttention"): "interleaved",
@@ -36,6 +37,19 @@ def hint(owner: object, attribute: str) -> object:
         return getattr(owner, attribute, None)
     except Exception:  # noqa: BLE001 - the weight can be read all the same
         return None
+
+
+def recurrent_parts(module: nn.RNNBase | nn.RNNCellBase) -> Iterator[tuple[str, tuple[Part, ...]]]:
+    """weight_ih and weight_hh of every layer and direction, cut into gates, and the projection weight_hr, whole."""
+    gates = next((gates for known, gates in _GATES if isinstance(module, known)), "")
+    cut = blocks(gates, (module.hidden_size,) * len(gates)) if gates else WHOLE
+    ends = [""]
+    if isinstance(module, nn.RNNBase):
+        directions = ("", "_reverse")[: 1 + module.bidirectional]
+        ends = [f"_l{layer}{direction}" for layer in range(module.num_layers) for direction in directions]
+    for end in ends:
+        for stem in ("weight_ih", "weight_hh", "weight_hr"):
+            yield stem + end, WHOLE if stem == "weight_hr" else cut
 
 
 def fused_parts(name: str, shape: Sequence[int], axis: int, owner: nn.Module | None) -> tuple[Part, ...]:

@@ -52,6 +52,16 @@ def walk_keras_file(path: Path, split: Split | None) -> Iterator[Matrix | Skippe
     return walk_keras(load_keras_file(path), split=split)
 
 
+def num_weights(path: Path) -> int:
+    """How many numbers a file of weights alone has, an optimizer's aside; 0 for a whole model."""
+    if zipfile.is_zipfile(path) or not _is_hdf5(path):
+        return 0
+    sizes: list[int] = []
+    with _opened(path) as file:
+        file.visititems(lambda name, one: sizes.append(0 if name.startswith("optimizer") else getattr(one, "size", 0)))
+        return 0 if "model_config" in file.attrs else sum(sizes)
+
+
 def _is_hdf5(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(8) == b"\x89HDF\r\n\x1a\n"

@@ -21,6 +21,7 @@ from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.parts import Part, variant
 
 CHOICES = ("base", "delta", "merged")
+ORIGINAL = "the original of a module that trains as a copy (modules_to_save)"
 _HOME = "peft.tuners.lora.layer"
 _ADDED = (
     "lora", "adalora", "loha", "lokr", "vera", "fourierft", "randlora", "adamss", "c3a", "delora", "frod", "gralora",
@@ -50,6 +51,21 @@ def is_adapter(module: nn.Module) -> bool:
     """Whether `module` is an adapter layer of PEFT, which holds the adapted module as `base_layer`."""
     tuner = isinstance(module, loaded("peft.tuners.tuners_utils", "BaseTunerLayer"))
     return tuner and "base_layer" in dict(module.named_children())
+
+
+def copied(module: Any) -> nn.Module | None:
+    """The copy that computes in a wrapper of PEFT's `modules_to_save`."""
+    wrapper = isinstance(module, loaded("peft.utils.other", "ModulesToSaveWrapper"))
+    active = module.active_adapters if wrapper and not module.disable_adapters else ()
+    return next((module.modules_to_save[name] for name in active if name in module.modules_to_save), None)
+
+
+def originals(module: Any, path: str) -> Iterator[Skipped]:
+    """The weights of the module in whose place a copy computes."""
+    held = module.original_module.named_parameters() if copied(module) is not None else ()
+    for name, parameter in held:
+        if parameter.ndim > 1:
+            yield Skipped(f"{path}.original_module.{name}", Kind.OTHER, tuple(parameter.shape), ORIGINAL)
 
 
 def inside(layer: nn.Module) -> list[str]:

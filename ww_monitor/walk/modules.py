@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from ww_monitor.walk import lora as adapters
 from ww_monitor.walk import parts
 from ww_monitor.walk.parts import WRAPPERS
-from ww_monitor.walk.reading import own_parameters
+from ww_monitor.walk.reading import all_parameters, own_parameters
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -36,6 +36,9 @@ def modules(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str,
     adapted = adapters.is_adapter(module)
     inside: Sequence[str] = ("parametrizations",) if parametrize.is_parametrized(module) else ()
     inside = adapters.inside(module) if adapted else inside
+    if (copy := adapters.copied(module)) is not None:
+        inside = ("original_module", *inside)
+        yield from modules(copy, path, seen)
     for name, child in module.named_children():
         if id(child) not in seen and name not in inside:
             plain = name in WRAPPERS or (adapted and name == "base_layer")
@@ -49,7 +52,8 @@ def class_name(module: nn.Module) -> str:
 
 
 def names_in(root: nn.Module) -> Iterator[str]:
-    """What weights in a model may be called: a module's path, or that of one of its parameters."""
+    """What weights in a model may be called: the path of a module that has some, or of one of its parameters."""
     for path, module in modules(root, "", set()):
-        yield path
+        if next(all_parameters(module), None) is not None:
+            yield path
         yield from (parts.joined(path, attribute) for attribute in own_parameters(module))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ww_monitor.walk.quantized import FLOAT8, Codes, codes_of, dequantized, numbers_of
+from ww_monitor.walk.quantized import FLOAT8, UNSCALED, Codes, codes_of, dequantized, numbers_of
 from ww_monitor.walk.unread import Unread
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # and their negatives: OCP Microscaling Formats v1.0, section 5.3.3
@@ -51,7 +51,7 @@ def readable(tensors: Mapping[str, Unread]) -> dict[str, Unread]:
         found[key] = weight
     for key in alone if scaled else ():
         if not found[key].reason:
-            found[key] = replace(found[key], reason="codes of eight bits whose scale is not there, as others' are")
+            found[key] = replace(found[key], reason=UNSCALED)
     return {renamed.get(key, key): value for key, value in found.items()}
 
 

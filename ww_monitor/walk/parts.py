@@ -200,7 +200,7 @@ def resolved(split: Split | None, names: Collection[str]) -> Split | None:
     for pattern, sizes in (split or {}).items():
         selected = matching(pattern, names)
         found |= {name: sizes for name in selected if name not in found}
-        if names and not selected:
+        if any(names) and not selected:
             said = f"walk: split={pattern!r} matches no layer; the first are {', '.join(map(repr, list(names)[:3]))}"
             warnings.warn(said, SpectralWarning, stacklevel=3)
     return found or None

@@ -20,6 +20,7 @@ BLOCK = 128
 """Side of the blocks that share a scale (DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.2)."""
 
 FLOAT8 = {dtype for name, dtype in vars(torch).items() if name.startswith("float8_") and isinstance(dtype, torch.dtype)}
+UNSCALED = "codes of eight bits whose scale is not there, as others' are"
 _FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
 _OF_VALUES = re.compile(r"input|output|act(ivation)?s?(?![a-z])|(^|_)[qkv](v?_cache)?_scale")  # not of the weights
 _COMPANION = re.compile(
@@ -210,7 +211,7 @@ def beside(module: torch.nn.Module, attribute: str, weight: Tensor) -> dict[str,
     numbers = {
         name: torch.tensor(value, dtype=torch.float32, device="cpu")
         for name, value in own.items()
-        if type(value) is float and _COMPANION.search(name)
+        if (type(value) is float and _COMPANION.search(name)) or (type(value) is int and "scale" in name)
     }
     tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
     return {name: value for name, value in {**numbers, **tensors}.items() if name != attribute}

@@ -17,7 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ww_monitor.kind import Kind
 from ww_monitor.walk.parts import unfit
-from ww_monitor.walk.quantized import Codes, codes_in, numbers_of, read_codes
+from ww_monitor.walk.quantized import FLOAT8, Codes, codes_in, numbers_of, read_codes
 from ww_monitor.walk.sharded import like_whole, read_whole
 
 
@@ -68,6 +68,12 @@ def holds_no_weights(module: nn.Module) -> str:
     return "a frozen script: its weights are constants" if any(tensor.ndim > 1 for tensor in held) else ""
 
 
+def is_scaled(module: nn.Module) -> bool:
+    """Whether a module has a weight of eight-bit floats with a scale in a layout that is known."""
+    own = own_parameters(module).items()
+    return any(tensor.dtype in FLOAT8 and isinstance(codes_in(module, name, tensor), Codes) for name, tensor in own)
+
+
 def scales_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The names of scales and zero points → the codes they belong to."""
     coded = {name: tensor for name, tensor in tensors.items() if not is_lazy(tensor) and codes_in(module, name, tensor)}
@@ -115,11 +121,11 @@ def _source(module: nn.Module, attribute: str) -> tuple[list[Tensor], Callable[[
         functions = module.get_submodule(f"parametrizations.{attribute}")
         return originals(functions), partial(_evaluate, functions), True
     stored, compute = made_by_hooks(module).get(attribute, (attribute, partial(getattr, module, attribute)))
-    if stored in own_tensors(module) or stored in vars(module):
-        tensor = getattr(module, stored, None)
-    else:  # the user's code, if anything
+    if hasattr(type(module), stored) and stored not in own_tensors(module):  # a property: the user's code
         compute = partial(_evaluate, _Attribute(module, stored))
-        tensor = compute()
+        tensor: Any = compute()
+    else:
+        tensor = getattr(module, stored, None)
     return [tensor] if isinstance(tensor, Tensor) else [], compute, stored != attribute
 
 

@@ -6,7 +6,7 @@ import io
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -69,10 +69,16 @@ def _stored(storage: tuple[str, str], offset: int, shape: tuple[int, ...], strid
     return _Stored(storage[1], _DTYPES.get(storage[0]), offset, tuple(shape), tuple(stride))
 
 
+def _quantized(storage: tuple[str, str], offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Any:
+    return replace(_stored(storage, offset, shape, stride), dtype=None)
+
+
 class _Reader(pickle._Unpickler):  # in Python: memory grows with the file only
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _stored
+        if (module, name) == ("torch._utils", "_rebuild_qtensor"):
+            return _quantized
         return name if module == "torch" and name.endswith("Storage") else _Inert
 
     def persistent_load(self, pid: Any) -> Any:
@@ -113,6 +119,12 @@ def _tensors(root: Any, path: Path) -> dict[str, _Stored]:
             if len(names) > _DEEPEST:
                 raise WWMonitorError(f"walk_files: {path} is no readable TorchScript archive: modules too deep")
             stack += [((*names, str(name)), inner) for name, inner in reversed(list(value.state.items()))]
+        elif isinstance(value, (_Inert, tuple, list)) and id(value) not in seen and len(names) <= _DEEPEST:
+            seen.add(id(value))  # packed weights of quantised layers
+            held = value.state if isinstance(value, _Inert) else value
+            stack += (
+                [((*names, str(at)), inner) for at, inner in enumerate(held)] if isinstance(held, (tuple, list)) else []
+            )
     return found
 
 

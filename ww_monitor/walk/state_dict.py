@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -16,6 +17,7 @@ from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk import factors, fused, names, parts
 from ww_monitor.walk.containers import AVERAGE, choose, of_others
 from ww_monitor.walk.factors import Scaling
+from ww_monitor.walk.lora import ORIGINAL
 from ww_monitor.walk.packed import readable
 from ww_monitor.walk.parts import WHOLE, WRAPPERS, Part, Split
 from ww_monitor.walk.reading import tied_to
@@ -79,6 +81,10 @@ def walk_unread(
     tensors: Mapping[str, Unread], split: Split | None = None, scaling: Scaling | None = None
 ) -> Iterator[Matrix | Skipped]:
     """`walk_state_dict` of tensors that are not read yet, with the scaling of LoRA deltas (1 if it is not known)."""
+    return parts.unique(_walk(tensors, split, scaling))
+
+
+def _walk(tensors: Mapping[str, Unread], split: Split | None, scaling: Scaling | None) -> Iterator[Matrix | Skipped]:
     tensors = readable(_cleaned(tensors))
     split = parts.resolved(split, [_name(key) for key in tensors])
     seen: dict[object, str] = {}
@@ -110,10 +116,22 @@ def _undotted_copies(tensors: Mapping[str, Unread]) -> dict[str, str]:
 def _cleaned(tensors: Mapping[str, Unread]) -> dict[str, Unread]:
     """The tensors by their names without wrappers; `module.` goes where every name starts with it."""
     dropped = (*WRAPPERS, "base_layer") if any(factors.factor_of(key) for key in tensors) else WRAPPERS
-    found = {".".join(part for part in key.split(".") if part not in dropped): tensors[key] for key in tensors}
+    plain = {key: ".".join(part for part in _saved(key, tensors).split(".") if part not in dropped) for key in tensors}
+    counts = Counter(plain.values())
+    found = {name if counts[name] == 1 else key: tensors[key] for key, name in plain.items()}
     while found and all(key.startswith("module.") for key in found):  # else it is an attribute of that name
         found = {key.removeprefix("module."): value for key, value in found.items()}
-    return found
+    return factors.of_parameters_left_out(found)
+
+
+def _saved(key: str, tensors: Mapping[str, Unread]) -> str:
+    """The name without PEFT's mark of a copy of a module that trains, which is in the place of the original."""
+    module, mark, rest = key.partition(".modules_to_save.")
+    return (
+        f"{module}.{rest.partition('.')[2]}"
+        if mark and f"{module}.original_module.{rest.partition('.')[2]}" in tensors
+        else key
+    )
 
 
 def _name(key: str) -> str:
@@ -129,6 +147,8 @@ def _items(
         yield from factors.delta(key, factor, tensors, scaling)
         return
     kind, cuts, reason = meaning(key, value, tensors, split, stored=True)
+    if ".original_module." in key and key.replace(".original_module.", ".") in tensors:
+        reason = ORIGINAL
     if other := factors.other_adapter(key):
         kind, reason = Kind.OTHER, other
     unknown = "a storage type that is not read"

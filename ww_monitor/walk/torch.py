@@ -21,6 +21,7 @@ from ww_monitor.walk import factors, fused, names, parts, reading
 from ww_monitor.walk import lora as adapters
 from ww_monitor.walk.modules import class_name, modules, names_in, unwrap
 from ww_monitor.walk.parts import KERNEL, WHOLE, Part, Split
+from ww_monitor.walk.quantized import FLOAT8, UNSCALED
 from ww_monitor.walk.roles import infer_role
 from ww_monitor.walk.sharded import Layout, by_unit, like_whole, shards_of, units
 from ww_monitor.walk.state_dict import meaning
@@ -32,7 +33,6 @@ _KINDS: Mapping[Kind, tuple[type[nn.Module], ...]] = {
     Kind.EMBEDDING: (nn.Embedding, nn.EmbeddingBag),
     Kind.CONV: _CONVOLUTIONS,
 }
-_GATES = (((nn.LSTM, nn.LSTMCell), "ifgo"), ((nn.GRU, nn.GRUCell), "rzn"))
 _QUANTIZED = (
     ("torch.ao.nn.quantized.modules.utils", "WeightedQuantizedModule"),
     ("torch.ao.nn.quantized.modules.embedding_ops", "Embedding"),
@@ -91,7 +91,8 @@ def walk(
     inside, found = units(model), adapters.find_adapters(root)
     own = {} if inside else factors.of_modules(modules(root, "", set()))
     split = parts.resolved(split, list(names_in(root))) if split else None
-    return _walk(root, _Walk(split, experts == "separate", tuple(lora), layout, found, inside, own))
+    scaled = any(reading.is_scaled(module) for module in root.modules())
+    return _walk(root, _Walk(split, experts == "separate", tuple(lora), layout, found, inside, scaled, own))
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class _Walk:
     layout: Layout | None
     adapters: adapters.Adapters
     units: dict[int, nn.Module]  # FSDP1's, by the modules in them
+    scaled: bool  # whether eight-bit floats have scales
     factors: Mapping[str, Unread]  # of low-rank adapters of a user's own, and their alphas
     owners: dict[str, nn.Module] = field(default_factory=dict)  # by cleaned path
     seen: dict[object, str] = field(default_factory=dict)  # the first name of a stored tensor, by its identity
@@ -173,7 +175,7 @@ def _weights(module: nn.Module, path: str) -> Iterator[_Weight]:
         for part in "qkv":  # instead of the one above where keys or values have another width
             yield _Weight(f"{part}_proj_weight", Kind.ATTENTION, parts.blocks(part, (embed_dim,)), "")
     elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        yield from _recurrent_weights(module)
+        yield from (_Weight(name, Kind.RECURRENT, cut) for name, cut in fused.recurrent_parts(module))
     elif isinstance(module, adapters.loaded("transformers.pytorch_utils", "Conv1D")):
         yield _Weight("weight", Kind.DENSE, None, axis=1)
     elif kind := next((kind for kind, known in _KINDS.items() if isinstance(module, known)), None):
@@ -181,19 +183,6 @@ def _weights(module: nn.Module, path: str) -> Iterator[_Weight]:
         yield _Weight("weight", kind, fixed, axis=int(kind is Kind.CONV and bool(module.transposed)))
     else:
         yield from _bare_weights(module, path)
-
-
-def _recurrent_weights(module: nn.RNNBase | nn.RNNCellBase) -> Iterator[_Weight]:
-    """weight_ih and weight_hh of every layer and direction, cut into gates, and the projection weight_hr, whole."""
-    gates = next((gates for known, gates in _GATES if isinstance(module, known)), "")
-    cut = parts.blocks(gates, (module.hidden_size,) * len(gates)) if gates else WHOLE
-    ends = [""]
-    if isinstance(module, nn.RNNBase):
-        directions = ("", "_reverse")[: 1 + module.bidirectional]
-        ends = [f"_l{layer}{direction}" for layer in range(module.num_layers) for direction in directions]
-    for end in ends:
-        for stem in ("weight_ih", "weight_hh", "weight_hr"):
-            yield _Weight(stem + end, Kind.RECURRENT, WHOLE if stem == "weight_hr" else cut)
 
 
 def _bare_weights(module: nn.Module, path: str) -> Iterator[_Weight]:
@@ -224,6 +213,7 @@ def _items(module: nn.Module, path: str, this: _Walk) -> Iterator[Matrix | Skipp
     if adapters.is_adapter(module):
         yield from adapters.factors(module, path)
         return
+    yield from adapters.originals(module, path)
     weights = [_stored(module, weight) for weight in _weights(module, path)]
     for weight in weights:
         if parts.joined(path, weight.attribute) not in this.factors:
@@ -255,6 +245,8 @@ def _cut_weight(module: nn.Module, path: str, weight: _Weight, this: _Walk) -> l
         key = this.identity(module, reading.own_tensors(module).get(attribute))
         refused = "" if dense else reading.refusal(module, attribute, like)
         reason = "" if dense else refused or reading.defect(like, weight.kind, planned=this.layout is not None)
+        if this.scaled and like.dtype in FLOAT8 and not dense:
+            reason = reason or UNSCALED
         layer = this.adapters.get((id(module), attribute))
         if (reason and layer is None) or key in this.seen:
             return [Skipped(name, weight.kind, size, reason or reading.tied_to(this.seen.get(key)))]
