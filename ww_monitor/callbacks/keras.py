@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +139,8 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         if calling is None or calling.callbacks[-1] is self:
             self._end()
         else:
-            calling.callbacks.append(_AtTheEnd(self._end))
+            calling.callbacks.append(_AtTheEnd(self))
 
-    @hook
     def _end(self) -> None:
         """A snapshot of the weights that somebody has put in place of the last step's; the table; close the sinks."""
         if self._begun and self._are_exchanged(self.model, step := self._step()):
@@ -235,18 +234,19 @@ class _AtTheEnd(keras.callbacks.Callback):  # type: ignore[misc]
     """Ends a monitor once every callback of the run has ended: `EarlyStopping` restores the best weights only then.
 
     Args:
-        end: What ends it.
+        watching: The monitor.
     """
 
-    def __init__(self, end: Callable[[], None]) -> None:
+    def __init__(self, watching: SpectralMonitor) -> None:
         super().__init__()
-        self._end: Callable[[], None] | None = end
+        self._watching: SpectralMonitor | None = watching
 
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         """Once: the list of callbacks may serve another run."""
-        end, self._end = self._end, None
-        if end is not None:
-            end()
+        watching, self._watching = self._watching, None
+        if watching is not None:
+            with watching.monitor.guard("on_train_end"):
+                watching._end()
 
 
 def completed_updates(model: Any) -> int:
