@@ -34,7 +34,7 @@ if monitor is not None:
 print(float(net[0].weight.sum()))
 """
 
-ROOMS = (32, 40, 48, 64, 96, 128, 160, 224, 320, 512)
+ROOMS = (32, 48, 64, 96, 160, 320)
 """MiB beyond what the process has when training begins."""
 
 OURS = 16
