@@ -143,6 +143,49 @@ def test_the_divergence_of_logits_probabilities_and_one_output():
     assert divergence(torch.tensor([[1e4, 0.0]]), torch.tensor([[0.0, 1e4]])) == pytest.approx(math.log(2))
 
 
+def test_outputs_that_are_not_finite_are_not_called_harmless():
+    known, broken = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[0.0, 1.0], [math.nan, 0.0]])
+    assert math.isnan(divergence(known, broken))
+    assert math.isnan(divergence(broken, broken))
+    sure = torch.tensor([[0.0, 1.0], [1.0, 0.0]])  # 0 ln 0 is 0
+    assert (divergence(sure, sure), divergence(sure, sure.flip(1))) == (0.0, pytest.approx(math.log(2)))
+    model = mlp()
+    found = trap_harm(model, ww_monitor.analyze(model), torch.full((4, 40), math.nan))
+    assert math.isnan(found.layers["0"])
+    assert math.isnan(float(found))
+
+
+def test_one_probability_is_that_of_two_classes():
+    p, q = torch.tensor([[0.2], [0.9]]), torch.tensor([[0.5], [0.9]])
+    both = [torch.cat([1 - one, one], 1) for one in (p, q)]
+    assert divergence(p, q) == pytest.approx(divergence(*both), rel=1e-6)
+    logits = torch.tensor([[-2.0], [3.0]])
+    assert divergence(logits, 2 * logits) == pytest.approx(
+        divergence(logits.sigmoid(), (2 * logits).sigmoid()), rel=1e-5
+    )
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+def test_the_classes_of_an_image_are_last_in_keras():
+    keras = pytest.importorskip("keras", reason="the model is its")
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Conv2D(32, 3, padding="same", activation="relu"), keras.layers.Conv2D(5, 1)]
+    model = keras.Sequential([keras.Input((6, 6, 32)), *layers])
+    kernel = layers[0].kernel.numpy()
+    kernel[1, 1, 3, 4] = 6.0
+    layers[0].kernel.assign(kernel)
+    layers[1].kernel.assign(10 * layers[1].kernel.numpy())
+    snapshot = ww_monitor.analyze(model)
+    (row,) = [layer for layer in snapshot.layers if layer.trap_entries]
+    x = np.random.default_rng(0).normal(size=(4, 6, 6, 32)).astype("float32")
+    own = torch.tensor(keras.ops.convert_to_numpy(model(x)))
+    found = trap_harm(model, snapshot, x).layers[row.name]
+    kernel[1, 1, 3, 4] = 6.0 / row.trap_entries[0].headroom
+    layers[0].kernel.assign(kernel)
+    by_hand = divergence(own, torch.tensor(keras.ops.convert_to_numpy(model(x))))
+    assert found == pytest.approx(by_hand, rel=0.05)
+
+
 def test_a_keras_model_is_run_with_other_numbers_and_keeps_its_own():
     keras = pytest.importorskip("keras", reason="the model is theirs")
     from ww_monitor.walk.keras import to_torch

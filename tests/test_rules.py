@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -646,3 +647,17 @@ def test_one_trap_is_no_traps(count, words):
     layer = Layer("fc", "dense", (1, 8, 8), metrics={"num_traps": count})
     (finding,) = rules.trap(History([Snapshot((layer,), step=1)]))
     assert words in finding.message
+
+
+@pytest.mark.parametrize(
+    ("shape", "severity"),
+    [((9, 16, 8), "info"), ((9, 8, 64), "info"), ((9, 16, 16), "critical"), ((1, 64, 8), "critical")],
+)
+def test_a_trap_in_a_kernel_of_narrow_slices_informs_and_stops_no_run(shape, severity):
+    row = replace(layer("conv", num_traps=1.0), shape=shape)
+    (finding,) = trap(run(row))
+    assert finding.severity == severity
+    holding = Holding([trap], stop_on="traps", patience=2)
+    for length in (1, 2, 3):
+        holding.judge(run(*[row] * length), failed=lambda *_: None)
+    assert bool(holding.stop_reason) == (severity == "critical")

@@ -125,7 +125,8 @@ def trap_harm(model: Any, snapshot: Snapshot, inputs: Inputs = None, *, samples:
 def divergence(first: Tensor, second: Tensor) -> float:
     """Mean of ½ KL(p‖m) + ½ KL(q‖m) with m = (p + q)/2, p and q the softmax of two outputs `[…, C]`, float64, nats.
 
-    What is a distribution already stays as it is. One output a sample is the logit of two classes.
+    What is a distribution already stays as it is. One output a sample is the logit of two classes, or the probability
+    of one where all lie between 0 and 1. Outputs that are not finite make it NaN: not known.
 
     >>> round(divergence(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])), 6)
     0.693147
@@ -133,10 +134,12 @@ def divergence(first: Tensor, second: Tensor) -> float:
     values = [one.detach().double().cpu() for one in (first, second)]
     done = all(bool((one >= 0).all()) and bool(((one.sum(-1) - 1).abs() < 1e-3).all()) for one in values)
     if values[0].shape[-1] == 1:
-        values, done = [torch.cat([torch.zeros_like(one), one], -1) for one in values], False
+        done = all(bool(((one >= 0) & (one <= 1)).all()) for one in values)
+        values = [torch.cat([1 - one if done else torch.zeros_like(one), one], -1) for one in values]
     p, q = values if done else [torch.softmax(one, -1) for one in values]
     middle = (p + q) / 2
-    each = [torch.special.xlogy(one, one / middle).nan_to_num(0.0).sum(-1) for one in (p, q)]
+    middle = middle.clamp(min=torch.finfo(middle.dtype).tiny)  # both are 0 there
+    each = [torch.special.xlogy(one, one / middle).sum(-1) for one in (p, q)]
     return float((each[0] + each[1]).mean() / 2)
 
 
@@ -176,7 +179,13 @@ def _copied(model: Any) -> Iterator[tuple[Any, Run]]:
             return keras.ops.convert_to_tensor(value.cpu().numpy(), dtype=variable.dtype)
 
         with keras.StatelessScope(state_mapping=[(variable, own(variable)) for variable in model.variables]):
-            yield model, lambda given: to_torch(model(given, training=False))
+            last = keras.config.image_data_format() == "channels_last"
+
+            def run(given: Inputs) -> Any:
+                output = to_torch(model(given, training=False))
+                return output.movedim(-1, 1) if last and output.ndim > 3 else output
+
+            yield model, run
     elif isinstance(model, nn.Module):
         while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
             model = model._orig_mod if hasattr(model, "_orig_mod") else model.module

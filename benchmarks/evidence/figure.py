@@ -57,7 +57,7 @@ def main() -> None:
             axes.plot(over, [place] * len(over), "o", color="C1" if ":" in arm else "C0", alpha=0.7)
         axes.set_yticks(range(len(arms)), reversed(arms), fontsize=7)
         axes.axvline(0, color="0.6", zorder=0)
-        axes.set_title(f"{net}: held-out loss over the uniform rate's\n(blue: balanced, orange: controls)", fontsize=9)
+        axes.set_title(f"{net}: held-out loss over the\nuniform rate's (orange: controls)", fontsize=9)
     figure.savefig(sys.argv[1], dpi=90)
 
 

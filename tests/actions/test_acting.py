@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import warnings
@@ -141,8 +142,8 @@ def test_a_dry_run_puts_no_hook_on_the_optimizer():
 
 
 def hooks(optimizer) -> int:
-    kinds = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "_optimizer_state_dict_pre_hooks")
-    return sum(len(getattr(optimizer, kind)) for kind in kinds)
+    kinds = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    return sum(len(getattr(optimizer, kind)) for kind in kinds) + ("step" in vars(optimizer))
 
 
 @pytest.mark.parametrize("cut", [5, 8])
@@ -269,6 +270,30 @@ def test_a_step_that_raises_leaves_no_factor_in_a_checkpoint_nor_at_the_end_nor_
         optimizer.step()
     monitor.close()
     assert rates_of(optimizer.param_groups) == [5e-3 if look == "set" else 1e-2] * 4
+
+
+@pytest.mark.parametrize("scheduler_first", [True, False])
+def test_a_step_that_raises_and_is_caught_leaves_a_chained_scheduler_its_rates(scheduler_first):
+    net = make_net()
+    optimizer = torch.optim.SGD(param_groups(net), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) if scheduler_first else None
+    monitor = Monitor(every_n_steps=1, actions=[RATE])
+    monitor.act_on(optimizer)
+    scheduler = scheduler or torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    monitor.observe(walk(net), step=0)
+    optimizer.register_step_pre_hook(lambda *_: interrupt() if scheduler.last_epoch == 1 else None)  # after ours
+    for step in range(3):
+        optimizer.zero_grad()
+        loss(net, step).backward()
+        with contextlib.suppress(KeyboardInterrupt):
+            optimizer.step()
+        scheduler.step()
+        assert rates_of(optimizer.param_groups) == [0.1 * 0.5 ** (step + 1)] * 4
+    monitor.close()
+    loss(net, 3).backward()
+    optimizer.step()
+    scheduler.step()
+    assert rates_of(optimizer.param_groups) == [0.1 * 0.5**4] * 4
 
 
 def test_a_dry_action_beside_one_that_acts_is_only_logged():

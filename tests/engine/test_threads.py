@@ -2,12 +2,13 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from ww_monitor.engine.threads import Workers, controller, hold_to_one_thread, thread_budget, workers
 
@@ -107,14 +108,56 @@ def test_numpys_solver_lets_other_threads_run_meanwhile():
     assert ticks > 100
 
 
-def test_overlapping_analyses_give_the_counts_back_whatever_the_order_of_their_ends():
-    """The second to begin saw the first one's limits, and ends last."""
-    before = counts()
+@pytest.fixture
+def two_each():
+    """The libraries have two threads, as this thread's owner has asked."""
+    with threadpool_limits(2, user_api="blas"):
+        yield
+
+
+@pytest.mark.parametrize("first_ends", [True, False])
+def test_overlapping_analyses_give_the_counts_back_whatever_the_order_of_their_ends(first_ends, two_each):
+    """The second to begin, in a thread of its own, saw the first one's limits."""
+    before, openmp = counts(), torch.get_num_threads()
     first, second = (workers(2, memory=0, largest_side=64) for _ in range(2))
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    second.__exit__(None, None, None)
+    with ThreadPoolExecutor(1) as there:
+        first.__enter__()
+        there.submit(second.__enter__).result()
+        assert {number for _, number in counts()} == {1}
+        ends = [
+            lambda: first.__exit__(None, None, None),
+            lambda: there.submit(second.__exit__, None, None, None).result(),
+        ]
+        for end in ends if first_ends else reversed(ends):
+            end()
+        assert torch.get_num_threads() == openmp
+    assert counts() == before
+
+
+def test_an_analysis_in_any_thread_holds_the_libraries_to_one(two_each):
+    """Also after another thread, which is still there, has set their counts."""
+    before = counts()
+    with workers(2, memory=0, largest_side=64):
+        pass
+    with ThreadPoolExecutor(1) as there:
+        held = workers(2, memory=0, largest_side=64)
+        there.submit(held.__enter__).result()
+        assert {number for _, number in counts()} == {1}
+        there.submit(held.__exit__, None, None, None).result()
+    assert counts() == before
+
+
+def test_who_limits_the_libraries_in_another_thread_is_heard_after_an_analysis(two_each):
+    before = counts()
+    with workers(2, memory=0, largest_side=64):
+        pass
+
+    def limited():
+        with threadpool_limits(3, user_api="blas"):
+            return counts()
+
+    with ThreadPoolExecutor(1) as there:
+        assert {number for _, number in there.submit(limited).result()} == {3}
     assert counts() == before
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -135,8 +137,8 @@ class Acting:
 class Stepper:
     """Multiplies options of the groups of one optimizer while it steps, but not while it runs its closure.
 
-    What stands in a group outside of a step is what a scheduler has put there, and a step that raises leaves no factor
-    behind for longer than until the next one, or until the optimizer's state is asked for.
+    What stands in a group outside of a step is what a scheduler has put there, also after a step that raised: hooks do
+    not run then, so that `step` of this one optimizer is wrapped too.
 
     Args:
         optimizer: One of torch's.
@@ -149,8 +151,9 @@ class Stepper:
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(lambda *_: self._lift()),
-            optimizer.register_state_dict_pre_hook(lambda _: self._lift()),
         ]
+        self._before_us, self._ours = vars(optimizer).get("step"), self._wrapped(optimizer.step)
+        optimizer.step = self._ours
 
     @property
     def names(self) -> list[str]:
@@ -162,6 +165,22 @@ class Stepper:
         self._lift()
         for handle in self._handles:
             handle.remove()
+        if vars(self._optimizer).get("step") is self._ours:  # else a scheduler has wrapped it, and it does nothing now
+            del self._optimizer.step
+            if self._before_us is not None:
+                self._optimizer.step = self._before_us
+
+    def _wrapped(self, step: Callable[..., Any]) -> Any:
+        """A method, as a scheduler expects it, with the marks that it has put on the other."""
+
+        @wraps(step)
+        def run(_: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return step(*args, **kwargs)
+            finally:
+                self._lift()
+
+        return MethodType(run, self._optimizer)
 
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._multiply()

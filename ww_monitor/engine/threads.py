@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -14,6 +14,7 @@ from mmap import mmap
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+import threadpoolctl
 import torch
 from threadpoolctl import ThreadpoolController
 
@@ -164,14 +165,15 @@ class _Blas:
 
     def __init__(self) -> None:
         self._lock, self._holding = threading.Lock(), 0
-        self._original: Any = None
+        self._original: list[int] = []
 
     @contextmanager
     def held_to(self, count: int) -> Iterator[None]:
         """Hold them to so many threads."""
         with self._lock:
-            limited = controller().limit(limits=count, user_api="blas")
-            self._original = self._original if self._holding else limited
+            libraries = _blas_libraries()
+            self._original = self._original if self._holding else [one.num_threads for one in libraries]
+            self._set([count] * len(libraries))
             self._holding += 1
         try:
             yield
@@ -179,14 +181,23 @@ class _Blas:
             with self._lock:
                 self._holding -= 1
                 if not self._holding:
-                    self._original.restore_original_limits()
+                    self._set(self._original)
+
+    def _set(self, counts: Sequence[int]) -> None:
+        """From whichever thread: threadpoolctl 3.8 lets the first do so alone and ignores others until it is told."""
+        openblas = getattr(threadpoolctl, "OpenBLASController", None)
+        let_go = getattr(openblas, "clear_controlling_thread", lambda **_: None)
+        for library, count in zip(_blas_libraries(), counts, strict=True):
+            let_go(force=True)
+            library.set_num_threads(count)
+        let_go(force=True)
 
     def after_fork(self) -> None:
         """In a child: the analyses of other threads of its parent do not go on here, nor does whoever has the lock."""
         self._lock = threading.Lock()
         if self._holding:
             self._holding = 0
-            self._original.restore_original_limits()
+            self._set(self._original)
 
 
 _BLAS = _Blas()
@@ -198,6 +209,12 @@ if hasattr(os, "register_at_fork"):
 def controller() -> ThreadpoolController:
     """The thread pools of the libraries that are loaded; torch, numpy and scipy are by now."""
     return ThreadpoolController()
+
+
+@lru_cache(maxsize=1)
+def _blas_libraries() -> list[Any]:
+    libraries: list[Any] = controller().select(user_api="blas").lib_controllers
+    return libraries
 
 
 def hold_to_one_thread() -> Callable[[], None]:

@@ -15,6 +15,8 @@ CSN = "Clauset, Shalizi & Newman 2009, SIAM Review 51"
 HTSR = "Martin & Mahoney 2021, JMLR 22 (165)"
 PREDICTING = "Martin, Peng & Mahoney 2021, Nature Communications 12, 4122"
 SETOL = "Martin & Hinrichs 2025, arXiv 2507.17912"
+MP = "Marchenko & Pastur 1967, Math. USSR Sbornik 1"
+FLOOR = "floor relative to λmax and the storage precision; see metric.batch"
 
 
 @metric(weightwatcher="alpha", source=CSN, read="2–6: a trained layer; < 2: over-trained; large: little correlation")
@@ -200,34 +202,25 @@ def bulk_std(batch: Batch) -> torch.Tensor:
     return batch.bulk.variance.sqrt()
 
 
-@metric(
-    unit="weight²", source="Marchenko & Pastur 1967, Math. USSR Sbornik 1", read="eigenvalues below are unusually small"
-)
+@metric(unit="weight²", source=MP, read="eigenvalues below are unusually small")
 def bulk_min(batch: Batch) -> torch.Tensor:
     """Lower edge of the random bulk, σ²(√N − √M)²."""
     return batch.bulk.edge_min
 
 
-@metric(
-    unit="weight²",
-    source="Marchenko & Pastur 1967, Math. USSR Sbornik 1",
-    read="eigenvalues above are candidates for spikes",
-)
+@metric(unit="weight²", source=MP, read="eigenvalues above are candidates for spikes")
 def bulk_max(batch: Batch) -> torch.Tensor:
     """Upper edge of the random bulk, σ²(√N + √M)²."""
     return batch.bulk.edge_max
 
 
-@metric(source="floor relative to λmax and the storage precision; see metric.batch", read="full rank is slices · M")
+@metric(source=FLOOR, read="full rank is slices · M")
 def matrix_rank(batch: Batch) -> torch.Tensor:
     """Number of eigenvalues that are numerically not zero."""
     return torch.where(torch.isfinite(batch.eigenvalues[:, -1]), batch.rank.double(), NAN)
 
 
-@metric(
-    source="floor relative to λmax and the storage precision; see metric.batch",
-    read="above 0: the layer has lost modes",
-)
+@metric(source=FLOOR, read="above 0: the layer has lost modes")
 def rank_loss(batch: Batch) -> torch.Tensor:
     """Number of eigenvalues that are numerically zero."""
     return batch.eigenvalues.shape[1] - matrix_rank(batch)

@@ -116,7 +116,8 @@ class Holding:
             return
         for finding in holding:
             count = self.held[finding.rule, finding.layer]
-            if finding.rule == STOP_ON[self.stop_on] and count >= self.patience:
+            informs = finding.severity == "info" and self.stop_on == "traps"  # a narrow kernel, where traps are common
+            if finding.rule == STOP_ON[self.stop_on] and count >= self.patience and not informs:
                 times = "1 snapshot" if count == 1 else f"{count} snapshots in a row"
                 self.stop_reason = f"{self.stop_on} in {times}: {finding.message}"
                 return
