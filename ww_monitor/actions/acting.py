@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -37,6 +38,12 @@ class Acting:
         self._steppers: list[Stepper] = []
         self._asked = False
         self.restart()
+
+    def of(self, say: Say, note: Callable[[str, str, int | None], None]) -> Acting:
+        """A copy for another monitor, which says what there is to say."""
+        made = copy(self)
+        made._say, made._note = say, note
+        return made
 
     def restart(self) -> None:
         """Another run begins."""

@@ -41,6 +41,7 @@ class Session:
     def without_own(self) -> Monitor:
         """The monitor without the sinks of this session, for a copy that another run may begin with."""
         monitor = copy(self.monitor)
+        monitor.acting = self.monitor.acting.of(monitor.say_once, monitor.note)
         monitor.sinks = [sink for sink in monitor.sinks if sink not in self._own]
         return monitor
 

@@ -210,6 +210,8 @@ class Monitor(Stepping):
         snapshot = self._with_harm(self._spectra.measure(snapshot))
         self._warn_of_failures(snapshot)
         try:
+            with self.guard("actions"):
+                snapshot = self.acting.see(snapshot)
             snapshot = self._judged(snapshot)
         finally:  # also where a rule ends the program
             self._keep(snapshot)
