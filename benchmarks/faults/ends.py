@@ -10,6 +10,8 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
@@ -78,7 +80,12 @@ def interrupts(*, quick: bool) -> tuple[int, int]:
     phases = ("analysis", "loop", "rule", "sink", "close")
     cases = list(product(("sync", "async"), phases, ("SIGINT", "SIGTERM"), (0.0, 0.2)))
     cases = cases[:1] if quick else cases
-    return len(cases), sum(ended(*case) for case in cases)
+    return of_all(cases)
+
+
+def of_all(cases: Sequence[tuple[str, str, str, float]]) -> tuple[int, int]:
+    with ThreadPoolExecutor(2) as two:  # a core each: they load torch most of their time
+        return len(cases), sum(two.map(lambda case: ended(*case), cases))
 
 
 def forks(count: int) -> tuple[int, int]:
@@ -134,5 +141,5 @@ def run(*, quick: bool) -> Counts:
         "children that are forked while the background works": forks(10 if quick else 320),
         "copies in processes that are spawned": spawns(0 if quick else 10),
         "interrupts in every phase": interrupts(quick=quick),
-        "ends without close": (exits, sum(ended("async", "end", "", 0.0) for _ in range(exits))),
+        "ends without close": of_all([("async", "end", "", 0.0)] * exits),
     }
