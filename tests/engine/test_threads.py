@@ -12,7 +12,14 @@ import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import ww_monitor
-from ww_monitor.engine.threads import Workers, controller, hold_to_one_thread, thread_budget, workers
+from ww_monitor.engine.threads import (
+    Workers,
+    controller,
+    held_to_one_thread,
+    hold_to_one_thread,
+    thread_budget,
+    workers,
+)
 
 
 def blas_threads():
