@@ -190,5 +190,5 @@ def test_in_a_tight_address_space_the_caller_solves_with_one_thread_and_has_its_
     monkeypatch.setattr("ww_monitor.engine.run.held_to_one_thread", recorded)
     count = torch.get_num_threads()
     assert ww_monitor.analyze(torch.nn.Linear(600, 600)).layers[0].status == "ok"
-    assert held == [before, before]
+    assert set(held) == {before}
     assert torch.get_num_threads() == count
