@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -10,7 +11,15 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from ww_monitor.engine.threads import Workers, controller, hold_to_one_thread, thread_budget, workers
+import ww_monitor
+from ww_monitor.engine.threads import (
+    Workers,
+    controller,
+    held_to_one_thread,
+    hold_to_one_thread,
+    thread_budget,
+    workers,
+)
 
 
 def blas_threads():
@@ -163,3 +172,23 @@ def test_who_limits_the_libraries_in_another_thread_is_heard_after_an_analysis(t
 
 def counts():
     return [(pool["prefix"], pool["num_threads"]) for pool in controller().info() if pool["user_api"] == "blas"]
+
+
+def test_in_a_tight_address_space_the_caller_solves_with_one_thread_and_has_its_own_back(monkeypatch):
+    """MKL's second thread finds no room for its buffers there, and tries for minutes."""
+    held = []
+
+    @contextmanager
+    def recorded():
+        with held_to_one_thread():
+            held.append(threading.active_count())
+            yield
+            held.append(threading.active_count())
+
+    before = threading.active_count()
+    monkeypatch.setattr("ww_monitor.engine.run.room_for_blas", lambda count: False)
+    monkeypatch.setattr("ww_monitor.engine.run.held_to_one_thread", recorded)
+    count = torch.get_num_threads()
+    assert ww_monitor.analyze(torch.nn.Linear(600, 600)).layers[0].status == "ok"
+    assert held == [before, before]
+    assert torch.get_num_threads() == count

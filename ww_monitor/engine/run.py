@@ -16,7 +16,13 @@ from ww_monitor.engine.measure import as_solved, batch_of, measured
 from ww_monitor.engine.options import Options
 from ww_monitor.engine.rows import failed_layer, layers_of, snapshot_of, unread
 from ww_monitor.engine.solve import DeviceQueue
-from ww_monitor.engine.threads import Workers, held_to_one_thread, room_for_blas, thread_budget, workers
+from ww_monitor.engine.threads import (
+    Workers,
+    held_to_one_thread,
+    room_for_blas,
+    thread_budget,
+    workers,
+)
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.metric import Batch, Loaded
@@ -134,16 +140,18 @@ def _taken(chunk: list[tuple[Matrix, torch.Tensor]]) -> Loaded:
 
 def _solved(matrices: list[Matrix], options: Options, step: int | None, background: bool) -> Found:
     """Chunks on the host go to the workers as they are loaded; what a device solves never does."""
-    background = background or not room_for_blas(thread_budget())
+    tight = not background and not room_for_blas(thread_budget())
+    background = background or tight
     library: host.Library = "torch" if background else "numpy"
     side = max((matrix.short_side for matrix in matrices), default=0)
     queues: dict[torch.device, DeviceQueue] = {}
     tasks: list[Future[Found]] = []
     found: Found = []
     with (
+        held_to_one_thread() if tight else nullcontext(),
         nullcontext(Workers(1, memory=0))
         if background
-        else workers(len(matrices), memory=HOST_MEMORY, largest_side=side) as pool
+        else workers(len(matrices), memory=HOST_MEMORY, largest_side=side) as pool,
     ):
 
         def submit(loaded: Loaded) -> None:
