@@ -40,7 +40,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
     that is not an evaluation; TensorBoard and W&B get more than numbers (see `ww_monitor.sinks.tensorboard.Dashboard`
     and `ww_monitor.sinks.wandb.Dashboard`).
     `trainer.state.log_history` has the model-level values. `ww_history.jsonl` in `args.output_dir` holds everything
-    and is read by `ww_monitor.History.read`. The metrics with unit, source and meaning are in the README's table.
+    and is read by `ww_monitor.History.read`. The metrics with unit, source and meaning are in `docs/metrics.md`.
 
     While it trains, every evaluation has the latest model-level values as `eval_ww_<metric>`, so that
     `metric_for_best_model="ww_alpha"` works for the best checkpoint and for `EarlyStoppingCallback`, which must stand

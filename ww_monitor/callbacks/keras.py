@@ -49,7 +49,7 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
 
     `ww_history.jsonl` in `folder` holds everything and is read by `ww_monitor.History.read`. TensorBoard needs no
     TensorFlow: `sinks=[ww_monitor.sinks.tensorboard.TensorBoard("logs")]`. The metrics with unit, source and meaning
-    are in the README's table.
+    are in `docs/metrics.md`.
 
     A step is an update of the weights: `optimizer.iterations`, of several optimizers the largest. A second `fit`
     continues the run where the optimizer does. Keras keeps no state of callbacks: to continue the history of a run

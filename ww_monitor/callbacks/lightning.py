@@ -50,8 +50,8 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
     so `ModelCheckpoint(monitor="ww/alpha")` works, and `{ww/alpha:.2f}` in its file names. What a checkpoint, a stopper
     or a scheduler of the learning rate watches is measured when it is read, whatever the schedule and the order of the
     callbacks, and always has a value. The progress bar shows `ww_alpha`. `ww_history.jsonl` in the log folder holds
-    everything and is read by `ww_monitor.History.read`. The metrics with unit, source and meaning are in the README's
-    table.
+    everything and is read by `ww_monitor.History.read`. The metrics with unit, source and meaning are in
+    `docs/metrics.md`.
 
     `stop_on="traps"` ends a run whose trap persists. `EarlyStopping` waits for improvements, and the count of traps of
     a healthy run has none: let it watch `ww/trap_free_until` with `mode="max"`, the step of the latest snapshot without

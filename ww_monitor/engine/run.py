@@ -16,13 +16,7 @@ from ww_monitor.engine.measure import as_solved, batch_of, measured
 from ww_monitor.engine.options import Options
 from ww_monitor.engine.rows import failed_layer, layers_of, snapshot_of, unread
 from ww_monitor.engine.solve import DeviceQueue
-from ww_monitor.engine.threads import (
-    Workers,
-    held_to_one_thread,
-    room_for_blas,
-    thread_budget,
-    workers,
-)
+from ww_monitor.engine.threads import Workers, held_to_one_thread, room_for_blas, thread_budget, workers
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.metric import Batch, Loaded

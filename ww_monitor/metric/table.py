@@ -1,7 +1,7 @@
 """The table of metrics: name → function of a batch of spectra, unit, source, how to read it, model-level value.
 
-A new metric is one decorated function; snapshots, trackers, the README and `ww-monitor metrics` loop over the table. A
-function gets a `Batch` and returns `[B]`; its docstring is the definition.
+A new metric is one decorated function; snapshots, trackers, `docs/metrics.md` and `ww-monitor metrics` loop over the
+table. A function gets a `Batch` and returns `[B]`; its docstring is the definition.
 """
 
 from __future__ import annotations

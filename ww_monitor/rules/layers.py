@@ -41,7 +41,7 @@ def trap(history: History, *, at_least: float = 0.5) -> Iterator[Finding]:
     healthy run measures no rate of false alarms.
 
     A kernel whose slices have a short side below 16 gets information only, and stops no run: in healthy CNNs with
-    slices of 16 × 8 traps lasted in 10 of 42, and nothing was lost (`benchmarks/evidence`, `healthy`).
+    slices of 16 × 8 traps lasted in 10 of 48, and nothing was lost (`benchmarks/evidence`, `healthy`).
     """
     for layer in history.last.layers:
         if layer.value("num_traps") >= at_least and layer.verdict != "degenerate":
