@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from benchmarks.evidence import study
 from benchmarks.evidence.judge import lines, published, read, results
 from benchmarks.evidence.runs import every_run, quick_runs, train
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def train_one(index: int, quick: bool, folder: Path) -> str:
@@ -20,13 +17,10 @@ def train_one(index: int, quick: bool, folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed of each set-up, a tenth as long")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="what is there is not trained again")
+    parser = study.arguments(__doc__, "one seed of each set-up, a tenth as long", folder="runs/evidence")
     parser.add_argument("--antigrokking", type=Path, help="history of the published set-up, to be judged too")
     options = parser.parse_args()
-    folder = options.folder / ("quick" if options.quick else "full")
+    folder = study.folder_of(options)
     with ProcessPoolExecutor(options.jobs) as pool:
         number = len(quick_runs() if options.quick else every_run())
         for done in pool.map(train_one, range(number), [options.quick] * number, [folder] * number):
@@ -35,11 +29,8 @@ def main() -> None:
     found = results(runs)
     print(lines(found["runs"], ["study", "run", "best", "end", "loses", "loss_begins", "alarms"]))
     print(lines(found["rules"], [column for column in found["rules"][0] if column != "severity"]))
-    name = "stopping_quick.json" if options.quick else "stopping.json" if options.antigrokking else "stopping_own.json"
-    path = RESULTS / name  # the page's tables are of our own runs and the published set-up together
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"written: {path}")
+    name = "stopping_quick" if options.quick else "stopping" if options.antigrokking else "stopping_own"
+    study.keep(name, found)  # the page's tables are of our own runs and the published set-up together
 
 
 if __name__ == "__main__":

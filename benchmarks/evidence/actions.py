@@ -7,7 +7,6 @@ All arms of a seed have the same first weights and batches, a cosine schedule, a
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -21,14 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.evidence.judge import lines, versions
+from benchmarks.evidence import study
+from benchmarks.evidence.judge import versions
 from benchmarks.evidence.runs import Task, endless, mlp, scores, small_digits, small_gpt
 from ww_monitor import History, Monitor, Snapshot
 from ww_monitor.actions import LayerwiseDecay, LayerwiseRate, param_groups
 from ww_monitor.record import Action
 from ww_monitor.walk.torch import walk
 
-RESULT = Path(__file__).parent / "results" / "actions.json"
 SEEDS, EVERY = 5, 50
 
 LLR = LayerwiseRate(low=1, high=5, dry_run=False)
@@ -170,24 +169,16 @@ def spread(values: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed, 100 steps")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=Path("runs/actions"), help="what is there is not trained again")
-    options = parser.parse_args()
-    folder = options.folder / ("quick" if options.quick else "full")
-    folder.mkdir(parents=True, exist_ok=True)
+    options = study.arguments(__doc__, "one seed, 100 steps", folder="runs/actions").parse_args()
+    folder = study.folder_of(options)
     cases = [(net, seed, steps) for seed in range(SEEDS) for net, steps in NETS.items()]
     if options.quick:
         cases = [(net, seed, 100) for net, seed, _ in cases if seed == 0]
     with ProcessPoolExecutor(options.jobs) as pool:
         rows = [row for some in pool.map(one_seed, *zip(*cases, strict=True), [folder] * len(cases)) for row in some]
     found = table(rows)
-    print(lines(found, list(found[0])))
-    path = RESULT.with_stem("actions_quick") if options.quick else RESULT
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"versions": versions(), "table": found, "runs": rows}, indent=1) + "\n")
-    print(f"written: {path}")
+    study.show(found)
+    study.keep("actions_quick" if options.quick else "actions", {"versions": versions(), "table": found}, rows)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,28 @@
-"""The picture of docs/evidence.md from the results: `python -m benchmarks.evidence.figure docs/evidence.png`."""
+"""docs/evidence.png from the results that are checked in: `python -m benchmarks.evidence.figure`."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 
+from benchmarks.evidence import study
+
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-RESULTS = Path(__file__).parent / "results"
+PICTURE = Path(__file__).parents[2] / "docs" / "evidence.png"
+
 RULES = (
     "trap", "trap_approaching", "mean_shift", "over_trained", "under_trained", "norm_growth", "stable_rank_collapse",
 )  # fmt: skip
 
 
 def read(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads((study.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return found
 
 
@@ -57,8 +59,8 @@ def main() -> None:
             axes.plot(over, [place] * len(over), "o", color="C1" if ":" in arm else "C0", alpha=0.7)
         axes.set_yticks(range(len(arms)), reversed(arms), fontsize=7)
         axes.axvline(0, color="0.6", zorder=0)
-        axes.set_title(f"{net}: held-out loss over the\nuniform rate's (orange: controls)", fontsize=9)
-    figure.savefig(sys.argv[1], dpi=90)
+        axes.set_title(f"{net}: held-out loss over the\nuniform rate's (orange: controls)", fontsize=8)
+    figure.savefig(PICTURE, dpi=90)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ false alarm, such as these and the 22 healthy ones of `runs`, to show a rate bel
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import tempfile
@@ -18,11 +17,10 @@ from typing import Any
 
 from scipy.stats import beta
 
-from benchmarks.evidence.judge import judged, lines, rule_name, versions
+from benchmarks.evidence import study
+from benchmarks.evidence.judge import judged, rule_name, versions
 from benchmarks.evidence.runs import Run, small_net, train
 from ww_monitor import History, rules
-
-RESULT = Path(__file__).parent / "results" / "healthy.json"
 
 NETS = ("MLP 48", "MLP 96-48", "MLP 128-64-32", "CNN 8-16")
 TRAININGS = (("sgd", 0.1), ("momentum", 0.02), ("adamw", 1e-3), ("adamw", 3e-3))
@@ -103,26 +101,17 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed, a tenth as long")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=Path("runs/healthy"), help="what is there is not trained again")
-    options = parser.parse_args()
-    folder = options.folder / ("quick" if options.quick else "full")
-    folder.mkdir(parents=True, exist_ok=True)
+    options = study.arguments(__doc__, "one seed, a tenth as long", folder="runs/healthy").parse_args()
+    folder = study.folder_of(options)
     chosen = [at for at, run in enumerate(every_run()) if run.seed == 0 or not options.quick]
     with ProcessPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(one, chosen, [options.quick] * len(chosen), [folder] * len(chosen)))
     for row in rows:  # what never held is left out
         row["held"] = {name: held for name, held in row["alarms"].items() if held["any"]}
     found = {"versions": versions(), "table": table(rows)}
-    print(lines(found["table"], list(found["table"][0])))
+    study.show(found["table"])
     kept = [{key: value for key, value in row.items() if key != "alarms"} for row in rows]
-    text = json.dumps(found, indent=1)[:-2] + ',\n "runs": [\n' + ",\n".join(map(json.dumps, kept)) + "\n ]\n}\n"
-    path = RESULT.with_stem("healthy_quick") if options.quick else RESULT
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-    print(f"written: {path}")
+    study.keep("healthy_quick" if options.quick else "healthy", found, kept)
 
 
 if __name__ == "__main__":

