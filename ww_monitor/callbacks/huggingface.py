@@ -48,8 +48,8 @@ class SpectralMonitor(Adapter, TrainerCallback):
     is measured at every evaluation, whatever the schedule, because a checkpoint is chosen by it.
 
     `stop_on="traps"` ends a run whose trap persists. `EarlyStoppingCallback` waits for improvements, and the count of
-    traps of a healthy run has none: let it watch `ww_trap_free_until` (greater is better), the step of the latest
-    snapshot without a trap.
+    traps of a healthy run has none: let it watch `ww_trap_free_until` (greater is better), the step up to
+    which no trap was seen.
 
     A step is an optimizer step. `stop_on` ends the run after a step, the first one at the earliest. A resumed run
     continues its history, with `restore_callback_states_from_checkpoint` or without.

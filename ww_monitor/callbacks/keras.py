@@ -44,8 +44,8 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
     `metrics=["alpha", "num_traps"]` keeps the progress bar short.
 
     `stop_on="traps"` ends a run whose trap persists. Keras' `EarlyStopping` waits for improvements, and the count of
-    traps of a healthy run has none: let it watch `ww_trap_free_until` with `mode="max"`, the step of the latest
-    snapshot without a trap.
+    traps of a healthy run has none: let it watch `ww_trap_free_until` with `mode="max"`, the step up to
+    which no trap was seen.
 
     `ww_history.jsonl` in `folder` holds everything and is read by `ww_monitor.History.read`. TensorBoard needs no
     TensorFlow: `sinks=[ww_monitor.sinks.tensorboard.TensorBoard("logs")]`. The metrics with unit, source and meaning

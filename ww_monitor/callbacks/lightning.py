@@ -54,8 +54,8 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
     `docs/metrics.md`.
 
     `stop_on="traps"` ends a run whose trap persists. `EarlyStopping` waits for improvements, and the count of traps of
-    a healthy run has none: let it watch `ww/trap_free_until` with `mode="max"`, the step of the latest snapshot without
-    a trap, or give `EarlyStopping("ww/num_traps", divergence_threshold=0.5, patience=10**9)`.
+    a healthy run has none: let it watch `ww/trap_free_until` with `mode="max"`, the step up to which no trap was
+    seen, or give `EarlyStopping("ww/num_traps", divergence_threshold=0.5, patience=10**9)`.
 
     Training is bit-identical with and without it. A failure inside becomes a status or one `SpectralWarning`.
 

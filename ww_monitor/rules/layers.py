@@ -7,10 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from ww_monitor.record import Finding, History, Layer, Severity
 from ww_monitor.rules.declare import BROKEN, finding_of, lasting, looks_back
-
-FEW = 20
-"""Eigenvalues below which a layer cannot be judged, as in the verdict `few_eigenvalues`."""
-
+from ww_monitor.spectra.powerlaw import SMALL_SAMPLE
 
 NARROW = 16
 """Short side of a kernel's slices below which a trap informs. Our choice: of those tried, 8 raised false alarms and 32
@@ -45,7 +42,7 @@ def trap(history: History, *, at_least: float = 0.5) -> Iterator[Finding]:
     """
     for layer in history.last.layers:
         if layer.value("num_traps") >= at_least and layer.verdict != "degenerate":
-            few = layer.verdict == "few_eigenvalues" or layer.value("matrix_rank") < FEW
+            few = layer.verdict == "few_eigenvalues" or layer.value("matrix_rank") < SMALL_SAMPLE
             slices, *sides = layer.shape
             narrow = slices > 1 and min(sides) < NARROW
             severity: Severity = "info" if narrow else "warning" if few else "critical"

@@ -30,11 +30,7 @@ _COMPANION = re.compile(
 _BOOK = re.compile("codebook|centroid|table|lut")
 _PLACES = ("codes", "indices")
 _ONLY = ("weight", "qweight", "weight_packed", "W_q", "_data", *_PLACES)  # the only weight of its module
-_OTHER = re.compile(
-    r"bias|lora|input|output|act(ivation)?s?(?![a-z])"
-)  # beside eight-bit floats and no scale of theirs
-
-
+_OTHER = re.compile(r"bias|lora|input|output|act(ivation)?s?(?![a-z])")  # beside eight-bit floats, no scale of theirs
 _PACKED = {"qweight": "GPTQ or AWQ", "weight_packed": "compressed-tensors", "W_q": "HQQ", "_data": "quanto"}
 
 
