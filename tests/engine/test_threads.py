@@ -1,5 +1,6 @@
 """Workers have one thread each, and nobody else notices."""
 
+import ctypes
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from ww_monitor.engine.threads import (
     thread_budget,
     workers,
 )
+from ww_monitor.spectra.lapack import of_torch
 
 
 def blas_threads():
@@ -32,6 +34,24 @@ def in_a_thread(function):
     thread.start()
     thread.join()
     return found[0]
+
+
+def test_a_thread_that_was_held_to_one_has_its_counts_of_mkl_and_openmp_back():
+    set_mkl_threads = of_torch("MKL_Set_Num_Threads_Local", ctypes.c_int, ctypes.c_int)
+    if set_mkl_threads is None:
+        pytest.skip("torch is not linked with MKL")
+
+    def counts_after():
+        torch.set_num_threads(3)
+        torch.get_num_threads()  # torch sets both of a thread when it is first asked there
+        set_mkl_threads(2)
+        with held_to_one_thread():
+            held = torch.get_num_threads(), set_mkl_threads(1)
+        return held, (torch.get_num_threads(), set_mkl_threads(0))
+
+    before = torch.get_num_threads()
+    assert in_a_thread(counts_after) == ((1, 1), (3, 2))
+    torch.set_num_threads(before)
 
 
 def test_the_budget_is_torchs_count_and_no_more_than_the_cores(allow_threads):

@@ -14,7 +14,7 @@ from random_matrices import normal, with_spikes
 from ww_monitor.spectra import lanczos
 from ww_monitor.spectra.elements import Elements
 from ww_monitor.spectra.lanczos import BLOCKS
-from ww_monitor.spectra.shuffle import gram_of_shuffled
+from ww_monitor.spectra.shuffle import Shuffled, gram_of_shuffled
 
 
 @dataclass(frozen=True)
@@ -190,3 +190,16 @@ def test_an_eigenvalue_that_the_iteration_has_not_seen_denies_the_factor():
     first = torch.eye(4, dtype=torch.float64)[:1]
     assert lanczos._none_beside(gram, first, np.array([9.0]), 5.1)
     assert not lanczos._none_beside(gram, first, np.array([9.0]), 4.9)
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.05, -0.3])
+@pytest.mark.parametrize("shape", [(150, 40), (40, 150)])
+def test_the_host_s_products_of_shuffled_entries_are_those_without_their_mean(mean, shape):
+    """Whatever is left of the mean, a slower way would make good unseen; a small one is taken off the products."""
+    weights = (normal(*shape, seed=0) + mean).float()
+    stats = Elements(*(torch.tensor([value], dtype=torch.float64) for value in (mean, 0.9, 0.1, 0.1)))
+    order = torch.randperm(weights.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    rows, (exact,) = Shuffled(weights, stats, order), gram_of_shuffled([weights], stats, order)
+    vectors = normal(3, min(shape), seed=1)
+    assert torch.allclose(rows.image(vectors), vectors @ exact, rtol=1e-12, atol=1e-12 * float(exact.norm()))
+    assert float((rows.gram().double() - exact).norm() / exact.norm()) < 1e-6
