@@ -292,6 +292,39 @@ def test_the_rms_norm_is_from_inputs_to_outputs_however_the_weight_is_stored(lay
     assert row.value("rms_norm") == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
+GROUPED = {
+    "groups": torch.nn.Conv1d(32, 64, 1, groups=2, bias=False),
+    "more groups": torch.nn.Conv1d(32, 64, 1, groups=4, bias=False),
+    "narrowing": torch.nn.Conv1d(64, 32, 1, groups=4, bias=False),
+    "transposed": torch.nn.ConvTranspose1d(32, 64, 1, groups=4, bias=False),
+    "depthwise": torch.nn.Conv1d(16, 32, 1, groups=16, bias=False),
+    "one group": torch.nn.Conv1d(32, 64, 1, bias=False),
+}
+
+
+@pytest.mark.parametrize("layer", GROUPED.values(), ids=GROUPED)
+def test_the_rms_norm_of_a_grouped_convolution_is_that_of_what_it_computes(layer):
+    """Its operator, block diagonal, from the outputs of all unit vectors."""
+    with torch.no_grad():
+        operator = layer(torch.eye(layer.in_channels)[:, :, None])[:, :, 0].T
+    sigma = torch.linalg.matrix_norm(operator.double(), 2).item()
+    beside = torch.nn.Conv1d(*reversed(layer.weight.shape[:2]), 1)  # whose matrix has the same shape
+    row = analyze(torch.nn.Sequential(layer, beside), min_size=1).layers[0]
+    assert row.value("rms_norm") == pytest.approx(sigma * math.sqrt(layer.in_channels / layer.out_channels), rel=1e-6)
+
+
+def test_the_groups_of_a_kernel_change_no_other_metric():
+    torch.manual_seed(0)
+    grouped, plain = torch.nn.Conv2d(64, 48, 3, groups=4), torch.nn.Conv2d(16, 48, 3)
+    with torch.no_grad():
+        plain.weight.copy_(grouped.weight)
+    one, other = ({**analyze(layer).layers[0].metrics} for layer in (grouped, plain))
+    blocks = grouped.weight.detach().double().reshape(4, 12, 16, 9).movedim(-1, 1).flatten(0, 1)
+    assert one.pop("rms_norm") == pytest.approx(math.sqrt(16 / 12) * torch.linalg.matrix_norm(blocks, 2).max().item())
+    assert other.pop("rms_norm") > 0
+    assert one == pytest.approx(other, nan_ok=True)
+
+
 @pytest.mark.parametrize("name", ["c_fc", "c_proj", "c_attn", "fc"])
 def test_the_rms_norm_of_weights_that_gpt2_stores_inputs_first(name):
     """One input is repeated on all outputs: by GPT-2's names also in a file, where only the shape tells."""

@@ -67,6 +67,7 @@ class Matrix:
         frozen: Whether training leaves it alone, as far as the walker can see.
         shards: Where it is spread over ranks, so that `load` is a collective; else `None`.
         inputs_first: Whether the rows are inputs and the columns outputs, as Keras and GPT-2 store them.
+        groups: How many groups of a convolution lie along the rows and along the columns, one block after the other.
 
     Raises:
         InvalidArgument: if `kind` is none.
@@ -80,6 +81,7 @@ class Matrix:
     frozen: bool = False
     shards: Shards | None = field(default=None, repr=False, compare=False)
     inputs_first: bool = field(default=False, repr=False, compare=False)
+    groups: tuple[int, int] = field(default=(1, 1), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_choice(f"Matrix {self.name!r}", "kind", self.kind, tuple(Kind))
@@ -97,13 +99,15 @@ class Matrix:
 
     @property
     def fan_in(self) -> int:
-        """Inputs of a slice."""
-        return self.shape[1 if self.inputs_first else 2]
+        """Inputs of a slice, of one group of it."""
+        side = 0 if self.inputs_first else 1
+        return self.shape[1 + side] // self.groups[side]
 
     @property
     def fan_out(self) -> int:
-        """Outputs of a slice."""
-        return self.shape[2 if self.inputs_first else 1]
+        """Outputs of a slice, of one group of it."""
+        side = 1 if self.inputs_first else 0
+        return self.shape[1 + side] // self.groups[side]
 
     @property
     def num_eigenvalues(self) -> int:

@@ -1,6 +1,7 @@
 """What the ranks conclude from what each holds."""
 
 import pickle
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ww_monitor.distributed.inventory import Held, checksum, describe, merge
+from ww_monitor.engine.measure import needs_weights
+from ww_monitor.engine.options import Options
 from ww_monitor.errors import WWMonitorError
 from ww_monitor.matrix import Matrix, Shards, Skipped
+from ww_monitor.spectra.elements import Moments
 
 
 def held(name, rank, content, **fields):
@@ -28,6 +32,14 @@ def test_replicas_are_one_job_of_all_their_holders():
 def test_experts_with_replicas_are_named_by_their_first_rank():
     jobs, _ = merge([[held("expert", rank, 7 + rank % 2)] for rank in range(4)])
     assert listed(jobs) == [("expert@rank0", [0, 2]), ("expert@rank1", [1, 3])]
+
+
+def test_a_convolution_in_groups_is_read_whole_since_a_sum_over_its_groups_has_no_norm_of_one():
+    matrix = Matrix("conv", "conv", (1, 40, 12), lambda: torch.ones(1, 40, 12), groups=(4, 1))
+    [job], _ = merge([describe([matrix], 0, [0])])
+    sums = Moments(*torch.ones(len(fields(Moments)), 1, dtype=torch.float64))
+    assert needs_weights(job.matrix, sums, Options(metrics=["rms_norm"]))
+    assert not needs_weights(replace(job.matrix, groups=(1, 1)), sums, Options(metrics=["rms_norm"]))
 
 
 def test_the_order_is_that_of_the_first_holder():

@@ -117,6 +117,20 @@ def test_every_weight_is_listed_once_in_order(model):
     assert skipped(model) == {}
 
 
+def test_the_rms_norm_of_keras_convolutions_in_groups_is_that_of_what_they_compute():
+    built = (
+        (layers.Conv1D(48, 1, groups=4, use_bias=False), 32),
+        (layers.DepthwiseConv1D(1, depth_multiplier=3, use_bias=False), 16),
+        (layers.Conv1D(48, 1, use_bias=False), 32),
+    )
+    for layer, inputs in built:
+        unit = torch.eye(inputs)[:, None, :]
+        operator = walker.to_torch(keras.ops.convert_to_tensor(layer(unit.numpy())))[:, 0].double()
+        rms = torch.linalg.matrix_norm(operator, 2).item() * (inputs / operator.shape[1]) ** 0.5
+        (row,) = analyze(keras.Sequential([layer]), min_size=1, metrics=["rms_norm"]).layers
+        assert row.value("rms_norm") == pytest.approx(rms, rel=1e-5), type(layer).__name__
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_shapes_and_numbers(model, name):
     """A matrix has the numbers of its Keras array, and reads them where they are stored."""

@@ -45,6 +45,7 @@ class Held:
         replica: Which of the replicas in the mesh the part belongs to.
         device: The type of device that the part travels from.
         sums: `SUMS` a slice of the part.
+        groups: Of the whole matrix.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Held:
     replica: tuple[int, ...] = ()
     device: str = "cpu"
     sums: tuple[tuple[float, ...], ...] = ()
+    groups: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,7 @@ def _held(matrix: Matrix, rank: int, members: Sequence[int], numbers: list[int] 
         sharded=shards is not None,
         error=error,
         content=known[0] if known else None,
+        groups=matrix.groups,
     )
     piece = shards.piece if shards is not None else None
     return plain if piece is None else _with_piece(plain, piece, known)
@@ -297,7 +300,7 @@ def _job(name: str, entries: Entries) -> Job:
     slices, rows, columns = first.shape
     return Job(
         name,
-        Matrix(name, Kind(first.kind), (slices, rows, columns), _nothing, first.role),
+        Matrix(name, Kind(first.kind), (slices, rows, columns), _nothing, first.role, groups=first.groups),
         tuple(dict.fromkeys(held.ranks for _, _, held in entries)),
         {rank: held for rank, _, held in entries},
         {rank: place for rank, place, _ in entries},

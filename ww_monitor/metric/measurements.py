@@ -132,6 +132,22 @@ def _flat(values: Values) -> torch.Tensor:
     return values.flatten()
 
 
+def _one_group(loaded: Loaded, definitions: AnalysisOptions) -> bool:
+    return all(matrix.groups == (1, 1) for matrix in loaded.matrices)
+
+
+@measurement(gram_suffices=_one_group)
+def groups(loaded: Loaded, known: Mapping[str, Values], definitions: AnalysisOptions) -> dict[str, Values]:
+    """`group_eigenvalue` `[B]`, the largest λ of the groups of a convolution, each solved alone; NaN for one group."""
+    largest = torch.full((len(loaded.matrices),), NAN, dtype=torch.float64, device="cpu")
+    for b, matrix in enumerate(loaded.matrices):
+        if matrix.groups != (1, 1):
+            rows, columns = matrix.groups
+            blocks = loaded.layers[b].unflatten(2, (columns, -1)).unflatten(1, (rows, -1)).transpose(2, 3)
+            largest[b] = eigenvalues(blocks.flatten(0, 2)).values[:, -1].max()
+    return {"group_eigenvalue": largest}
+
+
 @measurement(asked=lambda definitions: definitions.aspect_ratio is not None)
 def windows(loaded: Loaded, known: Mapping[str, Values], definitions: AnalysisOptions) -> dict[str, Values]:
     """`window_eigenvalues` `[B, n']`, ascending, of windows of one aspect ratio."""

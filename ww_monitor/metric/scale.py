@@ -23,13 +23,17 @@ def effective_rank(batch: Batch) -> torch.Tensor:
     unit="weight",
     source="the norm that Muon and µP hold: Yang, Simon & Bernstein 2023, arXiv 2310.17813; arXiv 2601.08393",
     read="near 1: outputs of the size of the inputs, whatever the width",
+    needs="groups",
 )
 def rms_norm(batch: Batch) -> torch.Tensor:
-    """σmax √(fan_in/fan_out), the operator norm from RMS to RMS; a kernel's is that of its largest slice.
+    """σmax √(fan_in/fan_out), the operator norm from RMS to RMS; a kernel's is that of its largest slice and group.
 
-    Of a convolution that is a lower bound: its operator is a sum of slices with phases. Not known for an embedding,
-    whose inputs have no RMS of their own.
+    Groups share neither inputs nor outputs, so that the largest of their norms is that of all; a file does not tell
+    them, and gives a lower bound. So does a kernel larger than 1: its operator is a sum of slices with phases. Not
+    known for an embedding, whose inputs have no RMS of their own.
     """
-    ratios = [NAN if m.kind is Kind.EMBEDDING else m.fan_in / m.fan_out / m.eigenvalue_factor for m in batch.matrices]
-    largest: torch.Tensor = batch.eigenvalues[:, -1] * batch.per_row(ratios)
+    ratios = batch.per_row([NAN if m.kind is Kind.EMBEDDING else m.fan_in / m.fan_out for m in batch.matrices])
+    whole = batch.eigenvalues[:, -1] / batch.per_row([m.eigenvalue_factor for m in batch.matrices])
+    of_group = batch.column("group_eigenvalue")
+    largest: torch.Tensor = torch.where(torch.isnan(of_group), whole, of_group) * ratios
     return largest.sqrt()

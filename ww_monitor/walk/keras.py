@@ -205,9 +205,11 @@ def _known(model: Any, split: Split | None) -> Iterator[Matrix | Skipped]:
             of_name = infer_role(name, kind) if role is None else role
             load, frozen = partial(_read, layer, attribute), not layer.trainable_weights
             inputs_first = "Transpose" not in type(layer).__name__  # whose kernels are [*k, outputs, inputs]
+            depthwise = "depthwise" in attribute or "Depthwise" in type(layer).__name__  # [*k, channels, multiplier]
+            groups = (shape[-2], 1) if depthwise else (1, getattr(layer, "groups", 1) if kind is Kind.CONV else 1)
             for part in parts:
                 item = matrix(name, kind, part, shape, load, of_name)
-                yield replace(item, frozen=frozen, inputs_first=inputs_first)
+                yield replace(item, frozen=frozen, inputs_first=inputs_first, groups=groups)
 
 
 def _others(model: Any) -> Iterator[Matrix | Skipped]:

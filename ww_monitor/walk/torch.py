@@ -275,7 +275,9 @@ def _parts(
     for part in weight.parts or _cut(module, name, weight, size, this):
         shards = (this.layout or shards_of)(stored, part.stack, size, computed=computed)
         item = parts.matrix(name, weight.kind, part, size, load, role, shards)
-        yield replace(item, inputs_first=weight.axis == 1 or fused.holds_inputs_first(module, size)), part
+        inputs_first = weight.axis == 1 or fused.holds_inputs_first(module, size)
+        rows = int(getattr(module, "groups", 1)) if weight.kind is Kind.CONV else 1
+        yield replace(item, inputs_first=inputs_first, groups=(rows, 1)), part
 
 
 def _cut(module: nn.Module, name: str, weight: _Weight, size: tuple[int, ...], this: _Walk) -> tuple[Part, ...]:
