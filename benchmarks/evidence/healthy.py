@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -42,21 +41,12 @@ def every_run() -> list[Run]:
 
 
 def one(index: int, quick: bool, folder: Path) -> dict[str, Any]:
-    """The row of a run, with the alarms of every rule by severity; trained and judged unless it is in the folder."""
-    path = folder / f"{index}.json"
-    if not path.exists():
-        row = judged_run(every_run()[index], quick)
-        path.write_text(json.dumps(row))
-    return json.loads(path.read_text())
-
-
-def judged_run(run: Run, quick: bool) -> dict[str, Any]:
-    """Train and judge a run."""
-    with tempfile.TemporaryDirectory() as place:
-        train(run, folder := Path(place), steps=STEPS // 10 if quick else None)
-        home = folder / run.study / run.name
-        history = History.read(home / "ww_history.jsonl")
-        seen = judged(history, json.loads((home / "outcome.json").read_text()))
+    """The row of a run, with the alarms of every rule by severity; trained unless it is in the folder."""
+    run = every_run()[index]
+    train(run, folder, steps=STEPS // 10 if quick else None)
+    home = folder / run.study / run.name
+    history = History.read(home / "ww_history.jsonl")
+    seen = judged(history, json.loads((home / "outcome.json").read_text()))
     return {
         "label": seen.label, "seed": run.seed, "best": round(seen.best, 4), "end": round(seen.accuracy[-1], 4),
         "loses": seen.loses, "alarms": {rule_name(rule): longest(history, rule) for rule in rules.TRAINING_RULES},

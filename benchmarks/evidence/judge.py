@@ -19,6 +19,7 @@ import torch
 
 import ww_monitor
 from ww_monitor import History, rules
+from ww_monitor.harm import LEAST_TRAPS
 from ww_monitor.record import Layer, Rule, Snapshot
 
 LOST = 0.02
@@ -36,7 +37,8 @@ class Judged:
         steps: Of its snapshots.
         accuracy: On held-out examples, at these steps.
         validation_loss: At these steps; empty where not known.
-        alarms: Rule → patience → index of the snapshot at which it had held so often in one layer, or `None`.
+        alarms: Rule → patience → index of the snapshot at which it had held so often in one layer, or `None`; without
+            `harmful_trap` where the harm of traps was not measured.
         severities: Rule → those it raised.
         layers: Rule → layers that it named.
     """
@@ -91,7 +93,9 @@ def alarms(history: History, rule: Rule) -> tuple[dict[int, int | None], set[str
 
 def judged(history: History, outcome: Mapping[str, Any]) -> Judged:
     """A run that has left its history and outcome."""
-    named = {rule_name(rule): alarms(history, rule) for rule in rules.TRAINING_RULES}
+    harm = outcome.get("harm", True) and harm_known(history)
+    known = [rule for rule in rules.TRAINING_RULES if harm or rule is not rules.harmful_trap]
+    named = {rule_name(rule): alarms(history, rule) for rule in known}
     seen = outcome["seen"]
     return Judged(
         outcome["study"],
@@ -104,6 +108,12 @@ def judged(history: History, outcome: Mapping[str, Any]) -> Judged:
         {name: sorted(found[1]) for name, found in named.items()},
         {name: sorted(found[2]) for name, found in named.items()},
     )
+
+
+def harm_known(history: History) -> bool:
+    """Whether the harm of every trap was measured, as it is where no entry makes one."""
+    trapped = (layer for one in history for layer in one.layers if layer.trap_entries)
+    return all("trap_harm" in layer.metrics for layer in trapped if layer.value("num_traps") >= LEAST_TRAPS)
 
 
 def rule_name(rule: Rule) -> str:
@@ -128,8 +138,8 @@ def published(path: Path) -> list[Judged]:
         history = History([snapshot(row) for row in mine])
         label = f"weight decay {decay:g}"
         seen = [{"step": row["step"], "test_accuracy": row["test"]} for row in mine]
-        outcome = {"study": "anti-grokking", "name": f"{label}, seed {seed}", "options": {"label": label}, "seen": seen}
-        runs.append(judged(history, outcome))
+        about = {"study": "anti-grokking", "name": f"{label}, seed {seed}", "options": {"label": label}}
+        runs.append(judged(history, {**about, "seen": seen, "harm": False}))  # which takes the nets
     return runs
 
 
@@ -176,17 +186,18 @@ def rounded(values: Sequence[float]) -> dict[str, float] | None:
 
 def rule_table(runs: Sequence[Judged]) -> list[dict[str, Any]]:
     """For every rule and patience: false alarms in good runs; early and late alarms in losing ones, and how early."""
-    good, losing = [run for run in runs if not run.loses], [run for run in runs if run.loses]
     table = []
-    for name in runs[0].alarms:
+    for name in names_of(runs):
+        known = [run for run in runs if name in run.alarms]
+        good, losing = [run for run in known if not run.loses], [run for run in known if run.loses]
         for patience in PATIENCES:
-            at = {run.name + run.study: run.alarms[name][patience] for run in runs}
+            at = {run.name + run.study: run.alarms[name][patience] for run in known}
             early = [run for run in losing if (one := at[run.name + run.study]) is not None and one <= run.loss_begins]
             lead = [1 - run.steps[at[run.name + run.study] or 0] / max(run.steps[run.loss_begins], 1) for run in early]
             table.append(
                 {
                     "rule": name,
-                    "severity": sorted({severity for run in runs for severity in run.severities[name]}),
+                    "severity": sorted({severity for run in known for severity in run.severities[name]}),
                     "patience": patience,
                     "good_runs": len(good),
                     "false_alarms": sum(at[run.name + run.study] is not None for run in good),
@@ -199,16 +210,23 @@ def rule_table(runs: Sequence[Judged]) -> list[dict[str, Any]]:
     return table
 
 
+def names_of(runs: Sequence[Judged]) -> list[str]:
+    """The rules that were judged in any of them."""
+    return list(dict.fromkeys(name for run in runs for name in run.alarms))
+
+
 def stop_table(runs: Sequence[Judged]) -> list[dict[str, Any]]:
     """Every way to stop, on good and on losing runs."""
     ways: dict[str, Callable[[Judged], int | None]] = {"patience 5 on validation loss": patience_on_loss}
-    for name in runs[0].alarms:
+    for name in names_of(runs):
         for patience in PATIENCES:
             ways[f"{name}, patience {patience}"] = lambda run, n=name, p=patience: run.alarms[n][p]  # type: ignore[misc]
-    kinds = {"good": [run for run in runs if not run.loses], "losing": [run for run in runs if run.loses]}
-    return [
-        {"way": way, "of": kind, **stopping(some, stop)} for way, stop in ways.items() for kind, some in kinds.items()
-    ]
+    table = []
+    for way, stop in ways.items():
+        known = [run for run in runs if way.startswith("patience") or way.split(",")[0] in run.alarms]
+        for kind, loses in (("good", False), ("losing", True)):
+            table.append({"way": way, "of": kind, **stopping([run for run in known if run.loses is loses], stop)})
+    return table
 
 
 def results(runs: Sequence[Judged]) -> dict[str, Any]:
@@ -251,6 +269,7 @@ def as_row(run: Judged) -> dict[str, Any]:
             if any(at is not None for at in found.values())
         },
         "layers": {name: layers for name, layers in run.layers.items() if layers},
+        "harm_known": "harmful_trap" in run.alarms,
     }
 
 

