@@ -142,8 +142,8 @@ def groups(loaded: Loaded, known: Mapping[str, Values], definitions: AnalysisOpt
     largest = torch.full((len(loaded.matrices),), NAN, dtype=torch.float64, device="cpu")
     for b, matrix in enumerate(loaded.matrices):
         if matrix.groups != (1, 1):
-            rows, columns = matrix.groups
-            blocks = loaded.layers[b].unflatten(2, (columns, -1)).unflatten(1, (rows, -1)).transpose(2, 3)
+            (rows, columns), (slices, height, width) = matrix.groups, matrix.shape
+            blocks = loaded.layers[b].reshape(slices, rows, height // rows, columns, width // columns).transpose(2, 3)
             largest[b] = eigenvalues(blocks.flatten(0, 2)).values[:, -1].max()
     return {"group_eigenvalue": largest}
 
