@@ -42,7 +42,7 @@ class Session:
         """The monitor without the sinks of this session, for a copy that another run may begin with."""
         monitor = copy(self.monitor)
         monitor.acting = self.monitor.acting.of(monitor.say_once, monitor.note)
-        monitor.sinks = [sink for sink in monitor.sinks if sink not in self._own]
+        monitor.sinks = [sink for sink in monitor.sinks if not any(sink is own for own in self._own)]
         return monitor
 
     def announce(self, snapshot: Snapshot) -> None:
