@@ -51,9 +51,8 @@ def configured(model: str | Path | Config | nn.Module) -> list[Matrix | Skipped]
     if isinstance(model, nn.Module):
         return list(walk(model, layout=even_shards))
     config = dict(model if isinstance(model, Mapping) else BUILT_IN.get(str(model)) or _read(Path(model)))
-    layers, experts, labels = (
-        max(_counts(config, word), default=1) for word in ("layer|depth|block", "expert", "label")
-    )
+    words = "layer|depth|block", "expert", "label"
+    layers, experts, labels = (max(_counts(config, word), default=1) for word in words)
     if layers > _MOST_LAYERS or max(layers * experts, labels) > _MOST:
         got = f"{layers:,} layers with {experts:,} experts, and {labels:,} labels"
         wanted = f"at most {_MOST_LAYERS:,} layers and {_MOST:,} experts in all, and as many labels"
