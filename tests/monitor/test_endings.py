@@ -22,6 +22,7 @@ from ww_monitor.callbacks._session import Session
 from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.engine.threads import controller
 from ww_monitor.errors import SpectralWarning
+from ww_monitor.metric import batch
 from ww_monitor.monitor import Monitor
 from ww_monitor.monitor.background import Background
 from ww_monitor.record import Finding, Snapshot
@@ -175,6 +176,31 @@ def test_a_forked_child_begins_with_a_fresh_background(gate):
     assert os.waitpid(child, 0)[1] == 0
     gate.set()
     assert background.close(20)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_analyses_while_a_thread_of_its_parent_computes_a_metric(gate, monkeypatch):
+    computing, compute = threading.Event(), batch.correlation_space
+
+    def slowly(*arguments):
+        if threading.current_thread() is not threading.main_thread():
+            computing.set()
+            gate.wait(20)
+        return compute(*arguments)
+
+    monkeypatch.setattr(batch, "correlation_space", slowly)
+    thread = threading.Thread(target=analyze_matrices, args=(LAYERS, Options(metrics=["erg_num"])))
+    thread.start()
+    assert computing.wait(20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that threads are running
+        child = os.fork()
+    if not child:
+        signal.alarm(10)
+        os._exit(analyze_matrices(LAYERS, Options(metrics=["erg_num"])).layers[0].status != "ok")
+    assert os.waitpid(child, 0)[1] == 0
+    gate.set()
+    thread.join(20)
 
 
 def test_two_analyses_at_once_give_the_thread_counts_back(allow_threads):
