@@ -327,6 +327,23 @@ def test_a_sink_that_cannot_be_compared_leaves_with_its_run_and_is_copied(tmp_pa
     assert len(monitor.sinks) == 1
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_that_ends_leaves_the_sinks_of_its_parents_run_open(tmp_path):
+    class Sink(Memory):
+        def close(self):
+            (tmp_path / str(os.getpid())).touch()
+
+    session = Session(Monitor(sinks=[Sink()]), folder=tmp_path, print_line=None)
+    child = os.fork()
+    if not child:
+        session.close()  # as what was registered for the end of Python does
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    session.close()
+    assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
+
+
 def test_rules_that_are_objects_are_called_by_their_class_and_fail_one_by_one():
     class Odd:
         def __call__(self, history):
