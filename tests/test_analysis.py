@@ -172,7 +172,7 @@ BAD_ARGUMENTS = {
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
 def test_a_bad_argument_is_named_with_its_value_and_the_choices(arguments, message):
-    with pytest.raises(InvalidArgument, match=message):
+    with pytest.raises(InvalidArgument, match=f"^analyze: .*{message}"):
         analyze(model(fc=normal(40, 30)), **arguments)
 
 

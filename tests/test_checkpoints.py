@@ -177,6 +177,12 @@ def test_a_replay_that_was_killed_goes_on_with_no_snapshot_lost_or_doubled(run, 
     assert killed.read_bytes() == before
 
 
+@pytest.mark.parametrize("wrong", [{"metrics": ["alfa"]}, {"split": {"fc": 0}}, {"lora": []}])
+def test_a_wrong_option_is_refused_before_anything_is_read(tmp_path, wrong):
+    with pytest.raises(InvalidArgument, match=f"^replay: {next(iter(wrong))}.* must be "):
+        replay_checkpoints(tmp_path / "missing", path=tmp_path / "h.jsonl", **wrong)
+
+
 def test_a_checkpoint_before_the_last_snapshot_is_refused_and_the_file_stays(run, tmp_path):
     first = run / "s1.ckpt"
     content = first.read_bytes()

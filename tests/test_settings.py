@@ -92,6 +92,9 @@ WRONG = [
     ("metrics", 3, "metrics must be a sequence of strings or a string or None; got 3"),
     ("aspect_ratio", "1", "aspect_ratio must be a number or None; got '1'"),
     ("lora", "base", "lora must be a sequence of some of 'base', 'delta', 'merged'; got 'base'"),
+    ("metrics", ["alfa"], "metrics must be among 'alpha', .*; got 'alfa'"),
+    ("split", {"fc": 0}, r"split\['fc'\] must be a number of parts or .*; got 0"),
+    ("lora", [], r"lora must be a sequence of some of 'base', 'delta', 'merged'; got \[\]"),
     ("split", "c_attn", "split must be a mapping or None; got 'c_attn'"),
     ("rules", "traps", "rules must be a sequence or None; got 'traps'"),
     ("rules", [3], r"rules must be a sequence or None; got \[3\]"),
@@ -238,32 +241,60 @@ trainer:
 """
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Lightning's use of jsonargparse
-def test_lightnings_command_line_makes_the_callback_from_yaml(tmp_path, monkeypatch):
+@pytest.fixture
+def from_yaml(tmp_path, monkeypatch):
+    """The callback that Lightning's command line makes of a configuration, and the configuration as it saves it."""
     pl = pytest.importorskip("pytorch_lightning", reason="Lightning is not installed")
     pytest.importorskip("jsonargparse", reason="jsonargparse, which reads the YAML, is not installed")
     from pytorch_lightning.cli import LightningCLI
 
     monkeypatch.setattr(sys, "argv", ["train"])
-    path = tmp_path / "config.yaml"
-    path.write_text(CONFIG)
 
-    def made():
-        args = ["--config", str(path)]
-        trainer = LightningCLI(
-            pl.LightningModule, run=False, save_config_callback=None, seed_everything_default=False, args=args
-        ).trainer
-        return next(one for one in trainer.callbacks if isinstance(one, callback("lightning")))
+    def made(config):
+        (tmp_path / "config.yaml").write_text(config)
+        cli = LightningCLI(
+            pl.LightningModule,
+            run=False,
+            save_config_callback=None,
+            seed_everything_default=False,
+            args=["--config", str(tmp_path / "config.yaml")],
+        )
+        one = next(one for one in cli.trainer.callbacks if isinstance(one, callback("lightning")))
+        return one, cli.parser.dump(cli.config)
 
-    monitor = made().monitor
+    return made
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Lightning's use of jsonargparse
+def test_lightnings_command_line_makes_the_callback_from_yaml(from_yaml):
+    monitor = from_yaml(CONFIG)[0].monitor
     assert monitor.options == Options(preset="weightwatcher", metrics=["alpha", "alpha_hill"])  # the action's
     assert (monitor.every_n_steps, monitor.select.include, monitor.analyzer.copy_budget_bytes) == (50, ["net.*"], 1000)
     assert monitor.rules == (broken_layer,)
     assert [type(sink) for sink in monitor.sinks] == [Memory]
     assert monitor.acting.actions == (LayerwiseRate(high=2.0, exclude=[]),)
-    path.write_text(CONFIG.replace("weightwatcher", "ww"))
-    with pytest.raises(SystemExit):
-        made()
+    for wrong in (("weightwatcher", "ww"), ("copy_budget_bytes", "copy_budget_byte")):
+        with pytest.raises(SystemExit):
+            from_yaml(CONFIG.replace(*wrong))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("value", "expected", "layers"), [("null", None, "null"), ("1234", 1234, "auto")])
+def test_a_configuration_that_the_last_release_saved_makes_the_callback_with_a_warning(
+    from_yaml, value, expected, layers
+):
+    old = CONFIG.replace("copy_budget_bytes: 1000", f"still_bytes: {value}\n        layers_per_step: {layers}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SpectralWarning)
+        made, _ = from_yaml(old)
+    said = " ".join(str(one.message) for one in caught)
+    assert "still_bytes is called copy_budget_bytes now" in said
+    assert "layers_per_step is ignored: a snapshot is of one step" in said
+    assert made.monitor.analyzer.copy_budget_bytes == expected
+    saved = from_yaml(CONFIG)[1]
+    assert "copy_budget_bytes: 1000" in saved
+    assert "still_bytes" not in saved
+    assert "layers_per_step" not in saved
 
 
 def test_an_option_reaches_the_analysis():

@@ -23,6 +23,8 @@ from ww_monitor.signatures import taking
 from ww_monitor.sinks.jsonl import JsonLines
 from ww_monitor.walk.archives import content_of, is_script
 from ww_monitor.walk.folders import KERAS, TORCH, weight_files
+from ww_monitor.walk.lora import check_lora
+from ww_monitor.walk.parts import check_split
 
 SUFFIXES = tuple(sorted((*TORCH, *KERAS, ".weights.h5", ".safetensors"), key=len, reverse=True))
 """How the names of checkpoints end, the longest first."""
@@ -218,11 +220,14 @@ def replay_checkpoints(given: ReplayOptions) -> Iterator[Snapshot]:
             of another preset, or with a later step than a checkpoint that it lacks.
         WWMonitorError: if a checkpoint or the file cannot be read, naming it; what came before it is in the file.
     """
+    options = Options(**AnalysisOptions.of(given).keywords())
+    check_split(given.where, given.split)
+    check_lora(given.where, given.lora)
     todo = checkpoints_in_order(given.paths)
     target = Path(given.path)
     saved = _saved(target)
     missing = _missing(todo, saved, target, given.preset)
-    return _replayed(given, todo, saved, missing, JsonLines(target))
+    return _replayed(given, options, todo, saved, missing, JsonLines(target))
 
 
 def _saved(path: Path) -> History:
@@ -265,9 +270,14 @@ def _missing(todo: Sequence[Checkpoint], saved: History, path: Path, preset: str
 
 
 def _replayed(
-    given: ReplayOptions, todo: Sequence[Checkpoint], saved: History, missing: Sequence[Checkpoint], sink: JsonLines
+    given: ReplayOptions,
+    options: Options,
+    todo: Sequence[Checkpoint],
+    saved: History,
+    missing: Sequence[Checkpoint],
+    sink: JsonLines,
 ) -> Iterator[Snapshot]:
-    options, spectra, seen = Options(**AnalysisOptions.of(given).keywords()), LastSpectra(), History()
+    spectra, seen = LastSpectra(), History()
     holding = Holding(TRAINING_RULES, stop_on=None, patience=1)
     count = 0
 

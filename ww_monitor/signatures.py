@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
+import re
+import sys
 import textwrap
 import types
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from functools import cache, update_wrapper
@@ -169,7 +173,9 @@ def taking(kind: Callable[_P, _Given]) -> Callable[[Callable[[_Given], _Result]]
 
     def decorate(function: Callable[[_Given], _Result]) -> Callable[_P, _Result]:
         def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _Result:
-            return function(_made(kind, args, kwargs))
+            given = _made(kind, args, kwargs)
+            with _refusing_as(kind):
+                return function(given)
 
         return cast("Callable[_P, _Result]", _dressed(wrapper, function, kind))
 
@@ -187,7 +193,9 @@ def method_taking(
 
     def decorate(method: Callable[[_Self, _Given], _Result]) -> Callable[Concatenate[_Self, _P], _Result]:
         def wrapper(self: _Self, /, *args: _P.args, **kwargs: _P.kwargs) -> _Result:
-            return method(self, _made(kind, args, kwargs))
+            given = _made(kind, args, kwargs)
+            with _refusing_as(kind):
+                return method(self, given)
 
         dressed = _dressed(wrapper, method, kind, inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY))
         return cast("Callable[Concatenate[_Self, _P], _Result]", dressed)
@@ -201,7 +209,7 @@ def _made(kind: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
     for name in list(given):
         if name in kind.renamed:
             now = kind.renamed[name]
-            if now in given:
+            if now in given and given[now] != kind.__dataclass_fields__[now].default:  # which a reader of YAML fills in
                 raise InvalidArgument(f"{kind.where}: {name} is called {now} now; expected one of them, got both")
             _warn(f"{kind.where}: {name} is called {now} now; the old name goes with the next release")
             given[now] = given.pop(name)
@@ -213,6 +221,18 @@ def _made(kind: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
             hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names)}"
             raise UnknownArgument(f"{kind.where}: there is no argument {name!r}; {hint}")
     return kind(*args, **given)
+
+
+@contextmanager
+def _refusing_as(kind: Any) -> Iterator[None]:
+    """Let who refuses an option later, and knows not whose it is, say that: `analyze: metrics …`."""
+    try:
+        yield
+    except InvalidArgument as error:
+        found = re.match(r"\w+: (?=(\w+))", str(error))
+        if found and found[1] in {option.name for option in options_of(kind)}:
+            error.args = (f"{kind.where}: {str(error)[found.end() :]}",)
+        raise
 
 
 def _warn(message: str) -> None:
@@ -236,10 +256,31 @@ def _dressed(wrapper: Any, function: Any, kind: Any, *first: inspect.Parameter) 
         )
         for option in options
     ]
-    wrapper.__signature__ = inspect.Signature([*first, *parameters], return_annotation=returns)
+    wrapper.__signature__ = signature = _Signature([*first, *parameters], return_annotation=returns)
+    signature.old = (*kind.renamed, *kind.ignored)
     wrapper.__annotations__ = {option.name: option.type for option in options} | {"return": returns}
     wrapper.__doc__ = _with_arguments(inspect.getdoc(function) or "", options)
     return wrapper
+
+
+class _Signature(inspect.Signature):
+    """A signature whose names of the last release jsonargparse sees, and nobody else.
+
+    It refuses a key of a configuration that is no parameter. What has the default `SUPPRESS` it neither fills in nor
+    saves.
+    """
+
+    old: Sequence[str] = ()
+
+    @property
+    def parameters(self) -> types.MappingProxyType[str, inspect.Parameter]:
+        """Name → parameter."""
+        known = super().parameters
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith("jsonargparse."):
+            return known
+        kind, default = inspect.Parameter.KEYWORD_ONLY, argparse.SUPPRESS
+        old = {name: inspect.Parameter(name, kind, default=default, annotation=Any) for name in self.old}
+        return types.MappingProxyType({**known, **old})
 
 
 def _with_arguments(docstring: str, options: Iterable[Option]) -> str:

@@ -727,6 +727,7 @@ def test_the_state_key_is_the_same_in_every_process():
         ({"patience": 0}, "patience must be an integer >= 1; got 0"),
         ({"stop_on": "trap"}, "stop_on must be one of None, 'traps', 'harmful_traps', 'broken_layers'; got 'trap'"),
         ({"preset": "ww"}, "preset must be one of 'default', 'weightwatcher'; got 'ww'"),
+        ({"stop_on": "traps", "metrics": ["alpha"]}, "stop_on='traps' needs the metric 'num_traps'"),
         ({"metrics": ["alfa"]}, "metrics must be among 'alpha', .*; got 'alfa'"),
         ({"include": "net.*"}, r"include must be a sequence of globs; got the string 'net\.\*'"),
         ({"min_size": 0}, "min_size must be an integer >= 1; got 0"),
@@ -735,7 +736,7 @@ def test_the_state_key_is_the_same_in_every_process():
     ],
 )
 def test_bad_arguments_are_refused_at_construction(arguments, message):
-    with pytest.raises(InvalidArgument, match=message):
+    with pytest.raises(InvalidArgument, match=f"^SpectralMonitor: {message}"):
         SpectralMonitor(**arguments)
 
 

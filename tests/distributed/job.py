@@ -6,6 +6,7 @@ that the libraries are imported once.
 
 import collections
 import ctypes
+import itertools
 import os
 import pickle
 import signal
@@ -16,6 +17,7 @@ import types
 import warnings
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 import ww_monitor
 from tests.distributed import models
 from ww_monitor.distributed import FrozenRows, analyze_on_ranks
+from ww_monitor.distributed.ranks import Ranks
 from ww_monitor.distributed.shards import Shipment
 from ww_monitor.engine import Options
 from ww_monitor.errors import WWMonitorError
@@ -466,6 +469,20 @@ def killed_in_shards(rank, world):
     return failure(items, timeout=20.0)
 
 
+def killed_on_the_way(rank, world, victim, moment):
+    """A rank is killed between two shards: it waits, as the others do."""
+    model = models.net()
+    fully_shard(model)
+    swap, calls = Ranks.swap, itertools.count(1)
+    if rank == victim:
+        Ranks.swap = lambda *given: die() if next(calls) == moment else swap(*given)
+    return failure(list(walk(model)), timeout=20.0)
+
+
+killed_on_the_way_1_2 = partial(killed_on_the_way, victim=1, moment=2)
+killed_on_the_way_2_5 = partial(killed_on_the_way, victim=2, moment=5)
+
+
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -497,13 +514,30 @@ def failure(items, timeout):
         return *first, str(error), time.perf_counter() - start
 
 
+def killed_keeper(rank, world):
+    return killed_on_the_way(rank, world, victim=0, moment=2)
+
+
+def kept_by_first(path, rank):
+    """A store that goes with the first rank, as that of a job without a launcher."""
+    if rank == 0:
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        path.with_suffix(".new").write_text(str(store.port))
+        path.with_suffix(".new").rename(path)
+        return store
+    while not path.exists():
+        time.sleep(0.01)
+    return dist.TCPStore("localhost", int(path.read_text()), is_master=False)
+
+
 # --- the job
 
 
 def main(rank, world, folder, scenarios):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    store = dist.FileStore(str(folder / f"store-{world}-{scenarios[0]}"), world)
+    path = folder / f"store-{world}-{scenarios[0]}"
+    store = kept_by_first(path, rank) if scenarios == ["killed_keeper"] else dist.FileStore(str(path), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=40))
     for scenario in scenarios:
         try:

@@ -27,7 +27,11 @@ FOUR = (
     "ddp fsdp2 tensor_parallel mixed hsdp data_and_tensor fsdp1 experts pipeline subgroup"
     " counted counted_replicas counted_mixed shares subgroup_shards"
 )
-MISSING = ((4, "killed"), (4, "killed_in_shards"), (4, "killed_while_adding"), (2, "hanging"))
+ON_THE_WAY = ("killed_on_the_way_1_2", "killed_on_the_way_2_5")
+MISSING = (
+    *((4, name) for name in ("killed", "killed_in_shards", "killed_while_adding", *ON_THE_WAY)),
+    (2, "hanging"),
+)
 
 MODELS = {
     "ddp": "net",
@@ -47,7 +51,7 @@ SAME = [(2, name) for name in TWO.split() if name in MODELS] + [(4, name) for na
 def folder(tmp_path_factory):
     """Where the ranks have left what they saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    jobs = [(2, TWO), (4, FOUR), *MISSING, (2, "memory memory_wide")]
+    jobs = [(2, TWO), (4, FOUR), *MISSING, (4, "killed_keeper"), (2, "memory memory_wide")]
     scenarios = [f"{world}:{','.join(names.split())}" for world, names in jobs]
     done = run_python("-m", "tests.distributed.job", str(folder), *scenarios, folder=ROOT)
     assert done.returncode == 0, done.stderr
@@ -271,6 +275,28 @@ def test_the_others_name_a_rank_that_was_killed(on_ranks, scenario, waited, said
     for rank, (kind, message, seconds, _, _) in found.items():
         assert kind == "RankFailed"
         assert re.search(f"rank {rank} expected {waited} within 20 s; rank 1 is missing: it was last {said}", message)
+        assert seconds < 20
+
+
+@pytest.mark.parametrize("scenario", ON_THE_WAY)
+def test_a_rank_that_was_killed_while_it_waited_is_named_by_all_others(on_ranks, scenario):
+    """Also by those that wait for one of the living, and by those that the dead one waited for."""
+    found, victim = on_ranks(4, scenario), int(scenario.split("_")[-2])
+    assert sorted(found) == [rank for rank in range(4) if rank != victim]
+    for kind, message, seconds, _, _ in found.values():
+        assert kind == "RankFailed"
+        named = re.findall(r"rank (\d) is missing: it was last waiting for the shards of layer", message)
+        assert named == [str(victim)]
+        assert seconds < 20
+
+
+def test_if_the_first_rank_takes_the_words_of_all_with_it_that_is_said(on_ranks):
+    found = on_ranks(4, "killed_keeper")
+    assert sorted(found) == [1, 2, 3]
+    said = "; rank 0 of the job may be missing: the store, which it keeps in most jobs, does not answer ("
+    for kind, message, seconds, _, _ in found.values():
+        assert kind == "RankFailed"
+        assert said in message
         assert seconds < 20
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import warnings
 
 import cloudpickle
@@ -229,6 +230,44 @@ def test_a_loop_that_is_run_again_is_looked_at_though_its_only_look_was_at_step_
                     monitor.observe(LAYERS, step=step)
         monitor.close()
     assert steps_of(sink.history) == [0, 0]
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_cell_of_one_step_that_is_run_again_is_looked_at_once_a_run(monkeypatch, closed):
+    """However often it asks: batches are accumulated, and the weights may change while the step does not."""
+    shell = types.SimpleNamespace(execution_count=1)
+    if not closed:
+        monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    with Monitor(every_n_steps=100, sinks=[sink := Memory()]) as monitor:
+        for cell in range(3):
+            shell.execution_count = cell
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", SpectralWarning)
+                for step in (7, 7, 7):
+                    if monitor.due(step):
+                        monitor.observe(LAYERS, step=step)
+            assert ["the steps begin again at 7" in str(one.message) for one in caught] == [True] * (cell == 1)
+            if closed:
+                monitor.close()
+    assert (steps_of(sink.history), steps_of(monitor.history)) == ([7, 7, 7], [7])
+
+
+def test_a_run_that_goes_on_in_another_cell_does_not_begin_anew(monkeypatch):
+    shell = types.SimpleNamespace(execution_count=1)
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    monitor = Monitor(every_n_steps=1)
+    for cell, steps in enumerate([(0, 1, 2), (2, 3), (3, 4)]):
+        shell.execution_count = cell
+        for step in steps:
+            if monitor.due(step):
+                monitor.observe(LAYERS, step=step)
+    assert steps_of(monitor.history) == [0, 1, 2, 3, 4]
+    once, resumed = Monitor(every_n_steps=100), Monitor(every_n_steps=100)
+    once.observe(LAYERS, step=5)
+    resumed.load_state_dict(once.state_dict())
+    shell.execution_count = 9
+    assert not resumed.due(5)
+    assert steps_of(resumed.history) == [5]
 
 
 def test_in_a_tight_address_space_openblas_is_left_alone(monkeypatch):

@@ -6,7 +6,7 @@ import pickle
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,11 +18,11 @@ from ww_monitor.errors import RankFailed
 
 Said = TypeVar("Said")
 
-_GRACE = 20
-"""Tenths of a second that the living have to come as far as this rank, before one that is missing is named."""
+_GRACE = 2.0
+"""Seconds that the living have to come as far as this rank or to fail as it did, before one that is missing is named;
+twice as many where another rank that failed may know who it is."""
 
-
-_WAITING = "waiting for "
+_WAITING, _TELLING = "waiting for ", "telling who is missing|"
 
 
 class Ranks:
@@ -121,6 +121,8 @@ class Ranks:
             call()
         except Exception as error:
             raise self._failed(what, error) from error
+        self._waits += 1
+        self.heartbeat(f"going on after {what}")
 
     def open(self, device: str) -> None:
         """Let all ranks of the group meet once before any two of them do; a collective of the group.
@@ -141,33 +143,40 @@ class Ranks:
         Raises:
             RankFailed: naming the missing rank and what it last did.
         """
-        operations = [
-            dist.P2POp(direction, one[0].view(torch.uint8), self.members[one[1]], self.group)
-            for direction, one in ((dist.isend, sent), (dist.irecv, received))
-            if one is not None
-        ]
-        try:
-            works = dist.batch_isend_irecv(operations)
-        except Exception as error:
-            raise self._failed(what, error) from error
-        for work in works:
-            self.wait(work, what)
+        pairs = [(to, one) for to, one in ((dist.isend, sent), (dist.irecv, received)) if one is not None]
+        # one at a time where that cannot block, so that it is known whose connection has failed
+        batches = [[pair] for pair in pairs] if pairs[0][1][0].device.type == "cpu" else [pairs]
+        begun: list[tuple[list[int], list[dist.Work]]] = []
+        for batch in batches:
+            peers = [one[1] for _, one in batch]
+            operations = [
+                dist.P2POp(to, one[0].view(torch.uint8), self.members[one[1]], self.group) for to, one in batch
+            ]
+            try:
+                begun.append((peers, dist.batch_isend_irecv(operations)))
+            except Exception as error:
+                raise self._failed(what, error, peers) from error
+        for peers, works in begun:
+            for work in works:
+                self.wait(work, what, peers)
 
     def heartbeat_waiting(self, what: str) -> None:
         """Leave word that this rank waits for another; one that waits is not to blame."""
         self.heartbeat(f"{_WAITING}{what}")
 
-    def wait(self, work: dist.Work | None, what: str) -> None:
-        """Wait for a collective of tensors.
+    def wait(self, work: dist.Work | None, what: str, peers: Sequence[int] = ()) -> None:
+        """Wait for a collective of tensors, or for what travels to or from some peers.
 
         Raises:
             RankFailed: naming the missing rank and what it last did.
         """
+        start = time.monotonic()
         try:
             if work is not None:
                 work.wait(self.timeout)
         except Exception as error:
-            raise self._failed(what, error) from error
+            in_time = time.monotonic() - start < self.timeout.total_seconds()  # a peer that is late may wait as well
+            raise self._failed(what, error, peers if in_time else ()) from error
 
     def check(self) -> None:
         """Fail at once where a rank was missing before.
@@ -178,28 +187,58 @@ class Ranks:
         if self._failure:
             raise RankFailed(self._failure)
 
-    def _failed(self, what: str, error: Exception) -> RankFailed:
+    def _failed(self, what: str, error: Exception, closed: Sequence[int] = ()) -> RankFailed:
+        """What is raised where a wait has failed; `closed` are the peers to whom the connection broke."""
         cause = str(error).rpartition("] ")[2].partition(". ")[0].strip() or type(error).__name__
+        try:
+            missing = self._who_is_missing(closed)
+        except Exception:  # noqa: BLE001 - who kept the store is gone
+            missing = "rank 0 of the job may be missing: the store, which it keeps in most jobs, does not answer"
         self._failure = (
             f"analysis over {self.world} ranks: rank {self.rank} expected {what} within "
-            f"{self.timeout.total_seconds():g} s; {self._who_is_missing()} ({cause})"
+            f"{self.timeout.total_seconds():g} s; {missing} ({cause})"
         )
         return RankFailed(self._failure)
 
-    def _who_is_missing(self) -> str:
-        """The ranks that have not come as far as this one, with their last words."""
-        missing = self._behind()
-        for _ in range(_GRACE):
-            if len(missing) < 2:
+    def _who_is_missing(self, closed: Sequence[int]) -> str:
+        """Who neither fails as this rank did nor has come further, with its last words; or whom another names for sure.
+
+        The living that have nothing to do with a dead one fail late. It is the one at the end of a broken connection
+        that does not fail; the ranks that meet it tell the others.
+        """
+        self._store.set(str(self.rank), f"{self._waits}|{_TELLING}")
+        start = time.monotonic()
+        while True:
+            words = {rank: self._last_words(rank) for rank in range(self.world) if rank != self.rank}
+            told = {rank: said for rank, (_, said) in words.items() if said.startswith(_TELLING)}
+            known = next(filter(None, (said.removeprefix(_TELLING) for said in told.values())), "")
+            silent = {
+                rank: said
+                for rank, (waits, said) in words.items()
+                if rank not in told and (waits <= self._waits or rank in closed)
+            }
+            broken = {rank: said for rank, said in silent.items() if rank in closed}
+            waited = time.monotonic() - start
+            if known or len(silent) < 2 or waited > (_GRACE if broken or not told else 2 * _GRACE):
                 break
             time.sleep(0.1)
-            missing = self._behind()
-        if not missing:
-            return "every rank had come as far, but the connection failed"
-        return "; ".join(f"rank {rank} is missing: it was last {said}" for rank, said in missing.items())
+        if known:
+            return f"{'the others gave up: ' * known.startswith(f'rank {self.rank} ')}{known}"
+        sure = next((few for few in (broken, silent) if len(few) == 1), {})
+        missing = sure or self._behind({rank: words[rank] for rank in silent})
+        if missing:
+            sentence = "; ".join(f"rank {rank} is missing: it was last {said}" for rank, said in missing.items())
+        elif silent:
+            last = "; ".join(f"rank {rank} was last {said}" for rank, said in (broken or silent).items())
+            sentence = f"one of these is missing: {last}"
+        else:
+            sentence = "every rank had come as far, but the connection failed"
+        if sure:
+            self._store.set(str(self.rank), f"{self._waits}|{_TELLING}{sentence}")
+        return sentence
 
-    def _behind(self) -> dict[int, str]:
-        words = {rank: self._last_words(rank) for rank in range(self.world) if rank != self.rank}
+    def _behind(self, words: Mapping[int, tuple[int, str]]) -> dict[int, str]:
+        """Of some ranks those that have not come as far as this one, by what they say."""
         behind = {rank: said for rank, (waits, said) in words.items() if waits < self._waits}
         return behind or {
             rank: said
@@ -208,12 +247,9 @@ class Ranks:
         }
 
     def _last_words(self, rank: int) -> tuple[int, str]:
-        try:
-            if not self._store.check([str(rank)]):
-                return -1, "not heard of"
-            waits, _, said = self._store.get(str(rank)).decode().partition("|")
-        except Exception:  # noqa: BLE001 - who kept the store is gone
-            return self._waits, self._said
+        if not self._store.check([str(rank)]):
+            return -1, "not heard of"
+        waits, _, said = self._store.get(str(rank)).decode().partition("|")
         return int(waits), said
 
 

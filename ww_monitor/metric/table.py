@@ -117,7 +117,7 @@ def choose(names: Sequence[str] | str | None, preset: str, *, options: Sequence[
         InvalidArgument: naming what is unknown and what there is.
     """
     if preset not in TABLE:
-        raise InvalidArgument(f"preset must be one of {', '.join(map(repr, PRESETS))}; got {preset!r}")
+        raise InvalidArgument(f"ww_monitor: preset must be one of {', '.join(map(repr, PRESETS))}; got {preset!r}")
     table = TABLE[preset]
     if names is None:
         return [entry for entry in table.values() if entry.standard or entry.option in options]
@@ -126,5 +126,5 @@ def choose(names: Sequence[str] | str | None, preset: str, *, options: Sequence[
     wanted = [names] if isinstance(names, str) else list(names)
     unknown = [name for name in wanted if name not in table]
     if unknown:
-        raise InvalidArgument(f"metrics must be among {', '.join(map(repr, table))}; got {unknown[0]!r}")
+        raise InvalidArgument(f"ww_monitor: metrics must be among {', '.join(map(repr, table))}; got {unknown[0]!r}")
     return [table[name] for name in wanted]

@@ -15,6 +15,7 @@ from ww_monitor.monitor import at_exit, checkpoint
 from ww_monitor.monitor.analyzer import Analyzer
 from ww_monitor.monitor.drift import LastSpectra
 from ww_monitor.monitor.guarded import told
+from ww_monitor.monitor.pacing import cell_number
 from ww_monitor.monitor.queued import wait_for_queued
 from ww_monitor.monitor.stepping import Stepping
 from ww_monitor.record import UNREAD, Finding, History, Rule, Sink, Snapshot
@@ -128,10 +129,12 @@ class Monitor(Stepping):
             warm_up()
         self.budget.start(step)
         self._next_step = self._passed = None
+        self._cell = cell_number()
 
     def due(self, step: int) -> bool:
         """Whether an analysis is due at optimizer step `step`; ask once a step."""
-        self._begin_anew_before(step, after=self._passed)
+        ran_again = step == self.last_step and len(self.history) < 2 and self._cell not in (None, cell_number())
+        self._begin_anew_before(step, after=self._passed, ran_again=ran_again)
         return super().due(step)
 
     def observe(
@@ -159,7 +162,7 @@ class Monitor(Stepping):
             message = f"delta_norm and rotations begin anew at step {step}: the first weights are not at hand"
             self.note("track_delta", message, step)
             self.say_once("track_delta", message)
-        self.last_step, self._next_step = step, None
+        self.last_step, self._next_step, self._cell = step, None, cell_number()
         published: list[Snapshot] = []
         with self.timed(), self.guard("analysis"):
             items = list(self.select.apply(matrices, say=lambda said: self.say_once(said, said)))
@@ -253,6 +256,7 @@ class Monitor(Stepping):
         gives up what the background has not completed by then.
         """
         self.budget.stop()
+        self._cell = None if self._cell is None else -1
         if not at_exit.interrupted():
             self.finish()
         self.analyzer.close(INTERRUPTED_SECONDS)
@@ -263,10 +267,10 @@ class Monitor(Stepping):
             with self.guard(f"closing sink {type(sink).__name__}", key=f"sink {id(sink)}", always=True):
                 sink.close()
 
-    def _begin_anew_before(self, step: int, *, after: int | None) -> None:
-        """Steps that begin again are a new run: a cell of a notebook that is run twice."""
+    def _begin_anew_before(self, step: int, *, after: int | None, ran_again: bool = False) -> None:
+        """Steps that begin again are a new run: a cell of a notebook that is run twice, of one step it may be."""
         after = max((one for one in (after, self.last_step) if one is not None), default=step)
-        if step < after:
+        if step < after or ran_again:
             message = f"the steps begin again at {step}, after {after}: a new run, of which history knows alone"
             self.say_once("begins anew", message)
             self.finish()
@@ -337,7 +341,7 @@ class Monitor(Stepping):
         self.findings.load(past, stop_reason=stop_reason)
         self._spectra.load(past.get("spectra", {}))
         self.acting.load(past.get("actions", {}))
-        self.last_step, self._passed, self.history = last_step, None, history
+        self.last_step, self._passed, self._cell, self.history = last_step, None, None, history
         self.place = past.get("place", "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -14,6 +15,12 @@ from ww_monitor.settings import RunOptions
 
 WARN_AFTER_SECONDS = 60.0
 """Time of a run before it is told that an explicit cadence costs more than its budget."""
+
+
+def cell_number() -> int:
+    """Which cell of a notebook runs, counted by their runs; 0 in a script."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return int(getattr(shell, "execution_count", 0))
 
 
 class Pacing(Guarded):
@@ -34,6 +41,7 @@ class Pacing(Guarded):
         self.budget = Budget(given.max_overhead)
         self.last_step: int | None = None
         self._passed: int | None = None
+        self._cell: int | None = None
         self._next_step: int | None = None
         self._timing = False
         self._waited = 0.0
