@@ -1,6 +1,7 @@
 """A plan for many ranks says what they would do."""
 
 import json
+import os
 import time
 import warnings
 
@@ -125,6 +126,9 @@ WRONG = {
     ),
     "nested layers": ({"model_type": "llava", "text_config": {"num_hidden_layers": 10**9}}, "got 1,000,000,000 layers"),
     "experts": ({"model_type": "mixtral", "num_local_experts": 10**9}, "with 1,000,000,000 experts"),
+    "stages": ({"model_type": "resnet", "depths": [3] * 10**5, "hidden_sizes": [8] * 10**5}, "got 300,000 layers"),
+    "blocks": ({"model_type": "xlstm", "num_blocks": 10**6}, "got 1,000,000 layers"),
+    "labels": ({"model_type": "bert", "num_labels": 10**8}, "and 100,000,000 labels"),
 }
 
 
@@ -135,6 +139,28 @@ def test_a_configuration_that_is_none_is_named_at_once(case):
     with pytest.raises(InvalidArgument, match=WRONG[case][1]):
         configured(WRONG[case][0])
     assert time.perf_counter() - start < 20
+
+
+def test_layers_that_a_configuration_names_by_their_places_are_no_more_layers():
+    pytest.importorskip("transformers")
+    config = {"model_type": "qwen3_moe", **TINY["qwen3_moe"]}
+    assert configured({**config, "mlp_only_layers": [0, *range(4, 100)]}) == configured(config)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "deep", "long"])
+def test_what_is_no_configuration_is_refused_unread(tmp_path, kind, monkeypatch):
+    file = tmp_path / "config.json"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        file.write_text('{"a":' * 5000 + "1" + "}" * 5000)
+        monkeypatch.setattr(models, "_MOST_BYTES", 100 if kind == "long" else 10**9)
+    with pytest.raises(
+        InvalidArgument, match=r"plan: model must be a config\.json, its folder, .*; got '.*' \(\w+Error\)"
+    ):
+        configured(tmp_path)
 
 
 def test_a_model_of_too_many_matrices_is_not_walked_to_its_end(monkeypatch):

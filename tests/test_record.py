@@ -315,6 +315,13 @@ def test_a_file_of_runs_that_were_killed_before_their_first_line_was_whole_is_an
         assert len(History.read(tmp_path / "run.jsonl")) == 0
 
 
+@pytest.mark.parametrize("between", [b"", b"\r"])
+def test_a_file_whose_lines_have_grown_together_does_not_read_as_empty(tmp_path, between):
+    (tmp_path / "run.jsonl").write_bytes(between.join(one.to_json().encode() for one in history()))
+    with pytest.raises(WWMonitorError, match=r"line 1 of .*run\.jsonl is no snapshot \(JSONDecodeError: Extra data"):
+        History.read(tmp_path / "run.jsonl")
+
+
 @pytest.mark.parametrize("line", DAMAGED[1:], ids=lambda line: str(line[:30]))
 def test_a_file_of_nothing_else_is_refused_by_name_and_line(tmp_path, line):
     (tmp_path / "run.jsonl").write_bytes(line + b"\n")

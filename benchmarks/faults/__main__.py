@@ -1,4 +1,4 @@
-"""All faults in turn; the exit code is 1 if one was not survived."""
+"""All faults in turn, with the seconds of each part; the exit code is 1 if one was not survived."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import subprocess
 import sys
 import time
 from importlib import import_module
-from importlib.util import find_spec
-
-from benchmarks.faults import Counts
 
 PARTS = ("disk", "misbehaviour", "ends", "folders", "space")
 OTHERS = ("files", "hooks")
@@ -22,13 +19,18 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few of each, within 20 seconds")
     parser.add_argument("parts", nargs="*", choices=[*PARTS, *OTHERS, []], help="which; all without")
     given = parser.parse_args()
-    found: Counts = {}
+    found, start = dict[str, tuple[int, int]](), time.monotonic()
     for part in given.parts or (*PARTS, *OTHERS):
-        if part in PARTS:
-            found |= show(import_module(f"benchmarks.faults.{part}").run(quick=given.quick))
-        elif find_spec(f"benchmarks.faults.{part}") is not None:
-            found |= show({part: outcome(part, quick=given.quick)})
-    return int(any(tried != survived for tried, survived in found.values()))
+        began = time.monotonic()
+        counts = {part: outcome(part, quick=given.quick)} if part in OTHERS else None
+        counts = counts or import_module(f"benchmarks.faults.{part}").run(quick=given.quick)
+        for what, (tried, survived) in counts.items():
+            print(f"{what}: {tried} tried, {survived} survived")
+        print(f"-- {part}: {time.monotonic() - began:.0f} s", flush=True)
+        found |= counts
+    tried, survived = (sum(numbers) for numbers in zip(*found.values(), strict=True))
+    print(f"all: {tried} tried, {survived} survived, {time.monotonic() - start:.0f} s")
+    return int(tried != survived)
 
 
 def outcome(part: str, *, quick: bool) -> tuple[int, int]:
@@ -36,12 +38,6 @@ def outcome(part: str, *, quick: bool) -> tuple[int, int]:
     ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     told = json.loads(ran.stdout.strip().splitlines()[-1])
     return int(told["tried"]), int(told["survived"])
-
-
-def show(counts: Counts) -> Counts:
-    for what, (tried, survived) in counts.items():
-        print(f"{time.strftime('%H:%M:%S')}  {what}: {tried} tried, {survived} survived", flush=True)
-    return counts
 
 
 if __name__ == "__main__":

@@ -152,6 +152,27 @@ def test_analyses_that_fail_end_no_run_whose_values_are_watched(tmp_path, monkey
     assert train_with_stopper(name, tmp_path, key, trap=False, epochs=epochs, **mode) == 4 * epochs
 
 
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_stopper_of_lightnings_that_is_not_strict_passes_over_failed_analyses(tmp_path, monkeypatch, after):
+    fail_to_walk(monkeypatch, after=after)
+    arguments = {"mode": "min", "patience": 2, "strict": False}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert train_with_stopper("lightning", tmp_path, "alpha", trap=False, epochs=6, **arguments) == 24
+    (message,) = [text for text in said(caught) if "there is no analysis of step" in text]
+    assert message.endswith("at which ww/alpha is watched; while that is so it is left out, which is passed over")
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_where_a_failed_analysis_counts_as_the_worst_it_is_said_once(tmp_path, monkeypatch, name):
+    fail_to_walk(monkeypatch, after=1)
+    mode = {} if name == "huggingface" else {"mode": "min"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert train_with_stopper(name, tmp_path, "alpha", trap=False, epochs=9, **mode) < 36
+    assert len([text for text in said(caught) if "counts as the worst" in text]) == 1
+
+
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_a_run_whose_traps_are_not_measured_is_no_run_with_a_trap_and_that_is_said(tmp_path, name):
     mode = {} if name == "huggingface" else {"mode": "max"}

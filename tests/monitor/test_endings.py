@@ -19,9 +19,11 @@ from tests.matrices import draw, matrix
 from tests.processes import start_quietly
 from tests.registries import before_measurement
 from ww_monitor import History
+from ww_monitor.callbacks._session import Session
 from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.engine.threads import controller
 from ww_monitor.errors import SpectralWarning
+from ww_monitor.metric import batch
 from ww_monitor.monitor import Monitor
 from ww_monitor.monitor.background import Background
 from ww_monitor.record import Finding, Snapshot
@@ -177,6 +179,31 @@ def test_a_forked_child_begins_with_a_fresh_background(gate):
     assert background.close(20)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_analyses_while_a_thread_of_its_parent_computes_a_metric(gate, monkeypatch):
+    computing, compute = threading.Event(), batch.correlation_space
+
+    def slowly(*arguments):
+        if threading.current_thread() is not threading.main_thread():
+            computing.set()
+            gate.wait(20)
+        return compute(*arguments)
+
+    monkeypatch.setattr(batch, "correlation_space", slowly)
+    thread = threading.Thread(target=analyze_matrices, args=(LAYERS, Options(metrics=["erg_num"])))
+    thread.start()
+    assert computing.wait(20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that threads are running
+        child = os.fork()
+    if not child:
+        signal.alarm(10)
+        os._exit(analyze_matrices(LAYERS, Options(metrics=["erg_num"])).layers[0].status != "ok")
+    assert os.waitpid(child, 0)[1] == 0
+    gate.set()
+    thread.join(20)
+
+
 def test_two_analyses_at_once_give_the_thread_counts_back(allow_threads):
     allow_threads(2)
     layers = [matrix(name, draw(64, 48)) for name in "abc"]
@@ -303,6 +330,72 @@ def test_the_file_is_written_before_another_sink_can_be_interrupted(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         monitor.observe(LAYERS, step=0)
     assert steps_of(History.read(tmp_path / "run.jsonl")) == [0]
+
+
+@pytest.mark.parametrize("end", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()], ids=repr)
+def test_a_sink_that_ends_the_program_as_it_is_closed_costs_no_line_that_waits(tmp_path, monkeypatch, end):
+    class Sink(Memory):
+        def close(self):
+            raise end
+
+    def full(file, data):
+        raise OSError(28, "No space left on device")
+
+    monitor = Monitor(sinks=[Sink(), JsonLines(tmp_path / "run.jsonl")])
+    with monkeypatch.context() as disk:
+        disk.setattr("ww_monitor.sinks.jsonl.os.write", full)
+        with pytest.warns(SpectralWarning, match="sink JsonLines failed: OSError"):
+            monitor.observe(LAYERS, step=0)
+    with pytest.raises(type(end)):
+        monitor.close()
+    assert steps_of(History.read(tmp_path / "run.jsonl")) == [0]
+
+
+def test_a_sink_that_cannot_be_compared_leaves_with_its_run_and_is_copied(tmp_path):
+    class Sink(Memory):
+        __hash__ = None
+
+        def __eq__(self, other):
+            raise TypeError("a table is neither true nor false")
+
+    monitor = Monitor(sinks=[Sink()])
+    session = Session(monitor, folder=tmp_path, print_line=None)
+    monitor.observe(LAYERS, step=0)
+    assert len(session.without_own().sinks) == 1
+    session.close()
+    assert len(monitor.sinks) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_that_ends_leaves_the_sinks_of_its_parents_run_open(tmp_path):
+    class Sink(Memory):
+        def close(self):
+            (tmp_path / str(os.getpid())).touch()
+
+    session = Session(Monitor(sinks=[Sink()]), folder=tmp_path, print_line=None)
+    child = os.fork()
+    if not child:
+        session.close()  # as what was registered for the end of Python does
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    session.close()
+    assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
+
+
+def test_rules_that_are_objects_are_called_by_their_class_and_fail_one_by_one():
+    class Odd:
+        def __call__(self, history):
+            raise ValueError("odd")
+
+    class Other(Odd):
+        pass
+
+    with pytest.warns(SpectralWarning) as caught:
+        Monitor(rules=[Odd(), Other()]).observe(LAYERS, step=0)
+    assert [str(one.message) for one in caught] == [
+        f"ww_monitor: rule {name} failed: ValueError: odd" for name in ("Odd", "Other")
+    ]
 
 
 def test_a_snapshot_that_cannot_be_turned_into_text_costs_itself_only(tmp_path, monkeypatch):

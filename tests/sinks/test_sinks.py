@@ -353,6 +353,30 @@ def test_what_could_not_be_written_is_written_as_soon_as_it_can_be(tmp_path, blo
     assert [one.step for one in History.read(path)] == [1, 2]
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda sink: pickle.loads(pickle.dumps(sink)), "fork"])
+def test_lines_that_wait_are_written_once_by_the_sink_that_was_given_them(tmp_path, small_disk, how):
+    """Twice in the file they would look like a resume, and what came after them would be left out."""
+    sink = JsonLines(tmp_path / "run.jsonl")
+    small_disk(0)
+    with pytest.raises(OSError, match="No space"):
+        sink.write(snapshot(1))
+    small_disk(1 << 40)
+    go_on, told = os.pipe()
+    child = os.fork() if how == "fork" else 1
+    if not child:
+        os.read(go_on, 1)
+        sink.close()
+        os._exit(0)
+    other = sink if how == "fork" else how(sink)
+    sink.write(snapshot(2))
+    os.write(told, b".")
+    assert how != "fork" or os.waitpid(child, 0)[1] == 0
+    other.close()
+    assert [one.step for one in History.read(sink.path)] == [1, 2]
+    assert len(sink.path.read_text().splitlines()) == 2
+
+
 def test_a_folder_that_a_link_leads_to_is_made(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "not" / "there")
     JsonLines(tmp_path / "link" / "run.jsonl").write(snapshot(1))

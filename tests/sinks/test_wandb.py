@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,23 @@ def test_rows_that_wait_are_written_by_a_process_that_ends_without_finish(tmp_pa
     done = run_python("-c", code, str(tmp_path), WANDB_SILENT="true")
     assert done.returncode == 0, done.stderr
     assert [row["ww/step"] for row in read_wandb(tmp_path)["rows"]] == [0, 1, 2, 3]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_that_ends_writes_nothing_into_the_run_of_its_parent(tmp_path, read_wandb):
+    code = (
+        "import os, sys, wandb; from ww_monitor.sinks.wandb import WandB; from ww_monitor.record import Snapshot;"
+        "settings = wandb.Settings(console='off', x_disable_stats=True);"
+        "run = wandb.init(mode='offline', dir=sys.argv[1], settings=settings);"
+        "sink = WandB(); [sink.write(Snapshot((), summary={'alpha': 3.0}, step=step)) for step in range(4)];"
+        "child = os.fork(); child or sys.exit(); os.waitpid(child, 0);"
+        "[run.log({'loss': step}, step=step) for step in range(4)]; run.finish()"
+    )
+    done = run_python("-c", code, str(tmp_path), WANDB_SILENT="true")
+    assert done.returncode == 0, done.stderr
+    rows = read_wandb(tmp_path)["rows"]
+    assert [(row["_step"], row["loss"]) for row in rows if "loss" in row] == [(step, step) for step in range(4)]
+    assert [row["ww/step"] for row in rows if "ww/step" in row] == [0, 1, 2, 3]
 
 
 def test_rows_that_wait_take_bounded_memory(tmp_path, start_wandb, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from copy import copy
 from pathlib import Path
@@ -26,6 +27,7 @@ class Session:
         self, monitor: Monitor, *, folder: Path | None, print_line: Callable[[str], object] | None, continues: str = ""
     ) -> None:
         self.monitor = monitor
+        self._process = os.getpid()
         self.print_line = print_line
         self._file = None if folder is None else JsonLines(folder / (continues or HISTORY_FILE), own=not continues)
         self._own: list[Sink] = [] if self._file is None else [self._file]
@@ -42,7 +44,7 @@ class Session:
         """The monitor without the sinks of this session, for a copy that another run may begin with."""
         monitor = copy(self.monitor)
         monitor.acting = self.monitor.acting.of(monitor.say_once, monitor.note)
-        monitor.sinks = [sink for sink in monitor.sinks if sink not in self._own]
+        monitor.sinks = [sink for sink in monitor.sinks if not any(sink is own for own in self._own)]
         return monitor
 
     def announce(self, snapshot: Snapshot) -> None:
@@ -68,8 +70,9 @@ class Session:
                 self.print_line(table(self.monitor.history))
 
     def close(self) -> None:
-        """Close all sinks and take the session's own off the monitor."""
+        """Close all sinks, unless in a forked child that ends, and take the session's own off the monitor."""
         try:
-            self.monitor.close()
+            if self._process == os.getpid():
+                self.monitor.close()
         finally:
             self.monitor.sinks = self.without_own().sinks

@@ -38,10 +38,18 @@ class Watched:
         name: What stands before our keys.
         keys: Keys that others watch, with the value that is the worst for whoever does; which are ours is found here.
         known: Names of the values that there may be.
+        patient: Those keys that nobody watches but who passes over one that is not there.
     """
 
-    def __init__(self, name: str = "", keys: Mapping[str, float] | None = None, known: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str = "",
+        keys: Mapping[str, float] | None = None,
+        known: Collection[str] = (),
+        patient: Collection[str] = (),
+    ) -> None:
         start = name + summary_key("")
+        self._patient = {key.removeprefix(start) for key in patient}
         ours = {key.removeprefix(start): worst for key, worst in (keys or {}).items() if key.startswith(start)}
         self.worst = ours
         self.name = name
@@ -55,7 +63,7 @@ class Watched:
         """Key → value of every metric that is watched and that there is.
 
         A value that is not known is what a matrix without a trap has, or the worst: what watches it finds no key
-        otherwise and ends the run.
+        otherwise and ends the run. Where nobody does so it is left out, and counts for nothing.
 
         Args:
             history: What was seen.
@@ -70,8 +78,34 @@ class Watched:
                 found[metric] = self._trap_free_until(history, step)
             elif metric in now or metric in self._known:
                 known = float(now.get(metric, NAN))
-                found[metric] = known if abs(known) < float("inf") else WITHOUT_SHUFFLES.get(metric, worst)
+                known = known if abs(known) < float("inf") else WITHOUT_SHUFFLES.get(metric, worst)
+                if known != worst or metric not in self._patient:
+                    found[metric] = known
         return {self.name + summary_key(metric): value for metric, value in found.items()}
+
+    @property
+    def all_keys(self) -> list[str]:
+        """Of the values that there may be."""
+        return [self.name + summary_key(metric) for metric in self.worst]
+
+    def lost(self, history: History, step: int, values: Mapping[str, float], key: Any = str) -> str:
+        """What to say where the analysis of the weights at this step has failed, and somebody reads a value of them.
+
+        Args:
+            history: What was seen.
+            step: Of the weights.
+            values: What `values` gave.
+            key: The framework's name of a key of ours.
+        """
+        lost = [] if len(history) and history.last.step == step else [name for name in self.worst if name != TRAP_FREE]
+        if not lost:
+            return ""
+        left = [name for name in lost if self.name + summary_key(name) not in values]
+        named = ", ".join(key(self.name + summary_key(name)) for name in lost)
+        start = f"there is no analysis of step {step}, at which {named} is watched; while that is so it"
+        if len(left) == len(lost):
+            return f"{start} is left out, which is passed over"
+        return f"{start} counts as the worst: no checkpoint is chosen by it, but a stopper may end the run"
 
     def _trap_free_until(self, history: History, step: int | None) -> float:
         """Now, or where a trap is there the step of the latest snapshot without one, −1 if there is none."""

@@ -65,6 +65,7 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
     _begun = False
     _updates_done = 0
     _within_line = False
+    _saving: Sequence[Any] = ()
 
     @method_taking(KerasOptions)
     def __init__(self, given: KerasOptions) -> None:
@@ -77,7 +78,6 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         self._folder = Path(given.folder)
         self._known: dict[str, float] = {}
         self._this_epoch: dict[str, float] = {}
-        self._saving: list[Any] = []
 
     @hook
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
@@ -115,7 +115,7 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         if logs is not None:
             alpha = _log_key(self._name + summary_key("alpha"))
             logs.update({key: value for key, value in self._known.items() if key == alpha})
-            logs.update(_as_logged(self._watched.values(self.monitor.history, step if read else None)))
+            logs.update(self._watched_values(step) if read else _as_logged(self._watched.values(self.monitor.history)))
 
     @hook
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
@@ -127,7 +127,7 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         elif self.monitor.due_at_epoch_end(epoch, step):
             self._observe(step)
         if logs is not None:
-            logs.update({**self._this_epoch, **_as_logged(self._watched.values(self.monitor.history, step))})
+            logs.update({**self._this_epoch, **self._watched_values(step)})
 
     @hook
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
@@ -197,6 +197,13 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         self._this_epoch = dict.fromkeys([*self._this_epoch, *keys], NAN)
         if snapshot.epoch == self._epoch:
             self._this_epoch.update(self._known)
+
+    def _watched_values(self, step: int) -> dict[str, float]:
+        """What later callbacks act on, of the weights of this step."""
+        values = self._watched.values(self.monitor.history, step)
+        if message := self._watched.lost(self.monitor.history, step, values, _log_key):
+            self.monitor.say_once("lost values", message)
+        return _as_logged(values)
 
     def _step(self) -> int:
         """Completed updates; where they cannot be read, as many as before."""

@@ -107,7 +107,7 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
         due, read = self.monitor.due(trainer.global_step), bool(self._watched) and self._is_read_now(trainer, batch_idx)
         if due or read:
             snapshots = self._observe(trainer, pl_module, whole=read)
-            self._publish_watched(trainer)
+            self._publish_watched(trainer, read=read)
         else:
             snapshots = self._published(trainer, self.monitor.collect())
         alpha = snapshots[-1].summary.get("alpha", NAN) if snapshots else NAN
@@ -197,7 +197,9 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
         with self.monitor.guard("looking at the other callbacks", always=True):
             found = [(one, key) for one in trainer.callbacks for key in _watched_by(one)]
             found += [(one.scheduler, one.monitor) for one in trainer.lr_scheduler_configs if one.monitor]
-            self._watched = Watched(self._name, {key: _worst(one) for one, key in found}, self._model_metrics)
+            strict = {key for one, key in found if trainer.world_size > 1 or getattr(one, "strict", True)}
+            patient = {key for _, key in found} - strict  # not on several ranks, which may differ in what they know
+            self._watched = Watched(self._name, {key: _worst(one) for one, key in found}, self._model_metrics, patient)
             waiting = [(one, key) for one, key in found if _waits_for_improvement(one, trainer)]
             for advice in self._watched.advice(waiting, str):
                 self.monitor.say_once(advice, advice)
@@ -240,9 +242,15 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
         values = {**self._values(snapshot, layers=False), **self._watched.values(self.monitor.history)}
         trainer.callback_metrics.update(_tensors(values))
 
-    def _publish_watched(self, trainer: Any) -> None:
+    def _publish_watched(self, trainer: Any, *, read: bool = True) -> None:
         """What others act on, as it is now: not known where the analysis of these weights has failed."""
-        trainer.callback_metrics.update(_tensors(self._watched.values(self.monitor.history, trainer.global_step)))
+        history, step = self.monitor.history, trainer.global_step
+        values = self._watched.values(history, step)
+        for key in self._watched.all_keys:
+            trainer.callback_metrics.pop(key, None)
+        trainer.callback_metrics.update(_tensors(values))
+        if read and (message := self._watched.lost(history, step, values)):
+            self.monitor.say_once("lost values", message)
 
 
 def _tensors(values: Mapping[str, float]) -> dict[str, torch.Tensor]:

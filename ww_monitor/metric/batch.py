@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
 from ww_monitor.matrix import Matrix
+from ww_monitor.record import computed_once
 from ww_monitor.settings import AnalysisOptions
 from ww_monitor.spectra import weightwatcher
 from ww_monitor.spectra.alternatives import Comparison, TruncatedFit, compare, fit_truncated, goodness_of_fit
@@ -118,12 +118,12 @@ class Batch:
         """M of a slice."""
         return self.slice_eigenvalues.shape[2]
 
-    @cached_property
+    @computed_once
     def eigenvalues(self) -> torch.Tensor:
         """`[B, R·M]` pooled over the slices, ascending."""
         return self.slice_eigenvalues.flatten(1).sort(1).values
 
-    @cached_property
+    @computed_once
     def fitted_eigenvalues(self) -> torch.Tensor:
         """`[B, n]` what the tail is fitted to: of the matrices, or of their windows; ties where `flat`."""
         values = self.column("window_eigenvalues") if "window_eigenvalues" in self.measured else self.eigenvalues
@@ -134,7 +134,7 @@ class Batch:
         """Whether each of several slices has four eigenvalues at most: their pool lists norms, it is no spectrum."""
         return self.slices > 1 and self.short_side < LEAST_BULK_SIDE
 
-    @cached_property
+    @computed_once
     def deficient(self) -> torch.Tensor:
         """`[B]` whether rows are copies or combinations of others, or half of the modes are numerically zero.
 
@@ -149,7 +149,7 @@ class Batch:
         lost = full - (self.eigenvalues > exact[:, None]).sum(1)
         return (self.rank <= self.eigenvalues.shape[1] / 2) | (lost > (LOST_SHARE * full).clamp(min=1.0))
 
-    @cached_property
+    @computed_once
     def flat(self) -> torch.Tensor:
         """`[B]` whether all eigenvalues are equal to within 64 storage roundings, so that a fit would fit rounding."""
         n = self.eigenvalues.shape[1]
@@ -163,14 +163,14 @@ class Batch:
         """Whether the preset is that tool's."""
         return self.definitions.preset == "weightwatcher"
 
-    @cached_property
+    @computed_once
     def floor(self) -> torch.Tensor:
         """`[B]` eigenvalues at or below it take no part in the fit: numerically zero, or weightwatcher's 1e-5."""
         if self.follows_weightwatcher:
             return torch.full_like(self.eigenvalues[:, 0], weightwatcher.EIGENVALUE_FLOOR)
         return self.rounding_floor
 
-    @cached_property
+    @computed_once
     def rounding_floor(self) -> torch.Tensor:
         """`[B]` eigenvalues at or below it are numerically zero."""
         return self._floor(self.eps)
@@ -180,12 +180,12 @@ class Batch:
         mean_square = self.eigenvalues.sum(1) / (self.slices * n * m)
         return numerical_floor(self.eigenvalues[:, -1], mean_square, n, m, eps=eps)
 
-    @cached_property
+    @computed_once
     def rank(self) -> torch.Tensor:
         """`[B]` eigenvalues that are numerically not zero, int64."""
         return (self.eigenvalues > self.rounding_floor[:, None]).sum(1)
 
-    @cached_property
+    @computed_once
     def power_law(self) -> TailFit:
         """The power-law fit, also where a truncated law is asked for: it chooses the xmin."""
         if self.definitions.fit == "hill":
@@ -194,7 +194,7 @@ class Batch:
             return self.fingers.tail
         return fit_tail(self.fitted_eigenvalues, floor=self.floor, allow_short=self.follows_weightwatcher)
 
-    @cached_property
+    @computed_once
     def tail(self) -> TailFit:
         """The fit that was asked for."""
         if self.definitions.fit != "truncated":
@@ -203,29 +203,29 @@ class Batch:
         ks = self.per_row([fit.ks if fit else NAN for fit in self.truncated])
         return replace(self.power_law, alpha=alpha, ks=ks, sigma=torch.full_like(alpha, NAN))
 
-    @cached_property
+    @computed_once
     def fingers(self) -> FingerFit | None:
         """The fit without the largest eigenvalues, if it is asked for."""
         if self.definitions.fix_fingers is None:
             return None
         return fit_without_fingers(self.fitted_eigenvalues, floor=self.floor, weightwatcher=self.follows_weightwatcher)
 
-    @cached_property
+    @computed_once
     def soft(self) -> SoftAlpha:
         """The exponent averaged over candidate xmin."""
         return soft_alpha(self.fitted_eigenvalues, floor=self.floor)
 
-    @cached_property
+    @computed_once
     def truncated(self) -> list[TruncatedFit | None]:
         """A truncated power law from the power law's xmin on, by row."""
         return [fit_truncated(tail, alpha=alpha) if len(tail) > 2 else None for tail, alpha in self._tails]
 
-    @cached_property
+    @computed_once
     def comparisons(self) -> list[dict[str, Comparison] | None]:
         """Likelihood ratios of the power law against other laws, by row."""
         return [compare(tail, alpha=alpha) if len(tail) > 2 else None for tail, alpha in self._tails]
 
-    @cached_property
+    @computed_once
     def goodness(self) -> torch.Tensor:
         """`[B]` p-value of the bootstrap test of the power law."""
         values = []
@@ -244,7 +244,7 @@ class Batch:
         found = zip(rows, fit.n_tail.tolist(), fit.alpha.tolist(), fit.status.tolist(), strict=True)
         return [(row[len(row) - int(n) :] if status == Status.OK else row[:0], a) for row, n, a, status in found]
 
-    @cached_property
+    @computed_once
     def bulk(self) -> Bulk:
         """The random bulk, from the closed form.
 
@@ -263,23 +263,23 @@ class Batch:
             significance=self.definitions.significance,
         )
 
-    @cached_property
+    @computed_once
     def null(self) -> list[NullBand]:
         """What a random matrix of each row's shape shows."""
         seed = self.definitions.seed
         return [null_band(int(n), self.short_side, self.slices, seed=seed) for n in self.long_side.tolist()]
 
-    @cached_property
+    @computed_once
     def space(self) -> CorrelationSpace:
         """The effective correlation space."""
         return correlation_space(self.eigenvalues)
 
-    @cached_property
+    @computed_once
     def density_fits(self) -> list[weightwatcher.DensityFit | None]:
         """The Marchenko–Pastur fits of the eigenvalues, as weightwatcher makes them."""
         return self._density_fits(list(self.eigenvalues.cpu().numpy()))
 
-    @cached_property
+    @computed_once
     def randomized_fits(self) -> list[weightwatcher.DensityFit | None]:
         """The same of the pooled shuffled eigenvalues."""
         return self._density_fits([draw and draw.pooled for draw in self.entries("randomized")])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -16,6 +15,7 @@ import torch
 from ww_monitor.errors import InvalidArgument, check_choice
 from ww_monitor.matrix import Matrix
 from ww_monitor.metric.batch import NAN, Values
+from ww_monitor.record import computed_once
 from ww_monitor.settings import AnalysisOptions
 from ww_monitor.spectra.elements import Moments
 
@@ -52,7 +52,7 @@ class Loaded:
         flat = [stack.flatten(0, 1) for stack in self.weights]
         return [stack.float() if stack.element_size() < 2 else stack for stack in flat]
 
-    @cached_property
+    @computed_once
     def layers(self) -> list[torch.Tensor]:
         """`[S, N, M]` of each matrix, likewise."""
         slices = self.matrices[0].shape[0]

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ww_monitor.errors import InvalidArgument, MissingDependency
+from ww_monitor.errors import InvalidArgument, MissingDependency, WWMonitorError
 from ww_monitor.matrix import Matrix, Skipped
+from ww_monitor.walk.folders import check_regular
 from ww_monitor.walk.sharded import even_shards
 from ww_monitor.walk.torch import walk
 
@@ -33,6 +34,9 @@ BUILT_IN: Mapping[str, Config] = {
 _MOST_LAYERS, _MOST = 2_000, 200_000
 """Several times the layers and the matrices of the largest models that are known; a plan of more would seem to hang."""
 
+_MOST_BYTES = 16 << 20
+"""Of a configuration (our choice: what a million names of classes take)."""
+
 
 def configured(model: str | Path | Config | nn.Module) -> list[Matrix | Skipped]:
     """The weight matrices of a language model as it is configured, in its order; no weight is made or loaded.
@@ -47,10 +51,12 @@ def configured(model: str | Path | Config | nn.Module) -> list[Matrix | Skipped]
     if isinstance(model, nn.Module):
         return list(walk(model, layout=even_shards))
     config = dict(model if isinstance(model, Mapping) else BUILT_IN.get(str(model)) or _read(Path(model)))
-    layers, experts = (max(_counts(config, word), default=1) for word in ("layer|depth", "expert"))
-    if layers > _MOST_LAYERS or layers * experts > _MOST:
-        got = f"{layers:,} layers with {experts:,} experts"
-        raise InvalidArgument(f"plan: expected at most {_MOST_LAYERS:,} layers and {_MOST:,} experts in all; got {got}")
+    words = "layer|depth|block", "expert", "label"
+    layers, experts, labels = (max(_counts(config, word), default=1) for word in words)
+    if layers > _MOST_LAYERS or max(layers * experts, labels) > _MOST:
+        got = f"{layers:,} layers with {experts:,} experts, and {labels:,} labels"
+        wanted = f"at most {_MOST_LAYERS:,} layers and {_MOST:,} experts in all, and as many labels"
+        raise InvalidArgument(f"plan: expected {wanted}; got {got}")
     items = list(islice(walk(_built(config), layout=even_shards), _MOST + 1))
     if len(items) > _MOST:
         raise InvalidArgument(f"plan: expected a model of at most {_MOST:,} matrices; got more")
@@ -58,12 +64,13 @@ def configured(model: str | Path | Config | nn.Module) -> list[Matrix | Skipped]
 
 
 def _counts(config: Config, word: str) -> Iterator[int]:
-    """The numbers of layers or experts in a configuration and in those that it holds."""
+    """The numbers of layers, experts or labels in a configuration and in those that it holds."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _counts(value, word)
         elif re.search(f"({word})s?$", key):
-            yield from (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int))
+            numbers = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int)]
+            yield sum(numbers) if re.match("n_|num|depth", key) else max([*numbers, len(numbers)])  # else places
 
 
 def _built(config: dict[str, Any]) -> torch.nn.Module:
@@ -85,8 +92,11 @@ def _built(config: dict[str, Any]) -> torch.nn.Module:
 
 def _read(path: Path) -> Config:
     try:
-        return dict(json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        file = check_regular(path / "config.json" if path.is_dir() else path)
+        if file.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"more than {_MOST_BYTES:,} bytes")
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError, WWMonitorError) as error:
         got = f"{str(path)!r} ({type(error).__name__})"
         choices = ", ".join(map(repr, BUILT_IN))
         raise InvalidArgument(

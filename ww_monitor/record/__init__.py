@@ -1,7 +1,7 @@
 """What was seen: snapshots, findings and their history, as plain frozen data that outlives the run."""
 
 from ww_monitor.record.history import HISTORY_FILE, Action, History, Rule, Sink, begins_as_ours, each_line
-from ww_monitor.record.saved import NAN
+from ww_monitor.record.saved import NAN, computed_once
 from ww_monitor.record.snapshot import (
     SCHEMA,
     UNREAD,
@@ -33,6 +33,7 @@ __all__ = [
     "Snapshot",
     "TrapEntry",
     "begins_as_ours",
+    "computed_once",
     "each_line",
     "layer_key",
     "summary_key",

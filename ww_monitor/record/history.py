@@ -130,7 +130,7 @@ class History(Shown):
                 history._rewind(found.step)
                 history.append(found)
                 continue
-            torn = isinstance(found, json.JSONDecodeError) and begins_as_ours(line)
+            torn = isinstance(found, json.JSONDecodeError) and begins_as_ours(line) and found.msg != "Extra data"
             foreign = foreign or not torn
             if not torn or line.endswith(b"\n"):
                 damaged.append((number, found))

@@ -11,11 +11,39 @@ import types
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints, overload
 
 Record = TypeVar("Record")
+Value = TypeVar("Value")
 
 NAN = float("nan")
+
+
+class computed_once(Generic[Value]):  # noqa: N801 - a decorator, as `property` is
+    """A property of a record whose value is computed when it is first read; two threads may both compute it.
+
+    `functools.cached_property` has a lock before Python 3.12, which a forked child waits for in vain where another
+    thread of its parent had it.
+    """
+
+    def __init__(self, make: Callable[[Any], Value]) -> None:
+        self._make = make
+        self.__doc__ = make.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, record: None, owner: type) -> computed_once[Value]: ...
+
+    @overload
+    def __get__(self, record: object, owner: type) -> Value: ...
+
+    def __get__(self, record: object | None, owner: type) -> computed_once[Value] | Value:
+        if record is None:
+            return self
+        found = vars(record)[self._name] = self._make(record)  # where it is looked for first from now on
+        return found
 
 
 def plain(value: Any) -> Any:

@@ -11,13 +11,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from ww_monitor.errors import MissingDependency, WWMonitorError
 from ww_monitor.kind import About, Kind
 from ww_monitor.record.notebook import Shown
-from ww_monitor.record.saved import NAN, number, plain, restored
+from ww_monitor.record.saved import NAN, computed_once, number, plain, restored
 
 if TYPE_CHECKING:
     import pandas
@@ -206,14 +205,14 @@ class Snapshot(Shown):
         """The rows of that name: one, or none where the layer is not there."""
         return self._by_name.get(name, ())
 
-    @cached_property
+    @computed_once
     def _by_name(self) -> dict[str, tuple[Layer, ...]]:
         rows: dict[str, tuple[Layer, ...]] = {}
         for layer in self.layers:
             rows[layer.name] = (*rows.get(layer.name, ()), layer)
         return rows
 
-    @cached_property
+    @computed_once
     def key_names(self) -> tuple[str, ...]:
         """What stands for each layer in the keys of its values, no two alike."""
         taken: dict[str, None] = {}

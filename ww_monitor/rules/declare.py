@@ -70,8 +70,9 @@ def metrics_of_the_past(rules: Iterable[Rule]) -> frozenset[str] | None:
 
 
 def name_of(rule: Rule) -> str:
-    """The name of a rule, also of a variant by `functools.partial`."""
-    return str(getattr(getattr(rule, "func", rule), "__name__", ""))
+    """The name of a rule, also of a variant by `functools.partial`; of an object that of its class."""
+    function = getattr(rule, "func", rule)
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def finding_of(

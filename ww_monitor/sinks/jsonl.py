@@ -20,7 +20,8 @@ class JsonLines:
 
     The file and its folder are made at the first write, and again where somebody has removed them. It is open only
     while a line is written. A line that cannot be written, because the disk is full or the folder cannot be used,
-    waits in memory and is written with the next; one that was written in part is ended before the next begins.
+    waits in memory and is written with the next; one that was written in part is ended before the next begins. A copy,
+    and a process that was forked, begin without lines that wait: twice in the file, they would look like a resume.
 
     Args:
         path: Path of the file that the lines go to.
@@ -31,10 +32,23 @@ class JsonLines:
     def __init__(self, path: str | Path, *, own: bool = False) -> None:
         self.path = Path(path)
         self.own = own
+        self._begin()
+
+    def _begin(self) -> None:
         self._waiting: deque[bytes] = deque()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"path": self.path, "own": self.own}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self._begin()
 
     def write(self, snapshot: Snapshot) -> None:
         """Append one line, after those that wait."""
+        if self._process != os.getpid():
+            self._begin()
         self._waiting.append(snapshot.to_json().encode() + b"\n")
         while len(self._waiting) > 1 and sum(map(len, self._waiting)) > MOST_WAITING:
             self._waiting.popleft()
@@ -46,7 +60,7 @@ class JsonLines:
             self._append()
 
     def _append(self) -> None:
-        if not self._waiting:
+        if not self._waiting or self._process != os.getpid():
             return
         file = self._opened()
         try:

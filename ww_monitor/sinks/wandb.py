@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -215,6 +216,7 @@ class _QueuedRows:
     def __init__(self, run: Any) -> None:
         self._queue: list[dict[str, Any]] = []
         self._taken: int | None = None
+        self._process = os.getpid()
         self._sees_the_end = False
         with suppress(ImportError, AttributeError):  # no public way to be told: another version may have none
             from wandb.sdk.wandb_run import TeardownHook, TeardownStage
@@ -258,8 +260,8 @@ class _QueuedRows:
     def _finish(self, known: ref[Any]) -> None:
         """The run ends, in its own `finish` or with the process: whatever happens, that must go on."""
         atexit.unregister(self._at_the_end)
-        with suppress(Exception):
-            if (run := known()) is not None:
+        with suppress(Exception):  # a forked child that ends would write into its parent's run
+            if (run := known()) is not None and self._process == os.getpid():
                 self.write_all(run)
 
 

@@ -53,6 +53,9 @@ LONGEST_PATTERN = 500
 MOST_CONFIG = 16 << 20
 """Bytes of an adapter_config.json, which has some thousand."""
 
+MOST_MODELS = 64
+"""Models that one file has adapters for (our choice: a pipeline of diffusers has four at most)."""
+
 
 def factor_of(key: str) -> re.Match[str] | None:
     """Name, stem, which factor, end and adapter of a factor of a low-rank adapter; `None` for another tensor."""
@@ -204,6 +207,8 @@ def _in_header(file: Path, header: Mapping[str, str]) -> Scaling | None:
     if "lora_adapter_metadata" in header:  # of diffusers: a configuration a model, flat
         text = header["lora_adapter_metadata"]
         models = set(re.findall(r'"(\w+)\.lora_alpha"', text))
+        if len(models) > MOST_MODELS:
+            raise WWMonitorError(f"walk_files: expected at most {MOST_MODELS} models in {file}, got {len(models)}")
         return partial(_by_model, models={model: _of_config(text, f"{model}.", file) for model in models})
     alpha = header.get("ss_network_alpha", "")  # of kohya's scripts
     number = re.fullmatch(r"\d+(\.\d+)?", alpha)
