@@ -30,6 +30,8 @@ from typing import (
     get_type_hints,
 )  # fmt: skip
 
+import numpy as np
+
 from ww_monitor.errors import InvalidArgument, SpectralWarning, UnknownArgument, check_choice
 
 _Part = TypeVar("_Part", bound="Settings")
@@ -57,7 +59,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         for option in options_of(type(self)):
-            option.verify(self.where, getattr(self, option.name))
+            value = getattr(self, option.name)
+            if isinstance(value, np.generic):  # a number of a sweep; records and states hold Python's
+                object.__setattr__(self, option.name, value := value.item())
+            option.verify(self.where, value)
 
     @classmethod
     def of(cls: type[_Part], wider: Settings) -> _Part:

@@ -78,6 +78,9 @@ def _place(matrix: Matrix, step: int | None) -> str:
 
 def _layers(batch: Batch, options: Options, step: int | None) -> list[Layer]:
     found = [metric.function(batch) for metric in options.chosen]
+    for metric, values_found in zip(options.chosen, found, strict=True):
+        if values_found.is_complex():
+            raise TypeError(f"metric {metric.name!r}: expected real numbers, got {values_found.dtype}")
     states = torch.stack([statuses(batch), verdicts(batch), phases(batch)], 1)
     drifts = any(metric.name == DRIFT for metric in options.chosen)
     sketched = sketch(batch.eigenvalues) if drifts else batch.eigenvalues[:, :0]

@@ -34,7 +34,7 @@ class Metric:
     Attributes:
         name: Column, and part of the key.
         function: `Batch` → `[B]` float64, NaN where not known.
-        definition: First line of the function's docstring.
+        definition: First line of the function's docstring, if it has one.
         unit: Unit, `"1"` for a pure number.
         read: How to read it.
         source: Where the definition comes from.
@@ -87,7 +87,7 @@ def metric(
     """
 
     def enter(function: Function) -> Function:
-        definition = (function.__doc__ or "").strip().splitlines()[0]
+        definition = (function.__doc__ or "").strip().partition("\n")[0]
         for preset, name in (("default", function.__name__ if default else ""), ("weightwatcher", weightwatcher)):
             if name:
                 TABLE[preset][name] = Metric(

@@ -16,6 +16,7 @@ from ww_monitor.errors import InvalidArgument, MissingDependency, WWMonitorError
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.walk.folders import check_regular
 from ww_monitor.walk.sharded import even_shards
+from ww_monitor.walk.sources import walk_source
 from ww_monitor.walk.torch import walk
 
 Config = Mapping[str, Any]
@@ -42,7 +43,8 @@ def configured(model: str | Path | Config | nn.Module) -> list[Matrix | Skipped]
     """The weight matrices of a language model as it is configured, in its order; no weight is made or loaded.
 
     Args:
-        model: A name of `BUILT_IN`, a Hugging Face `config.json` or its folder, what stands in one, or a module.
+        model: A name of `BUILT_IN`, a Hugging Face `config.json` or its folder, what stands in one, a module or a state
+            dict.
 
     Raises:
         InvalidArgument: if it is none of these, transformers cannot build it, or it is too large for a plan.
@@ -50,6 +52,8 @@ def configured(model: str | Path | Config | nn.Module) -> list[Matrix | Skipped]
     """
     if isinstance(model, nn.Module):
         return list(walk(model, layout=even_shards))
+    if isinstance(model, Mapping) and any(isinstance(value, torch.Tensor) for value in model.values()):
+        return list(walk_source(model))
     config = dict(model if isinstance(model, Mapping) else BUILT_IN.get(str(model)) or _read(Path(model)))
     words = "layer|depth|block", "expert", "label"
     layers, experts, labels = (max(_counts(config, word), default=1) for word in words)

@@ -30,7 +30,9 @@ from ww_monitor.settings import Select
 from ww_monitor.spectra.elements import Moments
 from ww_monitor.walk.sharded import EvenShards
 
-DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: Mapping[str, torch.dtype] = {
+    str(one).removeprefix("torch."): one for one in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
 _MOST_RANKS = 1 << 14
 
 OVERALL = (
@@ -86,15 +88,16 @@ class RankPlan:
 
 def plan_ranks(
     model: str | Path | Config | nn.Module | Iterable[Matrix | Skipped], world_size: int, *, sharding: str = "fsdp",
-    dtype: str = "float32", rates: Rates | None = None,
+    dtype: str | torch.dtype = "float32", rates: Rates | None = None,
 ) -> RankPlan:  # fmt: skip
     """What `analyze_on_ranks` would do on so many ranks: cost, balance, bytes and memory of each, from shapes alone.
 
     It is assumed that no layer is near a trap: one that is arrives whole at its owner.
 
     Args:
-        model: A name of `BUILT_IN`, a Hugging Face `config.json` or its folder, what stands in one, a module, also on
-            the meta device, or what a walker yields (of whose matrices the rows are taken to be what is cut).
+        model: A name of `BUILT_IN`, a Hugging Face `config.json` or its folder, what stands in one, a module or a state
+            dict, also on the meta device, or what a walker yields (of whose matrices the rows are taken to be what is
+            cut, as of a state dict's).
         world_size: Number of ranks.
         sharding: `"fsdp"` (FSDP2, every stored tensor cut along its first dimension over all ranks) or `"ddp"`.
         dtype: Of the stored weights; FSDP2 keeps float32 unless the model was made in less.
@@ -109,6 +112,7 @@ def plan_ranks(
     """
     check_positive_int("plan", "world_size", world_size)
     check_choice("plan", "sharding", sharding, ("fsdp", "ddp"))
+    dtype = str(dtype).removeprefix("torch.")
     check_choice("plan", "dtype", dtype, DTYPES)
     if world_size > _MOST_RANKS:
         raise InvalidArgument(f"plan: world_size must be at most {_MOST_RANKS}; got {world_size}")

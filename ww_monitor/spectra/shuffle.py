@@ -6,6 +6,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -59,9 +60,9 @@ def keep_permutations(nbytes: int) -> None:
     Raises:
         InvalidArgument: if it is no integer of at least 0.
     """
-    if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 0:
+    if isinstance(nbytes, bool) or not isinstance(nbytes, Integral) or nbytes < 0:
         raise InvalidArgument(f"keep_permutations: nbytes must be an integer >= 0; got {nbytes!r}")
-    _CACHE.limit(nbytes)
+    _CACHE.limit(int(nbytes))
 
 
 def stream(seed: int, replica: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain, count
+from numbers import Integral
 from operator import itemgetter
 
 import torch
@@ -185,8 +186,12 @@ def check_split(where: str, split: Split | None) -> None:
     if not isinstance(split, Mapping):
         raise InvalidArgument(f"{where}: split must be a mapping from globs; got {type(split).__name__}")
     for pattern, sizes in split.items():
-        listed = [sizes] if isinstance(sizes, int) else sizes
-        numbers = isinstance(listed, Sequence) and all(type(size) is int and size >= 1 for size in listed)
+        if not isinstance(pattern, str):
+            raise InvalidArgument(f"{where}: split must map globs, which are strings; got {pattern!r}")
+        listed = [sizes] if isinstance(sizes, Integral) else sizes
+        numbers = isinstance(listed, Sequence) and all(
+            isinstance(size, Integral) and not isinstance(size, bool) and size >= 1 for size in listed
+        )
         if not (numbers and listed):
             raise InvalidArgument(
                 f"{where}: split[{pattern!r}] must be a number of parts or a sequence of their sizes, all >= 1; "
@@ -215,7 +220,7 @@ def split_parts(split: Split | None, name: str, shape: Sequence[int], axis: int)
     sizes = (split or {}).get(name)
     if sizes is None:
         return ()
-    listed = [shape[axis] // sizes] * sizes if isinstance(sizes, int) else list(sizes)
+    listed = [shape[axis] // sizes] * sizes if isinstance(sizes, Integral) else list(sizes)
     if sum(listed) != shape[axis]:
         raise InvalidArgument(
             f"walk: the sizes in split must add up to the {shape[axis]} outputs of {name!r}; got {sizes!r}"
