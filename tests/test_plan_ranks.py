@@ -73,9 +73,22 @@ def test_a_module_on_the_meta_device_is_planned_as_one_that_is_there():
 
     rates = Rates(gram=2e10, solve=8e9)
     here, there = (plan_ranks(net(device), 4, rates=rates) for device in ("cpu", "meta"))
+    of_state = plan_ranks(nn.Linear(100, 300, device="meta").state_dict(), 4, rates=rates)
+    assert of_state.overall() == plan_ranks(nn.Linear(100, 300), 4, rates=rates).overall()
+    wide, named = (plan_ranks(net("meta"), 4, rates=rates, dtype=dtype) for dtype in (torch.float64, "float64"))
+    assert wide.overall() == named.overall()
+    assert wide.bytes_sent.sum() == 2 * there.bytes_sent.sum()
     assert here.overall() == there.overall()
     assert there.num_matrices.sum() == 2
     assert there.bytes_sent.sum() > 0
+
+
+def test_what_is_computed_of_shards_is_gathered_by_every_rank():
+    with torch.device("meta"):
+        normed, plain = nn.utils.parametrizations.weight_norm(nn.Linear(64, 96)), nn.Linear(64, 96)
+    gathered, sent = (plan_ranks(net, 4, rates=RATES).bytes_sent.sum() for net in (normed, plain))
+    assert (gathered, sent) == (3 * 4 * 64 * 96, 0.75 * 4 * 64 * 96)
+    assert plan_ranks(normed, 4, rates=RATES, sharding="ddp").bytes_sent.sum() == 0
 
 
 def test_a_plan_of_nothing_says_what_was_left_out():

@@ -8,13 +8,14 @@ import warnings
 from dataclasses import dataclass
 from typing import Annotated
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import ww_monitor
 from tests.processes import run_python
-from ww_monitor import InvalidArgument, Monitor, Options, SpectralWarning
+from ww_monitor import InvalidArgument, Monitor, Options, SpectralWarning, svd_smooth
 from ww_monitor.actions import LayerwiseRate
 from ww_monitor.analysis import AnalyzeOptions
 from ww_monitor.errors import check_positive_int
@@ -93,6 +94,9 @@ WRONG = [
     ("aspect_ratio", "1", "aspect_ratio must be a number or None; got '1'"),
     ("lora", "base", "lora must be a sequence of some of 'base', 'delta', 'merged'; got 'base'"),
     ("metrics", ["alfa"], "metrics must be among 'alpha', .*; got 'alfa'"),
+    ("every_n_steps", np.int64(0), "every_n_steps must be an integer >= 1; got 0"),
+    ("significance", np.float32(2), "significance must be between 0 and 1; got 2.0"),
+    ("split", {3: 1}, "split must map globs, which are strings; got 3"),
     ("split", {"fc": 0}, r"split\['fc'\] must be a number of parts or .*; got 0"),
     ("lora", [], r"lora must be a sequence of some of 'base', 'delta', 'merged'; got \[\]"),
     ("split", "c_attn", "split must be a mapping or None; got 'c_attn'"),
@@ -295,6 +299,17 @@ def test_a_configuration_that_the_last_release_saved_makes_the_callback_with_a_w
     assert "copy_budget_bytes: 1000" in saved
     assert "still_bytes" not in saved
     assert "layers_per_step" not in saved
+
+
+def test_numbers_of_numpy_are_taken_as_pythons():
+    grid = {"significance": np.float64(0.25), "replicas": np.int64(2), "seed": np.int32(5)}
+    options = MonitorOptions(every_n_steps=np.int64(4), max_overhead=np.float32(0.5))
+    assert [type(one) for one in (options.every_n_steps, options.max_overhead)] == [int, float]
+    net = nn.Linear(16, 40)
+    plain = {name: number.item() for name, number in grid.items()}
+    assert ww_monitor.analyze(net, **grid).summary["alpha"] == ww_monitor.analyze(net, **plain).summary["alpha"]
+    assert len(ww_monitor.analyze(net, split={"*": np.int64(2)}).layers) == 2
+    assert svd_smooth(net, keep=np.int64(3)).changed == svd_smooth(net, keep=3).changed
 
 
 def test_an_option_reaches_the_analysis():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 
 class WWMonitorError(Exception):
@@ -46,9 +47,15 @@ def check_choice(where: str, argument: str, value: object, choices: Collection[A
         raise InvalidArgument(f"{where}: {argument} must be one of {listed}; got {value!r}")
 
 
+def plain(value: Any) -> Any:
+    """A number of numpy, such as one of a sweep, as Python's; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def check_positive_int(where: str, argument: str, value: object) -> None:
     """Raise `InvalidArgument` unless `value` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidArgument(f"{where}: {argument} must be an integer >= 1; got {value!r}")
 
 
@@ -61,5 +68,6 @@ def check_names(where: str, argument: str, value: object) -> None:
 
 def check_share(where: str, argument: str, value: object) -> None:
     """Raise `InvalidArgument` unless `value` is a number between 0 and 1."""
-    if not isinstance(value, Real) or not 0 < value < 1:
+    value = plain(value)
+    if not isinstance(value, (int, float)) or not 0 < value < 1:
         raise InvalidArgument(f"{where}: {argument} must be between 0 and 1; got {value!r}")

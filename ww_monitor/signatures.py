@@ -30,9 +30,7 @@ from typing import (
     get_type_hints,
 )  # fmt: skip
 
-import numpy as np
-
-from ww_monitor.errors import InvalidArgument, SpectralWarning, UnknownArgument, check_choice
+from ww_monitor.errors import InvalidArgument, SpectralWarning, UnknownArgument, check_choice, plain
 
 _Part = TypeVar("_Part", bound="Settings")
 
@@ -59,9 +57,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for option in options_of(type(self)):
-            value = getattr(self, option.name)
-            if isinstance(value, np.generic):  # a number of a sweep; records and states hold Python's
-                object.__setattr__(self, option.name, value := value.item())
+            value = plain(getattr(self, option.name))  # records and states hold Python's numbers
+            object.__setattr__(self, option.name, value)
             option.verify(self.where, value)
 
     @classmethod

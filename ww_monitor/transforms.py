@@ -8,13 +8,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 
 from ww_monitor.engine import Options, analyze_matrices
-from ww_monitor.errors import InvalidArgument, check_choice
+from ww_monitor.errors import InvalidArgument, check_choice, plain
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.settings import Select
 from ww_monitor.spectra.elements import elements
@@ -116,8 +115,9 @@ def svd_smooth(
     >>> torch.linalg.matrix_rank(smooth.state_dict["0.weight"]).item(), smooth.changed
     (4, (TransformedLayer(name='0', kept=4, of=32, reason=''),))
     """
-    whole = isinstance(keep, Integral) and not isinstance(keep, bool) and keep >= 1
-    if not (whole or keep in _KEEP or (isinstance(keep, Real) and not whole and 0 < keep <= 1)):
+    keep = plain(keep)
+    whole = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+    if not (whole or keep in _KEEP or (isinstance(keep, float) and 0 < keep <= 1)):
         listed = ", ".join(map(repr, _KEEP))
         raise InvalidArgument(
             f"svd_smooth: keep must be one of {listed}, an integer >= 1 or a float in (0, 1]; got {keep!r}"
@@ -200,7 +200,7 @@ def _smooth(matrix: Matrix, weights: torch.Tensor, keep: str | int | float) -> _
     if isinstance(keep, str):
         count, verdict = _pooled_count(matrix, keep)
     else:
-        count = int(keep) if isinstance(keep, Integral) else max(1, math.floor(keep * matrix.short_side + 1e-9))
+        count = keep if isinstance(keep, int) else max(1, math.floor(keep * matrix.short_side + 1e-9))
         verdict = ""
     if not count >= 1:
         return _same(components, f"keep={keep!r} gives no number of components: {verdict}")

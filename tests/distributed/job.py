@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -105,6 +106,22 @@ def fsdp2_delta(rank, world):
     fully_shard(model)
     fully_shard(base)
     return analyze(model, base=base)
+
+
+def fsdp2_state(rank, world):
+    """A state dict in shards with the factors of an adapter, where new tensors have no numbers; and the same whole."""
+    model, mesh = models.chain(), init_device_mesh("cpu", (world,))
+    fully_shard(model, mesh=mesh)
+    factors = {"up.lora_A.weight": torch.arange(160.0).sin().view(5, 32), "up.lora_B.weight": torch.ones(72, 5).tril()}
+    state = model.state_dict() | {
+        name: distribute_tensor(factor, mesh, [Shard(0)], src_data_rank=None) for name, factor in factors.items()
+    }
+    whole = {name: tensor.full_tensor() for name, tensor in state.items()}
+    torch.set_default_device("meta")
+    try:
+        return analyze(state), ww_monitor.analyze(whole, min_size=3)
+    finally:
+        torch.set_default_device(None)
 
 
 def fsdp2_bfloat16(rank, world):

@@ -19,9 +19,9 @@ from ww_monitor.walk.torch import walk
 ROOT = Path(__file__).resolve().parents[2]
 
 TWO = (
-    "ddp fsdp2 fsdp2_measured fsdp2_weightwatcher fsdp2_delta fsdp2_bfloat16 tensor_parallel fsdp1 fsdp1_flat zero3"
-    " experts pipeline broken_layer late_break strict bad_walker twice alone training counted counted_whole shares"
-    " frozen"
+    "ddp fsdp2 fsdp2_measured fsdp2_weightwatcher fsdp2_delta fsdp2_state fsdp2_bfloat16 tensor_parallel fsdp1"
+    " fsdp1_flat zero3 experts pipeline broken_layer late_break strict bad_walker twice alone training counted"
+    " counted_whole shares frozen"
 )
 FOUR = (
     "ddp fsdp2 tensor_parallel mixed hsdp data_and_tensor fsdp1 experts pipeline subgroup"
@@ -99,6 +99,12 @@ def test_alpha_is_that_of_one_process(seen, alone, world, scenario):
     snapshot, expected = seen(world, scenario)[0], alone[MODELS[scenario]]
     alphas = [[layer.value("alpha") for layer in one.layers] for one in (snapshot, expected)]
     assert alphas[0] == pytest.approx(alphas[1], rel=1e-9, nan_ok=True)
+
+
+def test_a_state_dict_in_shards_gives_what_the_whole_one_does(seen):
+    for snapshot, whole in seen(2, "fsdp2_state"):
+        assert [layer.name for layer in whole.layers] == ["embedding", "up", "down", "plain", "up.lora[default]"]
+        assert metrics(snapshot) == pytest.approx(metrics(whole), rel=1e-6, abs=1e-9, nan_ok=True)
 
 
 @pytest.mark.parametrize(("world", "scenario"), SAME)

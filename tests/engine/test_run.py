@@ -244,6 +244,17 @@ def test_a_metric_that_fails_on_one_row_costs_that_row_only(monkeypatch):
     assert [layer.status for layer in snapshot.layers] == ["ok", "error: ArithmeticError: too large", "ok"]
 
 
+def test_a_metric_of_complex_numbers_costs_the_layers_and_needs_no_docstring(monkeypatch):
+    def rotating(batch):
+        return batch.floor + 1j
+
+    monkeypatch.setitem(TABLE["default"], "rotating", None)
+    metric(source="this test", standard=False)(rotating)
+    layer = analyze_matrices([matrix("fc", normal(20, 10))], Options(metrics=["rotating"]))["fc"]
+    assert TABLE["default"]["rotating"].definition == ""
+    assert layer.status == "error: TypeError: metric 'rotating': expected real numbers, got torch.complex128"
+
+
 def test_slices_are_solved_apart_pooled_and_halved_for_a_kernel():
     kernel = normal(9, 24, 16)
     expected = torch.linalg.svdvals(kernel.double()).square().flatten().sort().values

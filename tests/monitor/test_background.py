@@ -59,6 +59,18 @@ def test_a_newer_job_takes_the_place_of_the_one_that_waits(gate):
     worker.close(20)
 
 
+def test_the_first_job_of_a_thread_that_has_not_begun_is_not_the_one_that_waits(gate):
+    _, event = gate
+    worker = Background(lambda job: job, prepare=lambda: event.wait(20))
+    for job in (1, 2, 3):
+        worker.put(job)
+    event.set()
+    assert worker.join(20)
+    assert [done.job for done in finished(worker)] == [1, 3]
+    assert worker.dropped == 1
+    worker.close(20)
+
+
 def test_an_error_is_handed_over_and_the_next_job_runs():
     worker = Background(lambda job: 1 / job)
     for job in (0, 2):

@@ -194,7 +194,7 @@ def test_wrong_values():
     with pytest.raises(InvalidArgument, match="tensors must be a mapping; got list"):
         walk_state_dict([torch.zeros(2)])
     assert list(matrices({"fc.weight": torch.zeros(4, 4), "fc._extra_state": None})) == ["fc"]
-    with pytest.raises(InvalidArgument, match=r"ww_monitor: model must be .*, a mapping .*, or a path; got int"):
+    with pytest.raises(InvalidArgument, match=r"analyze: model must be .*, a mapping .*, or a path; got int"):
         analyze(3)
 
 

@@ -89,10 +89,10 @@ class Background(Generic[Job, Result]):
             return not self._busy and not self._waiting
 
     def put(self, job: Job) -> None:
-        """Add a job; the one that waits is dropped."""
+        """Add a job; the one that waits for another is dropped."""
         with self._lock:
-            if self._waiting:
-                self._waiting.popleft()
+            if len(self._waiting) > (not self._busy):  # where nothing runs the first is as good as begun
+                self._waiting.pop()
                 self.dropped += 1
             self._waiting.append(job)
             self._changed.notify_all()

@@ -6,6 +6,7 @@ that are not there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -141,8 +142,11 @@ def _moved(
     sent, peak = np.zeros(world), np.zeros(world)
     for matrix, owner in zip(matrices, owners, strict=True):
         most = workspace(Loaded([matrix], [torch.empty((1, *matrix.shape), dtype=dtype, device="meta")], dtype))
-        if sharded:
-            rows, lies = range(matrix.shape[1]), matrix.shards
+        rows, lies = range(matrix.shape[1]), matrix.shards
+        if sharded and lies is not None and not isinstance(lies, EvenShards):  # computed of the whole, by every rank
+            sent += (world - 1) / world * math.prod(matrix.shape) * dtype.itemsize
+            peak = np.maximum(peak, most)
+        elif sharded:
             lies = lies if isinstance(lies, EvenShards) else EvenShards((), axis=1, places=rows, size=len(rows))
             delivery, by_rank, held = _without_owner(matrix.shape, lies, world, dtype.itemsize)
             most = most if delivery.short_axis is None else 0

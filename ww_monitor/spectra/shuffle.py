@@ -6,12 +6,11 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from numbers import Integral
 
 import numpy as np
 import torch
 
-from ww_monitor.errors import InvalidArgument
+from ww_monitor.errors import InvalidArgument, plain
 from ww_monitor.spectra.device import accelerator_of
 from ww_monitor.spectra.eigenvalues import tall_of
 from ww_monitor.spectra.elements import Elements
@@ -60,9 +59,10 @@ def keep_permutations(nbytes: int) -> None:
     Raises:
         InvalidArgument: if it is no integer of at least 0.
     """
-    if isinstance(nbytes, bool) or not isinstance(nbytes, Integral) or nbytes < 0:
+    nbytes = plain(nbytes)
+    if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 0:
         raise InvalidArgument(f"keep_permutations: nbytes must be an integer >= 0; got {nbytes!r}")
-    _CACHE.limit(int(nbytes))
+    _CACHE.limit(nbytes)
 
 
 def stream(seed: int, replica: int) -> int:

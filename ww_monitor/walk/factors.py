@@ -22,7 +22,7 @@ from ww_monitor.walk.lora import low_rank
 from ww_monitor.walk.parts import KERNEL, WHOLE, joined, matrix
 from ww_monitor.walk.reading import own_tensors
 from ww_monitor.walk.roles import infer_role
-from ww_monitor.walk.unread import Unread, unread
+from ww_monitor.walk.unread import Unread, layout, unread
 
 Scaling = Callable[[str, int], float]
 """Name of the adapted module and rank → the scaling s of its delta s·B·A; NaN for an adapter of stacked parameters."""
@@ -104,7 +104,9 @@ def delta(
         return
     made = _Delta(left, right, diagonal, core, scale, shape, embedding, transposed)
     part = KERNEL[0] if kernel else WHOLE[0]
-    yield matrix(f"{name}.{label}", kind, part, shape[::-1] if embedding else shape, made.read, infer_role(name, kind))
+    stored = shape[::-1] if embedding else shape
+    shards = layout(factors, part.stack, stored, computed=True)
+    yield matrix(f"{name}.{label}", kind, part, stored, made.read, infer_role(name, kind), shards)
 
 
 def of_parameters_left_out(tensors: Mapping[str, Unread]) -> dict[str, Unread]:

@@ -7,13 +7,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain, count
-from numbers import Integral
 from operator import itemgetter
 
 import torch
 from torch import Tensor
 
-from ww_monitor.errors import InvalidArgument, SpectralWarning
+from ww_monitor.errors import InvalidArgument, SpectralWarning, plain
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Shards, Skipped
 from ww_monitor.settings import matching
@@ -188,10 +187,8 @@ def check_split(where: str, split: Split | None) -> None:
     for pattern, sizes in split.items():
         if not isinstance(pattern, str):
             raise InvalidArgument(f"{where}: split must map globs, which are strings; got {pattern!r}")
-        listed = [sizes] if isinstance(sizes, Integral) else sizes
-        numbers = isinstance(listed, Sequence) and all(
-            isinstance(size, Integral) and not isinstance(size, bool) and size >= 1 for size in listed
-        )
+        listed = [plain(sizes)] if isinstance(plain(sizes), int) else sizes
+        numbers = isinstance(listed, Sequence) and all(type(size) is int and size >= 1 for size in map(plain, listed))
         if not (numbers and listed):
             raise InvalidArgument(
                 f"{where}: split[{pattern!r}] must be a number of parts or a sequence of their sizes, all >= 1; "
@@ -204,7 +201,7 @@ def resolved(split: Split | None, names: Collection[str]) -> Split | None:
     found: dict[str, int | Sequence[int]] = {}
     for pattern, sizes in (split or {}).items():
         selected = matching(pattern, names)
-        found |= {name: sizes for name in selected if name not in found}
+        found |= {name: plain(sizes) for name in selected if name not in found}
         if any(names) and not selected:
             said = f"walk: split={pattern!r} matches no layer; the first are {', '.join(map(repr, list(names)[:3]))}"
             warnings.warn(said, SpectralWarning, stacklevel=3)
@@ -220,7 +217,7 @@ def split_parts(split: Split | None, name: str, shape: Sequence[int], axis: int)
     sizes = (split or {}).get(name)
     if sizes is None:
         return ()
-    listed = [shape[axis] // sizes] * sizes if isinstance(sizes, Integral) else list(sizes)
+    listed = [shape[axis] // sizes] * sizes if isinstance(sizes, int) else list(sizes)
     if sum(listed) != shape[axis]:
         raise InvalidArgument(
             f"walk: the sizes in split must add up to the {shape[axis]} outputs of {name!r}; got {sizes!r}"

@@ -32,6 +32,11 @@ def _is(thing: object, home: tuple[str, str]) -> bool:
     return isinstance(thing, getattr(sys.modules.get(home[0]), home[1], ()))
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is the part of one that lies on several ranks, or stands for such a one."""
+    return _is(tensor, _DTENSOR) or hasattr(tensor, "ds_id")
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself; of a DTensor all of it, on every rank of its mesh, which is a collective."""
     if not _is(tensor, _DTENSOR):
@@ -143,7 +148,8 @@ def _of_dtensor(tensor: Any, take: Take, shape: Sequence[int], *, computed: bool
 
 def _piece(tensor: Any, take: Take, shape: Sequence[int]) -> Piece | None:
     """The part of a matrix that the local shard holds; `None` where the shard is more than one box."""
-    chunks = tensor.__create_chunk_list__()
+    with torch.device("cpu"):  # torch counts offsets in tensors of the default device, which may have no numbers
+        chunks = tensor.__create_chunk_list__()
     if len(chunks) != 1:
         return None
     lines = [_line(take, shape, dim) for dim in range(len(shape))]

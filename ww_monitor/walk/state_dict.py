@@ -22,7 +22,7 @@ from ww_monitor.walk.packed import readable
 from ww_monitor.walk.parts import WHOLE, WRAPPERS, Part, Split
 from ww_monitor.walk.reading import tied_to
 from ww_monitor.walk.roles import infer_role
-from ww_monitor.walk.unread import Unread, unread
+from ww_monitor.walk.unread import Unread, layout, unread
 
 _EMBEDDING = re.compile(r"(.*_)?(embed(ding)?s?|emb|wte|wpe)(_(?!out).*)?|[a-z]*embed", re.IGNORECASE)
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
@@ -158,7 +158,8 @@ def _items(
         return
     name = key.rpartition(".")[0] if kind is Kind.ATTENTION else _name(key)
     for part in cuts:
-        item = parts.matrix(name, kind, part, value.shape, value.read, infer_role(name, kind))
+        shards = layout([value], part.stack, value.shape)
+        item = parts.matrix(name, kind, part, value.shape, value.read, infer_role(name, kind), shards)
         yield replace(item, inputs_first=_inputs_first(name, value.shape))
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ww_monitor.matrix import Shards
 from ww_monitor.walk.reading import identity, offers_dequantize
+from ww_monitor.walk.sharded import Take, is_sharded, shards_of
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Unread:
         read: Returns the tensor.
         identity: What it has in common with a tied tensor, or `None` where that is not known.
         reason: Why it is not read, or `""`.
+        sharded: The tensor that `read` gives or computes from, where it lies in shards.
     """
 
     shape: tuple[int, ...]
@@ -28,6 +31,7 @@ class Unread:
     read: Callable[[], Tensor]
     identity: object = None
     reason: str = ""
+    sharded: Tensor | None = None
 
 
 def unread(tensor: Tensor, read: Callable[[], Tensor]) -> Unread:
@@ -45,4 +49,11 @@ def unread(tensor: Tensor, read: Callable[[], Tensor]) -> Unread:
         and tensor.nbytes > tensor.untyped_storage().nbytes()
     ):
         reason = "a view that repeats fewer numbers than its shape says"
-    return Unread(shape, dtype, read, identity(tensor), reason)
+    return Unread(shape, dtype, read, identity(tensor), reason, tensor if is_sharded(tensor) else None)
+
+
+def layout(made_of: Sequence[Unread], take: Take, shape: Sequence[int], *, computed: bool = False) -> Shards | None:
+    """How a part of a weight lies on the ranks, as `shards_of` says it; `None` where all of it is here."""
+    stored = [one.sharded for one in made_of if one.sharded is not None]
+    computed = computed or any(one.sharded is not None and one.sharded.dtype != one.dtype for one in made_of)
+    return shards_of(stored, take, shape, computed=computed)
