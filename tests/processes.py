@@ -15,6 +15,9 @@ from pathlib import Path
 from threading import Timer
 from typing import IO, Any
 
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+"""What starts a script as two ranks of a job."""
+
 
 def environment(**more: str) -> dict[str, str]:
     """This process's environment without CUDA devices and with one thread, and what else is named."""
@@ -35,6 +38,26 @@ def run_python(
         env=environment(**more),
         check=False,
     )
+
+
+def once(factory: Any, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` has filled; where pytest has several workers, the first that asks has it made.
+
+    Args:
+        factory: pytest's `tmp_path_factory`.
+        name: Of the folder.
+        make: Is called with it.
+    """
+    from filelock import FileLock
+
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not (made := Path(f"{folder}.made")).exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            made.touch()
+    return folder
 
 
 def start_python(*arguments: str, output: IO[bytes] | IO[str], **more: str) -> subprocess.Popen[bytes]:

@@ -279,8 +279,9 @@ def test_a_training_without_a_look_and_with_looks_is_timed(installed, monkeypatc
         pytest.importorskip("transformers", reason="the Trainer is theirs")
     else:
         monkeypatch.setattr(gpu_training.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(gpu_training.ROUNDS, "least", 1)
     sync, in_background = gpu_training.measure(CPU, seconds=0.0)
-    assert [len(sync.without), len(sync.monitored)] == [gpu_training.ROUNDS["least"]] * 2
+    assert [len(sync.without), len(sync.monitored)] == [1, 1]
     assert sync.without == in_background.without
     assert (sync.without[0].snapshots, sync.monitored[0].snapshots) == (0, 2)  # both ends
     assert ("not installed" in sync.title) is not installed

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ww_monitor import InvalidArgument, analyze, metrics
-from ww_monitor.metric import TABLE, choose
+from ww_monitor.metric import MEASUREMENTS, TABLE, choose
 
 
 def normal(*shape, seed=0):
@@ -238,7 +238,7 @@ def test_every_metric_says_what_it_is(preset):
         assert entry.definition.endswith(".")
         assert entry.unit
         assert entry.source
-        assert entry.needs in ("", "elements", "shuffled", "vectors", "randomized")
+        assert entry.needs in ("", *MEASUREMENTS)
 
 
 def test_choose_gives_the_standard_ones_all_or_those_named():

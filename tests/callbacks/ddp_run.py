@@ -1,6 +1,6 @@
-"""Trains with two processes on the CPU, watched by SpectralMonitor; each rank leaves what it saw in a JSON file.
+"""Trains as one of two processes on the CPU, watched by SpectralMonitor: a run after the other in a folder each.
 
-Run as `python ddp_run.py FOLDER early_stopping|stop_on|sharded|budget`.
+Run as `python -m torch.distributed.run --nproc_per_node 2 ddp_run.py FOLDER`; each rank leaves JSON of what it saw.
 """
 
 import json
@@ -19,13 +19,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ww_monitor.callbacks.lightning import SpectralMonitor
 
-WAIT = 0.2 if "budget" in sys.argv else 0.0
-"""Seconds of a step: or the first look, with its imports, would outlast the run."""
-
 
 class Net(pl.LightningModule):
-    def __init__(self) -> None:
+    def __init__(self, step_seconds: float) -> None:
         super().__init__()
+        self.step_seconds = step_seconds
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 10))
         with torch.no_grad():
@@ -37,7 +35,7 @@ class Net(pl.LightningModule):
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch, batch_idx):
-        time.sleep(WAIT)
+        time.sleep(self.step_seconds)
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self):
@@ -50,7 +48,7 @@ class Counting(CSVLogger):
     calls = 0
 
     def log_metrics(self, metrics, step=None):
-        type(self).calls += 1
+        self.calls += 1
         super().log_metrics(metrics, step)
 
 
@@ -78,7 +76,7 @@ def main(folder: Path, what: str) -> None:
         default_root_dir=folder,
     )
     data = TensorDataset(torch.randn(128, 24), torch.arange(128) % 10)
-    trainer.fit(Net(), DataLoader(data, batch_size=8))
+    trainer.fit(Net(step_seconds=0.05 if what == "budget" else 0.0), DataLoader(data, batch_size=8))
     report = {
         "step": trainer.global_step,
         "alpha": float(trainer.callback_metrics["ww/alpha"]),
@@ -92,4 +90,7 @@ def main(folder: Path, what: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    for what in ("early_stopping", "stop_on", "sharded", "budget"):
+        place = Path(sys.argv[1]) / what
+        place.mkdir(exist_ok=True)
+        main(place, what)

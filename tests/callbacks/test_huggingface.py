@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.histories import published, steps_of
-from tests.processes import run_python
+from tests.processes import TWO_PROCESSES, once, run_python
 from ww_monitor import History, SpectralWarning
 from ww_monitor.sinks.memory import Memory
 
@@ -688,12 +688,13 @@ def test_names_of_a_compiled_model_are_clean(tmp_path):
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory) -> Path:
     """The folder of runs with two processes."""
-    folder = tmp_path_factory.mktemp("ddp")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = run_python(*launcher, str(HERE / "hf_ddp.py"), str(folder))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ww_monitor: watching") == 4
-    return folder
+
+    def run(folder):
+        done = run_python(*TWO_PROCESSES, str(HERE / "hf_ddp.py"), str(folder))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("ww_monitor: watching") == 4
+
+    return once(tmp_path_factory, "huggingface_ddp", run)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ os.environ.setdefault("KERAS_BACKEND", "torch")  # read when keras is imported
 keras = pytest.importorskip("keras", reason="keras, the framework, is not installed")
 
 from tests.histories import steps_of  # noqa: E402
-from tests.processes import run_python, start_python  # noqa: E402
+from tests.processes import TWO_PROCESSES, once, run_python, start_python  # noqa: E402
 from ww_monitor import Finding, History, InvalidArgument, SpectralWarning  # noqa: E402
 from ww_monitor.callbacks.keras import SpectralMonitor, completed_updates  # noqa: E402
 from ww_monitor.sinks.memory import Memory  # noqa: E402
@@ -448,8 +448,7 @@ def test_an_optimizer_that_cannot_be_read_is_said_once(tmp_path):
 
 
 def test_two_processes_agree_and_the_first_one_writes(tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = run_python(*launcher, str(HERE / "keras_ranks.py"), str(tmp_path), KERAS_BACKEND="torch")
+    done = run_python(*TWO_PROCESSES, str(HERE / "keras_ranks.py"), str(tmp_path), KERAS_BACKEND="torch")
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["steps"] == [0, 3, 6]  # the planted trap stops both at the third
@@ -485,17 +484,11 @@ def test_what_is_missing_is_named(missing, wanted):
 
 @pytest.fixture(scope="session")
 def found(tmp_path_factory):
-    """What `keras_run.py` writes on each backend; where pytest has several workers, the first that asks runs it."""
-    from filelock import FileLock
-
+    """What `keras_run.py` writes on each backend."""
     missing = [name for name, module in BACKENDS.items() if find_spec(module) is None]
     if missing:
         pytest.skip(f"the backends {missing} of keras are not installed")
-    base = tmp_path_factory.getbasetemp()
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "keras_backends"
-    with FileLock(f"{root}.lock"):
-        if not root.exists():
-            run_backends(root)
+    root = once(tmp_path_factory, "keras_backends", run_backends)
     return {backend: json.loads((root / backend / "found.json").read_text()) for backend in BACKENDS}
 
 
@@ -506,7 +499,7 @@ def run_backends(root: Path) -> None:
     runs = {}
     for backend in BACKENDS:
         folder = root / backend
-        folder.mkdir(parents=True)
+        folder.mkdir(exist_ok=True)
         script = str(HERE / "keras_run.py")
         with (folder / "output.txt").open("w") as file:
             runs[folder] = start_python(script, str(folder), output=file, KERAS_BACKEND=backend, **quick)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.histories import published, steps_of
-from tests.processes import run_python
+from tests.processes import TWO_PROCESSES, once, run_python
 from ww_monitor import History, InvalidArgument, Options, SpectralWarning, rules
 from ww_monitor.sinks.memory import Memory
 
@@ -853,24 +853,32 @@ def test_the_trainer_of_each_namespace_accepts_it_in_a_list_and_alone(tmp_path, 
     assert done.stdout.splitlines()[-1] == "fine"
 
 
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """The folder of runs with two processes."""
+
+    def run(folder):
+        done = run_python(*TWO_PROCESSES, str(HERE / "ddp_run.py"), str(folder))
+        assert done.returncode == 0, done.stderr
+
+    return once(tmp_path_factory, "lightning_ddp", run)
+
+
 @pytest.mark.parametrize(("what", "stops_at"), [("early_stopping", 8), ("stop_on", 4), ("sharded", 4)])
-def test_two_processes_agree_and_write_once(tmp_path, what, stops_at):
-    done = run_python(str(HERE / "ddp_run.py"), str(tmp_path), what)
-    assert done.returncode == 0, done.stderr
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+def test_two_processes_agree_and_write_once(processes, what, stops_at):
+    folder = processes / what
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert [rank["step"] for rank in ranks] == [stops_at] * 2
     assert [rank["last step"] for rank in ranks] == [stops_at] * 2
     assert ranks[0]["alpha"] == ranks[1]["alpha"]
     snapshots = stops_at // 2 + 1
     assert [(rank["snapshots"], rank["log calls"]) for rank in ranks] == [(snapshots, snapshots), (snapshots, 0)]
-    (path,) = tmp_path.glob("**/ww_history*")
+    (path,) = folder.glob("**/ww_history*")
     assert steps_of(History.read(path)) == list(range(0, stops_at + 1, 2))
 
 
-def test_two_processes_look_at_the_same_steps_within_a_budget(tmp_path):
-    done = run_python(str(HERE / "ddp_run.py"), str(tmp_path), "budget")
-    assert done.returncode == 0, done.stderr
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+def test_two_processes_look_at_the_same_steps_within_a_budget(processes):
+    ranks = [json.loads((processes / "budget" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0]["history"] == ranks[1]["history"]
     assert ranks[0]["steps"][0] == 0
     assert ranks[0]["steps"][-1] == ranks[0]["step"] == 40

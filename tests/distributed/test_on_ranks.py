@@ -10,7 +10,7 @@ from torch import nn
 
 import ww_monitor
 from tests.distributed import models
-from tests.processes import run_python
+from tests.processes import once, run_python
 from ww_monitor.description import Rates
 from ww_monitor.plan import plan_ranks
 from ww_monitor.walk.sharded import even_shards
@@ -50,12 +50,14 @@ SAME = [(2, name) for name in TWO.split() if name in MODELS] + [(4, name) for na
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """Where the ranks have left what they saw."""
-    folder = tmp_path_factory.mktemp("ranks")
     jobs = [(2, TWO), (4, FOUR), *MISSING, (4, "killed_keeper"), (2, "memory memory_wide")]
     scenarios = [f"{world}:{','.join(names.split())}" for world, names in jobs]
-    done = run_python("-m", "tests.distributed.job", str(folder), *scenarios, folder=ROOT)
-    assert done.returncode == 0, done.stderr
-    return folder
+
+    def run(folder):
+        done = run_python("-m", "tests.distributed.job", str(folder), *scenarios, folder=ROOT)
+        assert done.returncode == 0, done.stderr
+
+    return once(tmp_path_factory, "ranks", run)
 
 
 @pytest.fixture(scope="session")
