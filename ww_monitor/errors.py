@@ -47,14 +47,14 @@ def check_choice(where: str, argument: str, value: object, choices: Collection[A
         raise InvalidArgument(f"{where}: {argument} must be one of {listed}; got {value!r}")
 
 
-def plain(value: Any) -> Any:
+def as_python(value: Any) -> Any:
     """A number of numpy, such as one of a sweep, as Python's; anything else as it is."""
     return value.item() if isinstance(value, np.generic) else value
 
 
 def check_positive_int(where: str, argument: str, value: object) -> None:
     """Raise `InvalidArgument` unless `value` is an integer of at least 1."""
-    value = plain(value)
+    value = as_python(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidArgument(f"{where}: {argument} must be an integer >= 1; got {value!r}")
 
@@ -68,6 +68,6 @@ def check_names(where: str, argument: str, value: object) -> None:
 
 def check_share(where: str, argument: str, value: object) -> None:
     """Raise `InvalidArgument` unless `value` is a number between 0 and 1."""
-    value = plain(value)
+    value = as_python(value)
     if not isinstance(value, (int, float)) or not 0 < value < 1:
         raise InvalidArgument(f"{where}: {argument} must be between 0 and 1; got {value!r}")

@@ -30,7 +30,7 @@ from typing import (
     get_type_hints,
 )  # fmt: skip
 
-from ww_monitor.errors import InvalidArgument, SpectralWarning, UnknownArgument, check_choice, plain
+from ww_monitor.errors import InvalidArgument, SpectralWarning, UnknownArgument, as_python, check_choice
 
 _Part = TypeVar("_Part", bound="Settings")
 
@@ -57,7 +57,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for option in options_of(type(self)):
-            value = plain(getattr(self, option.name))  # records and states hold Python's numbers
+            value = as_python(getattr(self, option.name))  # records and states hold Python's numbers
             object.__setattr__(self, option.name, value)
             option.verify(self.where, value)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ww_monitor.engine import Options, analyze_matrices
-from ww_monitor.errors import InvalidArgument, check_choice, plain
+from ww_monitor.errors import InvalidArgument, as_python, check_choice
 from ww_monitor.matrix import Matrix, Skipped
 from ww_monitor.settings import Select
 from ww_monitor.spectra.elements import elements
@@ -115,7 +115,7 @@ def svd_smooth(
     >>> torch.linalg.matrix_rank(smooth.state_dict["0.weight"]).item(), smooth.changed
     (4, (TransformedLayer(name='0', kept=4, of=32, reason=''),))
     """
-    keep = plain(keep)
+    keep = as_python(keep)
     whole = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
     if not (whole or keep in _KEEP or (isinstance(keep, float) and 0 < keep <= 1)):
         listed = ", ".join(map(repr, _KEEP))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ww_monitor.errors import InvalidArgument, plain
+from ww_monitor.errors import InvalidArgument, as_python
 from ww_monitor.spectra.device import accelerator_of
 from ww_monitor.spectra.eigenvalues import tall_of
 from ww_monitor.spectra.elements import Elements
@@ -59,7 +59,7 @@ def keep_permutations(nbytes: int) -> None:
     Raises:
         InvalidArgument: if it is no integer of at least 0.
     """
-    nbytes = plain(nbytes)
+    nbytes = as_python(nbytes)
     if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 0:
         raise InvalidArgument(f"keep_permutations: nbytes must be an integer >= 0; got {nbytes!r}")
     _CACHE.limit(nbytes)

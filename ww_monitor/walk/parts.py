@@ -12,7 +12,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from ww_monitor.errors import InvalidArgument, SpectralWarning, plain
+from ww_monitor.errors import InvalidArgument, SpectralWarning, as_python
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Shards, Skipped
 from ww_monitor.settings import matching
@@ -187,8 +187,10 @@ def check_split(where: str, split: Split | None) -> None:
     for pattern, sizes in split.items():
         if not isinstance(pattern, str):
             raise InvalidArgument(f"{where}: split must map globs, which are strings; got {pattern!r}")
-        listed = [plain(sizes)] if isinstance(plain(sizes), int) else sizes
-        numbers = isinstance(listed, Sequence) and all(type(size) is int and size >= 1 for size in map(plain, listed))
+        listed = [as_python(sizes)] if isinstance(as_python(sizes), int) else sizes
+        numbers = isinstance(listed, Sequence) and all(
+            type(size) is int and size >= 1 for size in map(as_python, listed)
+        )
         if not (numbers and listed):
             raise InvalidArgument(
                 f"{where}: split[{pattern!r}] must be a number of parts or a sequence of their sizes, all >= 1; "
@@ -201,7 +203,7 @@ def resolved(split: Split | None, names: Collection[str]) -> Split | None:
     found: dict[str, int | Sequence[int]] = {}
     for pattern, sizes in (split or {}).items():
         selected = matching(pattern, names)
-        found |= {name: plain(sizes) for name in selected if name not in found}
+        found |= {name: as_python(sizes) for name in selected if name not in found}
         if any(names) and not selected:
             said = f"walk: split={pattern!r} matches no layer; the first are {', '.join(map(repr, list(names)[:3]))}"
             warnings.warn(said, SpectralWarning, stacklevel=3)
