@@ -42,7 +42,7 @@ bench-gpu: $(STAMP)     ## the engine and a training on a CUDA device, six minut
 bench-overhead: $(STAMP) ## training with the monitor and without, 25 minutes (9 on a CUDA device), into RESULTS.md
 	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.overhead
 
-faults: $(STAMP)        ## kills, full disks, odd folders, rules and sinks that misbehave, interrupts, forks: 20 minutes
+faults: $(STAMP)        ## kills, full disks, odd folders, rules and sinks that misbehave, interrupts, forks: nine minutes
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.faults
 
 evidence: $(STAMP)      ## the runs behind docs/evidence.md, hours; QUICK=1: minutes; DATA=folder: published runs and nets too
