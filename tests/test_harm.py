@@ -116,7 +116,8 @@ def test_a_weight_that_is_computed_from_others_is_left_out_with_the_reason():
     model = mlp()
     nn.utils.parametrizations.weight_norm(model[0])
     harm = trap_harm(model, ww_monitor.analyze(model))
-    assert (harm.divergence, list(harm.layers)) == (0.0, [])
+    assert math.isnan(float(harm)), "what is not known is not called harmless"
+    assert list(harm.layers) == []
     assert "computed from others" in harm.skipped["0"]
 
 
@@ -141,6 +142,55 @@ def test_the_divergence_of_logits_probabilities_and_one_output():
     two = [torch.stack([torch.zeros(4), one], 1) for one in (torch.arange(4.0), torch.full((4,), -2.0))]
     assert divergence(torch.arange(4.0)[:, None], torch.full((4, 1), -2.0)) == pytest.approx(divergence(*two))
     assert divergence(torch.tensor([[1e4, 0.0]]), torch.tensor([[0.0, 1e4]])) == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_probabilities_are_known_as_such_in_any_precision(dtype):
+    logits = torch.randn(200, 60, generator=torch.Generator().manual_seed(0))
+    others = logits.roll(1, 0)
+    rounded = [one.softmax(-1).to(dtype) for one in (logits, others)]
+    assert divergence(*rounded) == pytest.approx(divergence(logits, others), rel=1e-2)
+
+
+def test_one_output_a_sample_is_the_same_with_and_without_an_axis_of_its_own():
+    first, second = torch.tensor([-2.0, 0.5, 3.0]), torch.tensor([1.0, 0.5, 2.0])
+    assert divergence(first, second) == divergence(first[:, None], second[:, None]) > 0
+
+
+class Giving(nn.Module):
+    """A net whose outputs are given as some function of its logits."""
+
+    def __init__(self, give):
+        super().__init__()
+        self.net, self.give = mlp(), give
+
+    def forward(self, x):
+        return self.give(self.net(x))
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda y: (y.mean(), y),
+        lambda y: {"loss": y.mean(), "scores": y},
+        lambda y: {"scores": 2 * y, "logits": y},
+        lambda y: [(y, y.mean())],
+    ],
+    ids=["tuple", "dict", "logits", "nested"],
+)
+def test_a_loss_beside_the_outputs_is_passed_over(give):
+    inputs = torch.randn(8, 40, generator=torch.Generator().manual_seed(1))
+    plain = mlp()
+    expected = float(trap_harm(plain, ww_monitor.analyze(plain), inputs))
+    model = Giving(give)
+    assert float(trap_harm(model, ww_monitor.analyze(model), inputs)) == expected > 0
+
+
+@pytest.mark.parametrize("give", [lambda y: y.mean(), lambda y: y.argmax(-1), lambda y: "no", lambda y: ()])
+def test_outputs_without_a_number_a_sample_are_refused(give):
+    model = Giving(give)
+    with pytest.raises(InvalidArgument, match="the model must give a tensor of numbers a sample; got"):
+        trap_harm(model, ww_monitor.analyze(model), torch.zeros(8, 40))
 
 
 def test_outputs_that_are_not_finite_are_not_called_harmless():

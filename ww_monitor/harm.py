@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +44,8 @@ class TrapHarm:
     """How much the outputs change without the large entries of the traps; near 0 they are benign.
 
     Attributes:
-        divergence: With those of all layers cut down, 0 where there is no trap; `float` of this object is it.
+        divergence: With those of all layers cut down, 0 where there is no trap, NaN where none could be cut down;
+            `float` of this object is it.
         layers: Name → with those of this layer alone cut down.
         skipped: Name → why a layer with a trap was left as it is.
     """
@@ -71,7 +73,8 @@ def trap_harm(model: Any, snapshot: Snapshot, inputs: Inputs = None, *, samples:
     of the model a trapped layer are what it costs.
 
     Args:
-        model: A torch module or a Keras model that gives logits, probabilities, or an object with `logits`.
+        model: A torch module or a Keras model that gives logits, probabilities, or an object with `logits`; the classes
+            lie along the last axis, of images along that of the channels, and `[samples]` is one output a sample.
         snapshot: Of this model, from `ww_monitor.analyze` or a monitor.
         inputs: A batch: a tensor, a mapping passed by name, or a tuple of arguments. `None` draws Gaussian numbers, or
             random tokens where the model begins with an embedding.
@@ -118,7 +121,7 @@ def trap_harm(model: Any, snapshot: Snapshot, inputs: Inputs = None, *, samples:
             undo.append(lambda name=name, entries=entries: _cut_down(matrices[name], entries))  # type: ignore[misc]
         for again in undo:
             again()
-        total = divergence(own, _logits(run(given))) if layers else 0.0
+        total = divergence(own, _logits(run(given))) if layers else math.nan
     return TrapHarm(total, MappingProxyType(layers), MappingProxyType(skipped))
 
 
@@ -131,8 +134,10 @@ def divergence(first: Tensor, second: Tensor) -> float:
     >>> round(divergence(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])), 6)
     0.693147
     """
+    rounding = 1e-3 + torch.finfo(first.dtype).eps
     values = [one.detach().double().cpu() for one in (first, second)]
-    done = all(bool((one >= 0).all()) and bool(((one.sum(-1) - 1).abs() < 1e-3).all()) for one in values)
+    values = [one[:, None] if one.ndim == 1 else one for one in values]
+    done = all(bool((one >= 0).all()) and bool(((one.sum(-1) - 1).abs() < rounding).all()) for one in values)
     if values[0].shape[-1] == 1:
         done = all(bool(((one >= 0) & (one <= 1)).all()) for one in values)
         values = [torch.cat([1 - one if done else torch.zeros_like(one), one], -1) for one in values]
@@ -234,14 +239,16 @@ def _own_random_state(model: Any) -> Iterator[None]:
 
 
 def _logits(output: Any) -> Tensor:
-    """The first tensor of an output, its `logits` before others, classes last."""
+    """The first tensor of an output that has a number a sample, its `logits` before others, classes last."""
     output = getattr(output, "logits", output)
     if isinstance(output, Mapping):
-        output = output.get("logits", next(iter(output.values())))
+        output = output["logits"] if "logits" in output else tuple(output.values())
     if isinstance(output, (tuple, list)):
-        return _logits(output[0])
-    if not isinstance(output, Tensor):
-        raise InvalidArgument(f"trap_harm: the model must give a tensor; got {type(output).__name__}")
+        inner = (one for one in output if not isinstance(one, Tensor) or one.ndim)  # a loss may stand before them
+        return _logits(next(inner, None))
+    if not isinstance(output, Tensor) or not output.ndim or not output.is_floating_point():
+        got = f"{output.dtype} of shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise InvalidArgument(f"trap_harm: the model must give a tensor of numbers a sample; got {got}")
     return output.movedim(1, -1) if output.ndim > 3 else output
 
 
