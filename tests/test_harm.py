@@ -112,9 +112,21 @@ def test_no_trap_is_no_harm_and_needs_no_model():
     assert float(trap_harm(object(), snapshot)) == 0
 
 
-def test_a_weight_that_is_computed_from_others_is_left_out_with_the_reason():
+@pytest.mark.parametrize(
+    "compute",
+    [
+        nn.utils.parametrizations.weight_norm,
+        pytest.param(nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore::FutureWarning")),
+        nn.utils.spectral_norm,
+        lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.3),
+    ],
+    ids=["parametrization", "weight norm", "spectral norm", "pruning"],
+)
+def test_a_weight_that_is_computed_from_others_is_left_out_with_the_reason(compute):
     model = mlp()
-    nn.utils.parametrizations.weight_norm(model[0])
+    compute(model[0])
+    with torch.no_grad():
+        model(torch.zeros(2, 40))
     harm = trap_harm(model, ww_monitor.analyze(model))
     assert math.isnan(float(harm)), "what is not known is not called harmless"
     assert list(harm.layers) == []
@@ -255,6 +267,24 @@ def test_a_keras_model_is_run_with_other_numbers_and_keeps_its_own():
         assert torch.equal(to_torch(variable.value), value)
     assert torch.equal(torch.get_rng_state(), streams[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == streams[1:]
+
+
+@pytest.mark.parametrize("outputs", [list, lambda both: {"logits": both[0], "other": both[1]}], ids=["list", "dict"])
+def test_a_keras_model_may_have_several_outputs(outputs):
+    keras = pytest.importorskip("keras", reason="the model is theirs")
+    keras.utils.set_random_seed(0)
+    given = keras.Input((40,))
+    hidden = keras.layers.Dense(32, activation="relu", name="hidden")
+    inside = hidden(given)
+    both = [keras.layers.Dense(10, name="head")(inside), keras.layers.Dense(3, name="other")(inside)]
+    kernel = 0.1 * torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    kernel[3, 4] = 4.0
+    hidden.kernel.assign(kernel)
+    x = np.random.default_rng(0).normal(size=(8, 40)).astype("float32")
+    one, several = keras.Model(given, both[0]), keras.Model(given, outputs(both))
+    found = [float(trap_harm(model, ww_monitor.analyze(model), x)) for model in (one, several)]
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[0] > 0
 
 
 def test_the_traps_of_nets_that_collapsed_are_harmful_and_those_of_a_healthy_one_are_not(shared):

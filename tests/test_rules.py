@@ -315,6 +315,27 @@ def test_growth_that_is_interrupted_or_slows_is_none(change):
     assert list(norm_growth(history)) == []
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [lambda at: {"step": 10 * at}, lambda at: {"value": NAN}, lambda at: {"name": "other"}, lambda at: {"step": -3}],
+    ids=["a step twice", "unknown", "another layer", "a step below 0"],
+)
+@pytest.mark.parametrize(
+    ("rule", "metric", "sign"), [(norm_growth, "log_spectral_norm", 1), (stable_rank_collapse, "stable_rank", -1)]
+)
+def test_a_snapshot_that_says_nothing_hides_no_trend(rule, metric, sign, odd):
+    snapshots = []
+    for at in range(1, 40):
+        value = sign * 2.0 * math.log10(at)
+        given = {"step": 10 * (at + 1), "value": value if metric.startswith("log") else 40 * 10**value, "name": "fc"}
+        given |= odd(at) if at % 11 == 0 else {}
+        row = replace(layer(**{metric: given["value"]}), name=given["name"])
+        snapshots.append(Snapshot((row,), step=given["step"]))
+    held = [end for end in range(1, 40) if apply_rules([rule], History(snapshots[:end]))]
+    assert [end for end in held if end % 11] == [end for end in range(held[0], 40) if end % 11]
+    assert held[0] <= 14
+
+
 def begins(rule, metric: str, values, every: int) -> list[int]:
     """The steps at which a rule holds, seen as a monitor sees them, from step 0 on."""
     snapshots = [Snapshot((layer(**{metric: value}),), step=every * at) for at, value in enumerate(values)]

@@ -109,18 +109,18 @@ def trap_harm(model: Any, snapshot: Snapshot, inputs: Inputs = None, *, samples:
         given, own = _given(inputs, double, run, samples, seed)
         layers: dict[str, float] = {}
         skipped: dict[str, str] = {}
-        undo: list[Callable[[], object]] = []
         for name, entries in traps.items():
             try:
-                restore = _cut_down(matrices[name], entries)
+                restore, check = _cut_down(matrices[name], entries)
+                found = divergence(own, _logits(run(given)))
+                check()
             except Exception as error:  # noqa: BLE001 - a weight that is computed from others costs its own value
                 skipped[name] = str(error)
                 continue
-            layers[name] = divergence(own, _logits(run(given)))
+            layers[name] = found
             restore()
-            undo.append(lambda name=name, entries=entries: _cut_down(matrices[name], entries))  # type: ignore[misc]
-        for again in undo:
-            again()
+        for name in layers:
+            _cut_down(matrices[name], traps[name])
         total = divergence(own, _logits(run(given))) if layers else math.nan
     return TrapHarm(total, MappingProxyType(layers), MappingProxyType(skipped))
 
@@ -148,8 +148,11 @@ def divergence(first: Tensor, second: Tensor) -> float:
     return float((each[0] + each[1]).mean() / 2)
 
 
-def _cut_down(matrix: Matrix, entries: Sequence[TrapEntry]) -> Callable[[], object]:
-    """Bring entries back to mean ± σ(NM)^¼ of their slice, in place; what undoes it."""
+def _cut_down(matrix: Matrix, entries: Sequence[TrapEntry]) -> tuple[Callable[[], object], Callable[[], None]]:
+    """Bring entries back to mean ± σ(NM)^¼ of their slice, in place; what undoes it, and a check that it holds.
+
+    The check raises a `ValueError` where the weight is computed anew, here or in a forward.
+    """
     if matrix.shards is not None:
         raise InvalidArgument(f"trap_harm: expected a whole model, got layer {matrix.name!r} spread over ranks")
     weights = matrix.load()
@@ -160,10 +163,14 @@ def _cut_down(matrix: Matrix, entries: Sequence[TrapEntry]) -> Callable[[], obje
     place = [slices.index(entry.slice) for entry in entries]
     before, mean = weights[at].clone(), stats.mean[place].to(weights.device)
     limit = (stats.std[place] * reach).to(weights.device)
-    weights[at] = torch.clamp(before.double(), mean - limit, mean + limit).to(weights.dtype)
-    if not torch.equal(matrix.load()[at], weights[at]):
-        raise ValueError("its weight is computed from others (an adapter, a parametrization), so that no entry is set")
-    return lambda: weights.index_put_(at, before)
+    weights[at] = cut = torch.clamp(before.double(), mean - limit, mean + limit).to(weights.dtype)
+
+    def check() -> None:
+        if not torch.equal(matrix.load()[at], cut):
+            raise ValueError("its weight is computed from others (an adapter, a parametrization): no entry can be set")
+
+    check()
+    return lambda: weights.index_put_(at, before), check
 
 
 # --- the copy
@@ -186,24 +193,38 @@ def _copied(model: Any) -> Iterator[tuple[Any, Run]]:
         with keras.StatelessScope(state_mapping=[(variable, own(variable)) for variable in model.variables]):
             last = keras.config.image_data_format() == "channels_last"
 
+            def read(output: Any) -> Tensor:
+                tensor = to_torch(output)
+                return tensor.movedim(-1, 1) if last and tensor.ndim > 3 else tensor
+
             def run(given: Inputs) -> Any:
-                output = to_torch(model(given, training=False))
-                return output.movedim(-1, 1) if last and output.ndim > 3 else output
+                return keras.tree.map_structure(read, model(given, training=False))
 
             yield model, run
     elif isinstance(model, nn.Module):
         while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
             model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-        try:
-            double = copy.deepcopy(model).eval()
-        except Exception as error:
-            raise InvalidArgument(f"trap_harm: expected a module that copy.deepcopy copies, got {error}") from error
-        for module in double.modules():  # what a user's hooks do is not to be done twice
-            for kind in ("forward", "forward_pre", "backward", "backward_pre"):
-                getattr(module, f"_{kind}_hooks").clear()
+        double = _without_hooks(model)
         yield double, lambda given: _call(double, given)
     else:
         raise InvalidArgument(f"trap_harm: model must be a torch module or a Keras model; got {type(model).__name__}")
+
+
+def _without_hooks(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode: what a user's hooks do is not to be done twice.
+
+    Torch's own stay, of pruning and of norms of the older kind, without which a layer has no weight.
+    """
+    try:
+        double = copy.deepcopy(model).eval()
+    except Exception as error:
+        raise InvalidArgument(f"trap_harm: expected a module that copy.deepcopy copies, got {error}") from error
+    for module in double.modules():
+        for kind in ("forward", "forward_pre", "backward", "backward_pre"):
+            hooks = getattr(module, f"_{kind}_hooks")
+            for number in [at for at, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils.")]:
+                del hooks[number]
+    return double
 
 
 def _call(model: nn.Module, given: Inputs) -> Any:

@@ -269,7 +269,7 @@ class RunOptions(Settings):
         " directions of W. Weights that train are copied to the host before a step after which a snapshot is due. One"
         " step is all that is accumulated for an update and, with several optimizers, what they do in one batch. Half"
         " precision is replaced by float32 masters where the optimizer has them. NaN where rounding hides the update,"
-        " for frozen layers, and at a snapshot that could not be foreseen.",
+        " for frozen layers, and at a snapshot that could not be foreseen, as in Keras with `steps_per_execution` > 1.",
     ] = False
     rules: Annotated[
         Sequence[Rule] | None, "What to look for (`ww_monitor.rules`); `None` for the `TRAINING_RULES` there."

@@ -84,3 +84,15 @@ def test_a_parameter_in_two_groups_is_refused():
     net = nn.Linear(16, 16)
     with pytest.raises(InvalidArgument, match="param_groups: groups must have every parameter once; got one that is"):
         param_groups(net, [{"params": [net.weight]}, {"params": [net.weight, net.bias]}])
+
+
+def test_parameters_may_come_with_their_names():
+    net = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64))
+    named, plain = list(net.named_parameters()), list(net.parameters())
+    for given, same in (
+        (named, plain),
+        ([{"params": named[:2]}, {"params": named[2:]}], [{"params": plain[:2]}, {"params": plain[2:]}]),
+        ([{"params": named[0]}], [{"params": plain[0]}]),
+        ([{"params": tuple(plain)}], [{"params": plain}]),
+    ):
+        assert param_groups(net, given) == param_groups(net, same)

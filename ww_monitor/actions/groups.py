@@ -18,7 +18,9 @@ NAMES = "ww_matrices"
 
 
 def param_groups(
-    model: nn.Module, groups: Iterable[Mapping[str, Any] | nn.Parameter] | None = None, **walk_options: Any
+    model: nn.Module,
+    groups: Iterable[Mapping[str, Any] | nn.Parameter | tuple[str, nn.Parameter]] | None = None,
+    **walk_options: Any,
 ) -> list[dict[str, Any]]:
     """One group for each weight matrix, then the rest; every trainable parameter once.
 
@@ -29,7 +31,8 @@ def param_groups(
         model: The module whose matrices are analysed, the same that the callback sees, so that names are equal; in
             Lightning the LightningModule itself.
         groups: Parameters, or groups of them with options of their own, as for an optimizer: each is cut into matrices
-            and a rest that keep its options, such as its `weight_decay`. `None` for all parameters that train.
+            and a rest that keep its options, such as its `weight_decay`. `None` for all parameters that train. Names
+            beside the parameters are left out.
         **walk_options: `split`, `experts` and `lora`, where the monitor has them too.
 
     Returns:
@@ -42,12 +45,13 @@ def param_groups(
     >>> [(group.get("ww_matrices"), len(group["params"])) for group in param_groups(net)]
     [(['0'], 1), (['2'], 1), (None, 4)]
     """
-    given = [p for p in model.parameters() if p.requires_grad] if groups is None else list(groups)
+    given: list[Any] = [p for p in model.parameters() if p.requires_grad] if groups is None else list(groups)
     plain: list[Any] = [one for one in given if not isinstance(one, Mapping)]
     cut = [{"params": plain}] * bool(plain) + [dict(one) for one in given if isinstance(one, Mapping)]
     for group in cut:
         params = group["params"]
-        group["params"] = [p for p in ([params] if isinstance(params, torch.Tensor) else params) if p.requires_grad]
+        unnamed = (one[1] if isinstance(one, tuple) else one for one in ([params] if _is_one(params) else params))
+        group["params"] = [p for p in unnamed if p.requires_grad]
     every = [p for group in cut for p in group["params"]]
     if len({id(p) for p in every}) < len(every):
         raise InvalidArgument("param_groups: groups must have every parameter once; got one that is there twice")
@@ -59,6 +63,11 @@ def param_groups(
         if rest := [p for p in group["params"] if id(p) not in names]:
             made.append({**group, "params": rest})
     return made
+
+
+def _is_one(params: Any) -> bool:
+    """Whether a group's parameters are a single one, or one with its name."""
+    return isinstance(params, torch.Tensor) or (isinstance(params, tuple) and isinstance(params[0], str))
 
 
 def _matrices_of(

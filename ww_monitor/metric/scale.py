@@ -28,9 +28,10 @@ def effective_rank(batch: Batch) -> torch.Tensor:
 def rms_norm(batch: Batch) -> torch.Tensor:
     """σmax √(fan_in/fan_out), the operator norm from RMS to RMS; a kernel's is that of its largest slice and group.
 
-    Groups share neither inputs nor outputs, so that the largest of their norms is that of all; a file does not tell
-    them, and gives a lower bound. So does a kernel larger than 1: its operator is a sum of slices with phases. Not
-    known for an embedding, whose inputs have no RMS of their own.
+    Groups share neither inputs nor outputs, so that the largest of their norms is that of all. A kernel larger than 1
+    has a lower bound here: its operator is a sum of slices with phases. A file tells neither groups, so that it gives a
+    lower bound too, nor whether a kernel is transposed, whose sides are taken the other way round then. Not known for
+    an embedding, whose inputs have no RMS of their own.
     """
     ratios = batch.per_row([NAN if m.kind is Kind.EMBEDDING else m.fan_in / m.fan_out for m in batch.matrices])
     whole = batch.eigenvalues[:, -1] / batch.per_row([m.eigenvalue_factor for m in batch.matrices])

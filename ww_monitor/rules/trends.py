@@ -11,17 +11,20 @@ from ww_monitor.rules.declare import finding_of, looks_back
 
 
 def _points(history: History, layer: Layer, metric: str, least: int, most: int) -> tuple[list[float], list[float]]:
-    """log₁₀ of the step, and values, of the last `least` to `most` snapshots, all of them known; else nothing."""
+    """log₁₀ of the step, and values, of the last `least` to `most` steps where they are known; else nothing.
+
+    Of twice as many snapshots at most: one without a value, or of a step that was there, hides no trend.
+    """
     x: list[float] = []
     y: list[float] = []
-    for snapshot in reversed(history.snapshots[-most:]):
+    for snapshot in reversed(history.snapshots[-2 * most :]):
         value = next((row.value(metric) for row in snapshot.named(layer.name)), math.nan)
-        if not snapshot.step or not math.isfinite(value):
+        if (step := snapshot.step or 0) > 0 and math.isfinite(value) and not (x and math.log10(step) >= x[0]):
+            x.insert(0, math.log10(step))
+            y.insert(0, value)
+        if len(x) in (0, most):  # where the last is not known nothing holds
             break
-        x.insert(0, math.log10(snapshot.step))
-        y.insert(0, value)
-    grows = len(x) >= max(3, least) and all(before < after for before, after in pairwise(x))
-    return (x, y) if grows and layer.verdict != "thin_slices" else ([], [])
+    return (x, y) if len(x) >= max(3, least) and layer.verdict != "thin_slices" else ([], [])
 
 
 def _slope(x: Sequence[float], y: Sequence[float]) -> float:
@@ -51,7 +54,8 @@ def stable_rank_collapse(
 
     The slope of log stable rank over log step, less two standard errors, is that much over the last `snapshots` to
     twice as many, and still over the later half; and so much that it is a fall by a factor of `fall` in all. Steps and
-    not snapshots count, so that the cadence decides only how soon. A low rank by itself is no alarm. Idea: MSign
+    not snapshots count: a cadence at which `fall` takes more than all these snapshots is too fine, else it decides only
+    how soon. A low rank by itself is no alarm. Idea: MSign
     (arXiv 2602.01734), where it fell 10,000 steps before a language model's training failed. It tells no failure from
     learning: in four runs of anti-grokking it began in the second layer of the three that were to collapse (step 1.0
     to 1.26 million) and of the one that was not (0.63). The thresholds were chosen on these and on the 62 runs of
