@@ -198,6 +198,30 @@ def test_an_action_of_ones_own_has_the_metrics_that_it_needs():
     assert set(monitor.history.last.layers[0].metrics) == {"alpha", "stable_rank", "rate_factor"}
 
 
+def test_one_monitor_at_a_time_acts_on_an_optimizer_and_its_rates_stay_what_they_were():
+    net = nn.Sequential(nn.Linear(16, 16, bias=False))
+    first, second = (Monitor(every_n_steps=1, actions=[Double(factor=factor)]) for factor in (2.0, 3.0))
+    optimizer = torch.optim.SGD(param_groups(net), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    first.act_on(optimizer)
+    with pytest.warns(SpectralWarning, match="actions take an optimizer over from another monitor"):
+        second.act_on(optimizer)
+    for monitor in (first, second):
+        monitor.observe(walk(net), step=0)
+    for _ in range(3):
+        before = net[0].weight.detach().clone()
+        net[0].weight.grad = torch.ones(16, 16)
+        optimizer.step()
+        schedule.step()
+        torch.testing.assert_close(net[0].weight.detach(), before - 0.3)
+        assert [group["lr"] for group in optimizer.param_groups] == [0.1]
+    first.close()
+    second.close()
+    before = net[0].weight.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(net[0].weight.detach(), before - 0.1)
+
+
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), -1.0])
 def test_a_factor_that_is_no_rate_leaves_the_base(factor):
     monitor = Monitor(every_n_steps=EVERY, actions=[Double(factor=factor)])

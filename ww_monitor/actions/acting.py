@@ -98,7 +98,14 @@ class Acting:
                     f" each matrix, got {kinds}; make its groups with ww_monitor.actions.param_groups(model)",
                 )
         if self.acts:
-            self._steppers = [Stepper(one, self._factor) for one in map(_hookable, optimizers) if one is not None]
+            known = [one for one in map(_hookable, optimizers) if one is not None]
+            others = [other for one in known for other in Stepper.of(one)]
+            for other in others:
+                other.remove()
+            if others:
+                said = "actions take an optimizer over from another monitor: one acts on it at a time"
+                self._say("took over", f"{said}; give it the actions of both")
+            self._steppers = [Stepper(one, self._factor) for one in known]
 
     def detach(self) -> None:
         """The run is over: optimizers are as they were."""
@@ -161,6 +168,12 @@ class Stepper:
         ]
         self._before_us, self._ours = vars(optimizer).get("step"), self._wrapped(optimizer.step)
         optimizer.step = self._ours
+
+    @classmethod
+    def of(cls, optimizer: Any) -> list[Stepper]:
+        """Those that an optimizer has."""
+        owners = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
+        return [owner for owner in owners if isinstance(owner, cls)]
 
     @property
     def names(self) -> list[str]:
