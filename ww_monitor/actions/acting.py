@@ -98,7 +98,7 @@ class Acting:
                     f" each matrix, got {kinds}; make its groups with ww_monitor.actions.param_groups(model)",
                 )
         if self.acts:
-            known = [one for one in map(_hookable, optimizers) if one is not None]
+            known = list({id(one): one for one in map(_hookable, optimizers) if one is not None}.values())
             others = [other for one in known for other in Stepper.of(one)]
             for other in others:
                 other.remove()
