@@ -64,8 +64,8 @@ def trap_harm(model: Any, snapshot: Snapshot, inputs: Inputs = None, *, samples:
     JS is the Jensen–Shannon divergence in nats, 0 to ln 2; the entries are those that the snapshot names
     (`Layer.trap_entries`, at most eight a layer), the threshold is mean ± σ(NM)^¼. Idea: Prakash & Martin 2026 (arXiv
     2605.12394, §6), who replace the trap's direction by a random one. On four nets of anti-grokking and Gaussian
-    inputs it is 0.0013 to 0.0029, by seed, for the three that collapsed and 0.0002 for the one that did not. It depends on
-    the inputs (0.002 to 0.005 and 0.0005 with mean 0.1 and deviation 0.3): compare models on the same ones, and give
+    inputs it is 0.0013 to 0.0029, by seed, for the three that collapsed and 0.0002 for the one that did not. It depends
+    on the inputs (0.002 to 0.005 and 0.0005 with mean 0.1 and deviation 0.3): compare models on the same ones, and give
     real ones where you can.
 
     Everything is done in a copy of the model, in evaluation mode, without its hooks; of a Keras model in a stateless
