@@ -109,15 +109,30 @@ def test_gram_matrix_summed_in_chunks_is_the_same(rows):
     torch.testing.assert_close(found.frobenius_sq, whole.square().sum((1, 2)), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("mkl_side", "library"), [(2048, "numpy"), (8, "numpy"), (2048, "torch")], ids=["SciPy", "torch above", "torch"]
-)
-def test_what_is_solved_in_place_is_what_numpy_gives(monkeypatch, mkl_side, library):
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("sides", [(256, 2048), (256, 257), (640, 1024)], ids=["SciPy", "torch above", "torch below"])
+def test_what_is_solved_in_place_is_what_numpy_gives(monkeypatch, sides, library):
     matrices = draw(3, 280, 260)
     by_numpy = torch.from_numpy(np.linalg.eigvalsh((matrices.mT @ matrices).numpy()))
-    monkeypatch.setattr(host, "_MKL_SIDE", mkl_side)
+    monkeypatch.setattr(host, "_SCIPY_SIDES", sides)
+    monkeypatch.setattr(host, "_SCIPY_SIDES_ON_INTEL", sides)
     monkeypatch.setattr(np.linalg, "eigvalsh", None)
     assert_same_spectrum(eigenvalues(matrices, library=library).values, by_numpy)
+
+
+@pytest.mark.parametrize("intel", [True, False])
+def test_the_processor_decides_which_solver_a_side_gets(monkeypatch, intel):
+    monkeypatch.setattr(host.lapack, "on_intel", lambda: intel)
+    solve, asked = host.lapack.eigvalsh, []
+
+    def noted(gram, *, with_torch):
+        asked.append((len(gram), with_torch))
+        return solve(gram, with_torch=with_torch)
+
+    monkeypatch.setattr(host.lapack, "eigvalsh", noted)
+    for side in (40, 300, 700, 1100):
+        eigenvalues(draw(1, side, side))
+    assert asked == ([(700, False), (1100, True)] if intel else [(300, False), (700, False), (1100, False)])
 
 
 @pytest.mark.parametrize("side", [40, 300])

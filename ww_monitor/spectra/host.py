@@ -19,20 +19,24 @@ _TOGETHER = _ROW_CHUNK = 1 << 18
 held in float64 at a time while the Gram matrix is summed, or an eighth of the Gram matrix where that is more: 2 MiB
 stay in a core's cache, and shorter products cost more (measured: of a sixteenth 5 % of the Gram matrix at 2048)."""
 
-_IN_PLACE_SIDE = 256
-"""From this side on a copy of a Gram matrix costs more than a call of one's own, and SciPy's LAPACK is as quick as
-torch's. Below, torch's takes 0.63 to 0.95 of numpy's time on an Intel Xeon (64: 0.14 ms against 0.23), and on an AMD
-EPYC 1.08 (0.13 against 0.12)."""
+_TOGETHER_SIDE = 256
+"""Below this side torch's eigensolver, for several matrices in a call, takes 0.63 to 0.95 of the time of numpy's on an
+Intel Xeon (64: 0.14 ms against 0.23), and on an AMD EPYC 1.08 (0.13 against 0.12)."""
 
-_MKL_SIDE = 2048
-"""Above this side torch's host eigensolver beats SciPy's (measured on 2 cores: 3.6 s against 5.9 s at 4096)."""
+_SCIPY_SIDES = (_TOGETHER_SIDE, 2048)
+"""Sides at which SciPy's eigensolver, in place, is quicker than torch's (2 cores of an AMD EPYC; at 4096 torch's takes
+3.6 s, SciPy's 5.9)."""
+
+_SCIPY_SIDES_ON_INTEL = (640, 1024)
+"""The same on Intel's processors, for which torch's library is made (2 workers on a Xeon, milliseconds for SciPy and
+torch: 4.6 and 4.1 at 384, 9.6 and 8.5 at 512, 66 and 68 at 1024, 218 and 133 at 1536, 476 and 260 at 2048)."""
 
 FLOOR_NORM = 1e-150
 """Up to this squared Frobenius norm the second moment underflows in float64, so the spectrum is not known."""
 
 Library = Literal["numpy", "torch"]
-"""Whose routines to use: numpy's and SciPy's make the faster products, and solve faster from `_IN_PLACE_SIDE` to
-`_MKL_SIDE`; torch's can be held to one thread a worker without touching any other thread."""
+"""Whose routines to use: numpy's and SciPy's make the faster products, and solve faster at `_SCIPY_SIDES`; torch's
+can be held to one thread a worker without touching any other thread."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ def _solve_grams(
 
 def _eigvalsh(gram: np.ndarray, library: Library) -> np.ndarray:
     """Eigenvalues `[B, M]`; NaN for a matrix that the solver gave up on."""
-    if len(gram) == 1 or gram.shape[-1] < _IN_PLACE_SIDE:
+    if len(gram) == 1 or gram.shape[-1] < _TOGETHER_SIDE:
         try:
             return _lapack(gram, library)
         except (np.linalg.LinAlgError, RuntimeError):
@@ -168,11 +172,11 @@ def _eigvalsh(gram: np.ndarray, library: Library) -> np.ndarray:
 def _lapack(gram: np.ndarray, library: Library) -> np.ndarray:
     """The eigenvalues of the upper triangles: of small ones together, of a large one in place.
 
-    Which way depends on the side alone, so that with one BLAS thread a matrix has the same bits whatever it is solved
-    beside; more threads may differ in the last ones.
+    Which way depends on the side alone, so that with one BLAS thread a machine gives a matrix the same bits whatever it
+    is solved beside; more threads may differ in the last ones.
     """
-    side = gram.shape[-1]
-    if side >= _IN_PLACE_SIDE:
-        return lapack.eigvalsh(gram[0], with_torch=library == "torch" or side > _MKL_SIDE)[None]
+    side, (least, most) = gram.shape[-1], _SCIPY_SIDES_ON_INTEL if lapack.on_intel() else _SCIPY_SIDES
+    if side >= least:
+        return lapack.eigvalsh(gram[0], with_torch=library == "torch" or side > most)[None]
     values: np.ndarray = torch.linalg.eigvalsh(torch.from_numpy(gram), UPLO="U").numpy()
     return values

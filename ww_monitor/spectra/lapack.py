@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from scipy import LowLevelCallable
 from scipy.linalg import cython_blas, cython_lapack
+from threadpoolctl import ThreadpoolController
 
 from ww_monitor.spectra.stop import stop_if_told
 
@@ -147,6 +148,13 @@ def _routine(module: ModuleType, name: str, result: Any = None) -> Callable[...,
     pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
     address = pointer(("PyCapsule_GetPointer", ctypes.pythonapi))(callable_.function, callable_.signature.encode())
     return ctypes.CFUNCTYPE(result, *[ctypes.c_void_p] * callable_.signature.count("*"))(address)
+
+
+@lru_cache(maxsize=1)
+def on_intel() -> bool:
+    """Whether OpenBLAS takes this processor for one of Intel's, by the name of its kernels."""
+    kernels = {getattr(library, "architecture", "") for library in ThreadpoolController().lib_controllers}
+    return not kernels.isdisjoint({"Haswell", "SkylakeX", "SapphireRapids"})  # AMD's are Zen and Cooperlake to it
 
 
 def _torch_dsyevd() -> Callable[..., Any] | None:
