@@ -104,32 +104,49 @@ def test_the_run_keeps_what_its_owner_logs_at_the_steps_that_it_would_have_witho
     assert ours == [(10 * look, pytest.approx(2.5 + look / 10)) for look in range(looks)]
 
 
-def test_rows_that_wait_are_written_by_a_process_that_ends_without_finish(tmp_path, read_wandb):
+WAITING = """
+import os, sys, wandb
+from ww_monitor.record import Snapshot
+from ww_monitor.sinks.wandb import WandB
+
+settings = wandb.Settings(console="off", x_disable_stats=True)
+run = wandb.init(mode="offline", dir=sys.argv[1], settings=settings)
+sink = WandB()
+for step in range(4):
+    sink.write(Snapshot((), summary={"alpha": 3.0}, step=step))
+"""
+"""A process in whose W&B run rows of ours wait."""
+
+FORKED = """
+child = os.fork()
+child or sys.exit()
+os.waitpid(child, 0)
+for step in range(4):
+    run.log({"loss": step}, step=step)
+run.finish()
+"""
+
+
+@pytest.fixture
+def rows_after(tmp_path, read_wandb):
+    """The rows that W&B's file has after a process in which rows wait has gone on in some way."""
     pytest.importorskip("wandb", reason="wandb, the tracker, is not installed")
-    code = (
-        "import sys, wandb; from ww_monitor.record import Snapshot; from ww_monitor.sinks.wandb import WandB;"
-        "settings = wandb.Settings(console='off', x_disable_stats=True);"
-        "run = wandb.init(mode='offline', dir=sys.argv[1], settings=settings);"
-        "sink = WandB(); [sink.write(Snapshot((), summary={'alpha': 3.0}, step=step)) for step in range(4)]"
-    )
-    done = run_python("-c", code, str(tmp_path), WANDB_SILENT="true")
-    assert done.returncode == 0, done.stderr
-    assert [row["ww/step"] for row in read_wandb(tmp_path)["rows"]] == [0, 1, 2, 3]
+
+    def run(rest):
+        done = run_python("-c", WAITING + rest, str(tmp_path), WANDB_SILENT="true")
+        assert done.returncode == 0, done.stderr
+        return read_wandb(tmp_path)["rows"]
+
+    return run
+
+
+def test_rows_that_wait_are_written_by_a_process_that_ends_without_finish(rows_after):
+    assert [row["ww/step"] for row in rows_after("")] == [0, 1, 2, 3]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_that_ends_writes_nothing_into_the_run_of_its_parent(tmp_path, read_wandb):
-    code = (
-        "import os, sys, wandb; from ww_monitor.sinks.wandb import WandB; from ww_monitor.record import Snapshot;"
-        "settings = wandb.Settings(console='off', x_disable_stats=True);"
-        "run = wandb.init(mode='offline', dir=sys.argv[1], settings=settings);"
-        "sink = WandB(); [sink.write(Snapshot((), summary={'alpha': 3.0}, step=step)) for step in range(4)];"
-        "child = os.fork(); child or sys.exit(); os.waitpid(child, 0);"
-        "[run.log({'loss': step}, step=step) for step in range(4)]; run.finish()"
-    )
-    done = run_python("-c", code, str(tmp_path), WANDB_SILENT="true")
-    assert done.returncode == 0, done.stderr
-    rows = read_wandb(tmp_path)["rows"]
+def test_a_forked_child_that_ends_writes_nothing_into_the_run_of_its_parent(rows_after):
+    rows = rows_after(FORKED)
     assert [(row["_step"], row["loss"]) for row in rows if "loss" in row] == [(step, step) for step in range(4)]
     assert [row["ww/step"] for row in rows if "ww/step" in row] == [0, 1, 2, 3]
 
