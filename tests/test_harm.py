@@ -156,6 +156,23 @@ def test_the_divergence_of_logits_probabilities_and_one_output():
     assert divergence(torch.tensor([[1e4, 0.0]]), torch.tensor([[0.0, 1e4]])) == pytest.approx(math.log(2))
 
 
+def test_a_weight_that_the_forward_writes_is_left_out_too():
+    class Writing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+            self.register_buffer("source", self.net[0].weight.detach().clone().flatten())
+
+        def forward(self, x):
+            self.net[0].weight.data.copy_(self.source.view(32, 40))
+            return self.net(x)
+
+    model = Writing()
+    harm = trap_harm(model, ww_monitor.analyze(model), torch.randn(8, 40, generator=torch.Generator().manual_seed(1)))
+    assert math.isnan(float(harm))
+    assert list(harm.skipped) == ["net.0"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_probabilities_are_known_as_such_in_any_precision(dtype):
     logits = torch.randn(200, 60, generator=torch.Generator().manual_seed(0))

@@ -336,6 +336,12 @@ def test_a_snapshot_that_says_nothing_hides_no_trend(rule, metric, sign, odd):
     assert held[0] <= 14
 
 
+@pytest.mark.parametrize("rule", [norm_growth, stable_rank_collapse])
+def test_many_snapshots_of_one_step_show_no_trend(rule):
+    rows = [layer(log_spectral_norm=float(at), stable_rank=40.0 / 2**at) for at in range(20)]
+    assert list(rule(History(Snapshot((row,), step=10) for row in rows))) == []
+
+
 def begins(rule, metric: str, values, every: int) -> list[int]:
     """The steps at which a rule holds, seen as a monitor sees them, from step 0 on."""
     snapshots = [Snapshot((layer(**{metric: value}),), step=every * at) for at, value in enumerate(values)]
