@@ -1,7 +1,7 @@
-"""How often a healthy run is warned: 288 small nets on digits that train as people train, and every rule on them.
+"""How often a healthy run is warned: 512 small nets on digits that train as people train, and every rule on them.
 
 `python -m benchmarks.evidence.healthy [--quick] [--jobs 2]` writes `results/healthy.json`. It takes 299 runs without a
-false alarm, such as these and the 22 healthy ones of `runs`, to show a rate below 1 % (95 % bound, Clopper & Pearson).
+false alarm, or 473 with one, to show a rate below 1 % (95 % bound, Clopper & Pearson); 22 more are among `runs`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ww_monitor import History, rules
 NETS = ("MLP 48", "MLP 96-48", "MLP 128-64-32", "CNN 8-16")
 TRAININGS = (("sgd", 0.1), ("momentum", 0.02), ("adamw", 1e-3), ("adamw", 3e-3))
 DECAYS = {"sgd": (0.0, 5e-4), "momentum": (0.0, 5e-4), "adamw": (0.0, 0.01)}
-SEEDS, STEPS, EVERY = {"MLP": 10, "CNN": 6}, 1000, 50
+SEEDS, STEPS, EVERY = {"MLP": 18, "CNN": 10}, 1000, 50
 ALARMING = ("warning", "critical")
 
 
