@@ -27,11 +27,11 @@ LEVELS = (
 )
 """What stands where; a folder is one word. A module may import what stands below it, and its own folder."""
 
-WALKERS = {"_adapter": {"sources"}}
-"""Who of the callbacks knows a walker: what they share."""
+WALKERS = {"_adapter": {"sources"}, "_keras_steps": {"keras", "parts"}}
+"""Who of the callbacks knows a walker: what they share, and what changes the variables of matrices."""
 
 FRAMEWORKS = {
-    "keras": {"callbacks.keras", "walk.keras"},
+    "keras": {"callbacks.keras", "callbacks._keras_steps", "walk.keras"},
     "jax": {"walk.keras"},
     "tensorflow": {"walk.keras"},
     "pytorch_lightning": {"callbacks.lightning"},

@@ -279,7 +279,8 @@ class RunOptions(Settings):
         "What changes the run by what is seen (`ww_monitor.actions`): learning rates or weight decays by layer, on"
         " groups that `ww_monitor.actions.param_groups` has made. Only logged while its `dry_run` is true; else it"
         ' needs `every_n_steps`, at whose multiples its factors change, and `mode="sync"`, so that a run can be'
-        " repeated. A loop of your own calls `Monitor.act_on(optimizer)`; Keras has no groups and takes dry runs only.",
+        " repeated. A loop of your own calls `Monitor.act_on(optimizer)`. Keras has no groups; there a step is changed"
+        " after it was made, at the cost of a copy of the weights.",
     ] = ()
     sinks: Annotated[Sequence[Sink], "Where snapshots go (`ww_monitor.sinks`), beside what a callback writes."] = ()
     keep: Annotated[
@@ -339,12 +340,3 @@ class KerasOptions(CallbackOptions):
 
     _: KW_ONLY
     folder: Annotated[str | Path, "Where the history file goes; it is made at the first snapshot."] = "ww_logs"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        acting = [action for action in self.actions if not action.dry_run]
-        if acting:
-            raise InvalidArgument(
-                f"{self.where}: actions must be dry runs in Keras, whose optimizers have one rate and one decay for all"
-                f" variables, compiled into the step; got {acting[0]!r}; use dry_run=True"
-            )

@@ -15,6 +15,7 @@ if os.environ["KERAS_BACKEND"] != "tensorflow":
     sys.modules["tensorflow"] = None  # type: ignore[assignment]  # nothing here needs it
 
 import keras
+import keras_acting
 import numpy as np
 import torch
 
@@ -294,6 +295,7 @@ def main(folder: Path) -> None:
             "counted": counted(folder / "counted"),
             "seen": seen(folder / "seen"),
             "interrupted": interrupted(folder / "interrupted"),
+            "acting": keras_acting.error(folder / "acting"),
         }
     found["warnings"] = [str(w.message) for w in caught if issubclass(w.category, SpectralWarning)]
     (folder / "found.json").write_text(json.dumps(found))

@@ -588,5 +588,11 @@ def test_an_interrupted_run_goes_on(found, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_that_actions_change_is_that_of_a_loop_by_hand(found, backend):
+    """Ten steps of SGD with momentum and weight decay, whose rates and decays differ by layer and change twice."""
+    assert found[backend]["acting"] < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_backend_makes_it_warn(found, backend):
     assert found[backend]["warnings"] == []

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import wraps
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,6 +16,17 @@ from ww_monitor.record import Action, Snapshot
 
 Say = Callable[[str, str], None]
 """Takes a key and a message, which is said once a key."""
+
+
+class Steps(Protocol):
+    """What makes the steps of a run by the factors of its matrices."""
+
+    @property
+    def names(self) -> list[str]:
+        """The matrices that it steps."""
+
+    def remove(self) -> None:
+        """The run is over."""
 
 
 class Acting:
@@ -35,7 +46,7 @@ class Acting:
         self, actions: Sequence[Action], *, every: int | None, say: Say, note: Callable[[str, str, int | None], None]
     ) -> None:
         self.actions, self._every, self._say, self._note = tuple(actions), every, say, note
-        self._steppers: list[Stepper] = []
+        self._steppers: list[Steps] = []
         self._asked = False
         self.restart()
 
@@ -105,7 +116,22 @@ class Acting:
             if others:
                 said = "actions take an optimizer over from another monitor: one acts on it at a time"
                 self._say("took over", f"{said}; give it the actions of both")
-            self._steppers = [Stepper(one, self._factor) for one in known]
+            self._steppers = [Stepper(one, self.factor) for one in known]
+
+    def attach_to(self, stepper: Steps | None, against: Mapping[str, str]) -> None:
+        """Let what is no optimizer of torch step by the factors.
+
+        Args:
+            stepper: What does; `None` where no option can be changed.
+            against: Option → why it cannot be changed, or `""`.
+        """
+        self.detach()
+        self._asked = True
+        self._steppers = [] if stepper is None else [stepper]
+        for action in self.actions:
+            reason = against.get(action.option, f"expected factors on one of {', '.join(against)}")
+            if reason and not action.dry_run:
+                self._say(f"no {action.option}", f"{type(action).__name__} does nothing: {reason}")
 
     def detach(self) -> None:
         """The run is over: optimizers are as they were."""
@@ -113,7 +139,7 @@ class Acting:
             stepper.remove()
         self._steppers = []
 
-    def _factor(self, names: Sequence[str]) -> dict[str, float]:
+    def factor(self, names: Sequence[str]) -> dict[str, float]:
         """Option → factor of a group: of the mean of its matrices' factors, the product over the actions."""
         found: dict[str, float] = {}
         for action, factors in zip(self.actions, self._factors, strict=True):

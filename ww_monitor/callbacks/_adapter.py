@@ -58,7 +58,7 @@ class Adapter:
     _prefix = ""
     """What the framework puts before our keys in TensorBoard."""
 
-    _left_out = frozenset(("_left_open", "_dashboards", "_handler", "_saving", "log", "log_dict"))
+    _left_out = frozenset(("_left_open", "_dashboards", "_handler", "_saving", "_steps", "log", "log_dict"))
     """What a copy has not; the last two are methods of the module, which Lightning puts there."""
 
     @method_taking(CallbackOptions)
@@ -179,7 +179,7 @@ class Adapter:
             self._history_name = ""
         monitor.begin(step)
         monitor.analyzer.before = None  # a run that died may have left weights of this step
-        monitor.act_on(*optimizers)
+        self._act_on(optimizers)
         monitor.quiet = rank > 0
         monitor.across_ranks = ranks > 1
         place = None
@@ -197,6 +197,10 @@ class Adapter:
                 continues=self._history_name,
             )
             self._left_open = weakref.finalize(self, self._session.close)  # where no hook tells of an exception
+
+    def _act_on(self, optimizers: Sequence[Any]) -> None:
+        """Let the run step by what `actions` say."""
+        self.monitor.act_on(*optimizers)
 
     def _say_what_it_continues(self, folder: Path | None, step: int) -> None:
         """Note in the history where a resumed run's earlier part is."""

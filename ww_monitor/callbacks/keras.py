@@ -26,6 +26,8 @@ except ImportError as error:
         message = f"ww_monitor.callbacks.keras: needs a backend of keras ({error}); set KERAS_BACKEND to one you have"
     raise MissingDependency(message) from error
 
+from ww_monitor.callbacks._keras_steps import ScaledSteps, reasons_against
+
 _RECORDING = tuple(
     getattr(keras.callbacks, name) for name in ("CSVLogger", "History", "ProgbarLogger", "RemoteMonitor", "TensorBoard")
 )
@@ -66,6 +68,8 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
     _updates_done = 0
     _within_line = False
     _saving: Sequence[Any] = ()
+    _steps: ScaledSteps | None = None
+    _acts_already = False
 
     @method_taking(KerasOptions)
     def __init__(self, given: KerasOptions) -> None:
@@ -102,12 +106,16 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         step, epoch, known = self._updates_done, self._epoch or 0, self.params or {}
         last = epoch + 1 == known.get("epochs") or self._watched or self.monitor.due_at_epoch_end(epoch, step + 1)
         self._before_step(lambda: self.model, step=step, last=bool(last) and batch + 1 == known.get("steps"))
+        if self._steps is not None:
+            self._steps.before(lambda: self.model, step)
 
     @hook
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         """A snapshot where one is due."""
-        self._within_line = True
-        due, read = self.monitor.due(step := self._step()), any(_saves_after(batch, one) for one in self._saving)
+        self._within_line, step = True, self._step()
+        if self._steps is not None:
+            self._change_step(step)
+        due, read = self.monitor.due(step), any(_saves_after(batch, one) for one in self._saving)
         if due or read:
             self._observe(step, whole=read)
         else:
@@ -170,6 +178,23 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
             self._observe(step, whole=True)
         self._announce()
 
+    def _act_on(self, optimizers: Sequence[Any]) -> None:
+        """Change the steps of the optimizer by what `actions` say."""
+        acting, self._steps = self.monitor.acting, None
+        with self.monitor.guard("actions", always=True):
+            if acting.acts:
+                taken = "another monitor acts on this model; give it the actions of both" if self._acts_already else ""
+                against = {option: taken or reason for option, reason in reasons_against(self.model).items()}
+                heard = [option for option, reason in against.items() if not reason]
+                self._steps = ScaledSteps(self.model, acting.factor, heard, self._how.get("split")) if heard else None
+                acting.attach_to(self._steps, against)
+
+    def _change_step(self, step: int) -> None:
+        with self.monitor.guard("actions", always=True):
+            reason = "" if self._steps is None else self._steps.after(lambda: self.model, step)
+            if reason:
+                self.monitor.say_once("no steps", f"actions leave a step as it is: {reason}")
+
     def _observe(self, step: int, *, whole: bool = False, again: bool = False) -> None:
         """Look now; with `whole` wait for a snapshot of this step, unless there is one."""
         with self.monitor.timed():
@@ -215,6 +240,8 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         """Note what later callbacks watch; say which ones stand before this one and cannot see its values."""
         self._keep_apart(callbacks)
         place = next((at for at, callback in enumerate(callbacks) if callback is self), 0)
+        others = [one for one in callbacks[:place] if isinstance(one, SpectralMonitor)]
+        self._acts_already = any(other.monitor.acting.acts for other in others)
         names = self._model_metrics
         ours = {_log_key(key): key for key in (self._name + summary_key(name) for name in names)}
         found = [(one, key) for one in callbacks for key in _watched_by(one) if key in ours]
@@ -229,6 +256,9 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
             if seen or isinstance(callback, _RECORDING):
                 message = f"{name} stands before SpectralMonitor and cannot see {seen or 'its values'}; put it after"
                 self.monitor.say_once(f"order {name}", message)
+            if self.monitor.acting.acts and isinstance(getattr(callback, "save_freq", None), int):
+                message = f"{name} stands before SpectralMonitor and saves steps before actions change them"
+                self.monitor.say_once(f"saved {name}", f"{message}; put it after")
 
     def _print_line(self, line: str) -> None:
         """A print that begins after the progress bar."""

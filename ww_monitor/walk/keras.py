@@ -96,8 +96,23 @@ def walk_keras(model: Any, *, split: Split | None = None) -> Iterator[Matrix | S
         InvalidArgument: if `split` is malformed.
     """
     check_split("walk_keras", split)
-    split = resolved(split, [path for *_, path in _layers(model)]) if split else None
-    return unique(chain(_known(model, split), _others(model)))
+    return unique(item for item, _ in _found(model, split))
+
+
+def trainable_matrices(model: Any, *, split: Split | None = None) -> list[tuple[Any, list[str]]]:
+    """Each trainable variable that holds weight matrices, with the names they have in `walk_keras`.
+
+    Args:
+        model: A Keras 3 model or layer.
+        split: As for `walk_keras`.
+    """
+    found = list(_found(model, split))
+    trained = {id(variable) for variable in model.trainable_variables}
+    held: dict[int, tuple[Any, list[str]]] = {}
+    for item, (_, variable) in zip(unique(item for item, _ in found), found, strict=True):
+        if isinstance(item, Matrix) and id(variable) in trained:
+            held.setdefault(id(variable), (variable, []))[1].append(item.name)
+    return list(held.values())
 
 
 # --- which variables of a layer are weights
@@ -177,10 +192,15 @@ def _inside_attention(model: Any) -> dict[int, tuple[Kind, str]]:
     }
 
 
-# --- from layers to items
+# --- from layers to items, each with the variable that holds it
 
 
-def _known(model: Any, split: Split | None) -> Iterator[Matrix | Skipped]:
+def _found(model: Any, split: Split | None) -> Iterator[tuple[Matrix | Skipped, Any]]:
+    split = resolved(split, [path for *_, path in _layers(model)]) if split else None
+    return chain(_known(model, split), _others(model))
+
+
+def _known(model: Any, split: Split | None) -> Iterator[tuple[Matrix | Skipped, Any]]:
     """The weights of the layers of known classes."""
     attentions = _inside_attention(model)
     seen: dict[int, str] = {}
@@ -190,7 +210,7 @@ def _known(model: Any, split: Split | None) -> Iterator[Matrix | Skipped]:
         mode = getattr(layer, "quantization_mode", None)
         if layout.attributes[0] not in variables:
             reason = f"quantized to {mode}" if layer.built else "not built: no weights before the first call"
-            yield Skipped(path, kind, (), reason)
+            yield Skipped(path, kind, (), reason), None
             continue
         for attribute in filter(variables.__contains__, layout.attributes):
             variable = variables[attribute]
@@ -199,7 +219,7 @@ def _known(model: Any, split: Split | None) -> Iterator[Matrix | Skipped]:
             parts = _parts(layer, layout, name, shape, split)
             reason = _defect(variable, mode, kind, parts) or tied_to(seen.get(id(variable)))
             if reason:
-                yield Skipped(name, kind, shape, reason)
+                yield Skipped(name, kind, shape, reason), variable
                 continue
             seen[id(variable)] = name
             of_name = infer_role(name, kind) if role is None else role
@@ -209,10 +229,10 @@ def _known(model: Any, split: Split | None) -> Iterator[Matrix | Skipped]:
             groups = (shape[-2], 1) if depthwise else (1, getattr(layer, "groups", 1) if kind is Kind.CONV else 1)
             for part in parts:
                 item = matrix(name, kind, part, shape, load, of_name)
-                yield replace(item, frozen=frozen, inputs_first=inputs_first, groups=groups)
+                yield replace(item, frozen=frozen, inputs_first=inputs_first, groups=groups), variable
 
 
-def _others(model: Any) -> Iterator[Matrix | Skipped]:
+def _others(model: Any) -> Iterator[tuple[Matrix | Skipped, Any]]:
     """The variables of two or more dimensions, but for biases, that belong to no layer of a known class."""
     seen = {id(variable) for layer, *_ in _layers(model) for variable in layer.weights}
     for layer, path in _nested(model, "", set()):
@@ -225,7 +245,7 @@ def _others(model: Any) -> Iterator[Matrix | Skipped]:
             reason = "" if learns else names.BUFFER
             if type(layer).__name__.endswith("Normalization") and learns:
                 reason = f"parameters of {type(layer).__name__} are not a known weight"
-            yield _by_name(variable, path, reason)
+            yield _by_name(variable, path, reason), variable
 
 
 def _by_name(variable: Any, path: str, reason: str) -> Matrix | Skipped:
