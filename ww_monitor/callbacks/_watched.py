@@ -85,7 +85,7 @@ class Watched:
 
     @property
     def all_keys(self) -> list[str]:
-        """Of the values that there may be."""
+        """The keys of all watched values, those among them that are not known now too."""
         return [self.name + summary_key(metric) for metric in self.worst]
 
     def lost(self, history: History, step: int, values: Mapping[str, float], key: Any = str) -> str:
