@@ -85,7 +85,7 @@ class Watched:
 
     @property
     def all_keys(self) -> list[str]:
-        """The keys of all watched values, those among them that are not known now too."""
+        """The keys of all watched values, also of those that are not known now."""
         return [self.name + summary_key(metric) for metric in self.worst]
 
     def lost(self, history: History, step: int, values: Mapping[str, float], key: Any = str) -> str:

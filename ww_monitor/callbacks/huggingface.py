@@ -305,7 +305,7 @@ class _WhenSaved(Mapping[str, Any]):
         return dict, (self._made(),)
 
     def _made(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": self._make()}  # as `ExportableState.state` gives them
+        return {"args": {}, "attributes": self._make()}  # as an `ExportableState` has them
 
 
 def _tracker(callback: Any) -> Any:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Scale = Literal["log-log", "log-lin", "lin-lin"]
 """Scales of the eigenvalues and of the density: logarithmic or linear."""
 
-_BINS_PER_DECADE = 12
+_BINS_PER_DECADE = 12  # our choice, as the next
 _LINEAR_BINS = 60
 
 

@@ -282,7 +282,7 @@ def _few(found: Sequence[Path]) -> Iterator[str]:
 def _looks_like_a_history(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            return b'"layers"' in file.readline(1 << 26)  # bytes: a large file may be one line
+            return b'"layers"' in file.readline(1 << 26)  # bytes: what is no history may be one long line
     except OSError:
         return False
 

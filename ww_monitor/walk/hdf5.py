@@ -16,21 +16,9 @@ from torch import Tensor
 from ww_monitor.errors import MissingDependency, WWMonitorError
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.walk import names
+from ww_monitor.walk import names, parts
 from ww_monitor.walk.keras import load_keras_file, walk_keras
-from ww_monitor.walk.parts import (
-    WHOLE,
-    Part,
-    Split,
-    blocks,
-    flat,
-    joined,
-    matrix,
-    resolved,
-    split_parts,
-    unfit,
-    unique,
-)
+from ww_monitor.walk.parts import WHOLE, Part, Split, blocks, joined, matrix, resolved, split_parts, unfit, unique
 from ww_monitor.walk.reading import tied_to
 from ww_monitor.walk.roles import infer_role
 
@@ -245,7 +233,7 @@ def _meaning(
         return Kind.RECURRENT, cut, None
     if last in _ATTENTION and len(shape) == 3 and (word.endswith("_dense") or attribute == "kernel"):
         kind, axes = (Kind.DENSE, 2) if last == "attention_output" else (Kind.ATTENTION, 1)
-        return kind, (Part("", partial(flat, axes=axes)),), _ATTENTION[last]
+        return kind, (Part("", partial(parts.flat, axes=axes)),), _ATTENTION[last]
     if attribute == "embeddings" and len(shape) == 2:
         return Kind.EMBEDDING, WHOLE, None
     if attribute in _CONV and len(shape) > 2 and not word.startswith("einsum_dense"):
