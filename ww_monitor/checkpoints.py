@@ -30,11 +30,12 @@ SUFFIXES = tuple(sorted((*TORCH, *KERAS, ".weights.h5", ".safetensors"), key=len
 """How the names of checkpoints end, the longest first."""
 
 _STEP_KEYS = ("global_step", "step", "iteration", "iter")
+# Not at the end of another word, such as a timestep.
 _STEP_NAME, _EPOCH_NAME = (
     re.compile(rf"(?<![a-z])(?:{words})s?[=_.-]?(\d+)", re.IGNORECASE) for words in ("step|iter|iteration", "epoch")
 )
 _FOLDER = re.compile(r"(?:checkpoint|step|epoch|iter)[-_=]\d+")  # of the Trainer, and of accelerate's examples
-_WHOLE = re.compile(r"(?<!\d)(?<!\d\.)\d+(?!\d|\.\d)")
+_WHOLE = re.compile(r"(?<!\d)(?<!\d\.)\d+(?!\d|\.\d)")  # no digits of a fraction, such as a loss
 _MOST_STATE = 1 << 28  # bytes of a trainer_state.json, which grows with the log of the run
 
 
@@ -73,6 +74,7 @@ def checkpoints_in_order(paths: str | Path | Sequence[str | Path]) -> list[Check
     [('net_1.pt', 1), ('net_2.pt', 2), ('net_10.pt', 10)]
     """
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    # Each once: patterns may overlap.
     found = list(dict.fromkeys(inner for one in given for path in _existing(one) for inner in _inside(path)))
     if not found:
         raise NoSuchFile(f"replay: expected checkpoints ({', '.join(SUFFIXES)}) at {', '.join(map(str, given))}")
@@ -116,6 +118,7 @@ def _inside(path: Path) -> list[Path]:
         own = weight_files(path).paths
     except WWMonitorError:
         own = ()
+    # Several .weights.h5 are taken for checkpoints of a run, not for parts of one model.
     return [path] if own and not all(one.name.endswith(".weights.h5") for one in own) else files
 
 
@@ -185,7 +188,7 @@ def _contradicted(steps: Sequence[int], marks: Sequence[object]) -> bool:
 
 def _named(pattern: re.Pattern[str], names: Sequence[str]) -> list[int | None]:
     hits = [pattern.findall(name) for name in names]
-    return [int(hit[-1]) if hit else None for hit in hits]
+    return [int(hit[-1]) if hit else None for hit in hits]  # the folder's come before the file's own
 
 
 @dataclass(frozen=True, eq=False)

@@ -79,10 +79,10 @@ class Budget:
         self._resumed_at: float | None = None
         self._stood_still = 0.0
         self._this_look = 0.0
-        self._costs: deque[float] = deque(maxlen=3)
+        self._costs: deque[float] = deque(maxlen=3)  # their median: one slow analysis counts for nothing
         self._first_step = 0
         self._last: tuple[int, float] | None = None
-        self._steps = {False: 0, True: 0}
+        self._steps = {False: 0, True: 0}  # by whether an analysis went on beside them
         self._seconds = {False: 0.0, True: 0.0}
 
     @property
@@ -155,8 +155,8 @@ class Budget:
         """The step of the next analysis, seen from `step`; `None` while the duration of a step is not known."""
         if math.isnan(self.seconds_per_step) or not self.can_plan(step):
             return None
-        needed = (self.lost + 2 * self.cost) / self.share
-        wait = max(0.0, needed - self.elapsed) / max(self.seconds_per_step, 1e-9)
+        needed = (self.lost + 2 * self.cost) / self.share  # the next one, and that at the end of the run
+        wait = max(0.0, needed - self.elapsed) / max(self.seconds_per_step, 1e-9)  # a clock may stand still
         return next_round(step, math.ceil(wait)) if wait > 0 else step
 
 

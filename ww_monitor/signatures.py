@@ -58,7 +58,7 @@ class Settings:
     def __post_init__(self) -> None:
         for option in options_of(type(self)):
             value = as_python(getattr(self, option.name))  # records and states hold Python's numbers
-            object.__setattr__(self, option.name, value)
+            object.__setattr__(self, option.name, value)  # the class is frozen
             option.verify(self.where, value)
 
     @classmethod
@@ -157,6 +157,7 @@ def _options_of(kind: type) -> tuple[Option, ...]:
     for field in fields(kind):
         type_, text, *check = get_args(hints[field.name])
         found.append(Option(field.name, type_, text, field.default, bool(field.kw_only), *check))
+    # `inspect.Signature` refuses another order.
     return tuple(sorted(found, key=lambda option: (option.keyword_only, option.default is not MISSING)))
 
 
@@ -187,7 +188,7 @@ def taking(kind: Callable[_P, _Given]) -> Callable[[Callable[[_Given], _Result]]
 def method_taking(
     kind: Callable[_P, _Given],
 ) -> Callable[[Callable[[_Self, _Given], _Result]], Callable[Concatenate[_Self, _P], _Result]]:
-    """The same for a method.
+    """Give a method of settings the signature of their class, and the `Args` of its docstring.
 
     Args:
         kind: A class of settings.
@@ -247,7 +248,7 @@ def _dressed(wrapper: Any, function: Any, kind: Any, *first: inspect.Parameter) 
     The types are the evaluated ones, without our texts: what jsonargparse reads to parse YAML.
     """
     update_wrapper(wrapper, function)
-    del wrapper.__wrapped__
+    del wrapper.__wrapped__  # who unwraps it would find a function of one argument
     returns, options = get_type_hints(function)["return"], options_of(kind)
     parameters = [
         inspect.Parameter(

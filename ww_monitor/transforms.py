@@ -28,7 +28,7 @@ Homes = Mapping["tuple[int, torch.dtype]", torch.Tensor]
 """The storage of live weights → a tensor in the storage that is written to."""
 
 _KEEP = ("erg", "detX", "alpha", "spikes")
-_LEAST_TRAPS = 0.5
+_LEAST_TRAPS = 0.5  # as in `rules.trap`
 _TRAP_SHARE = 0.25
 """Least share of a singular value that comes from trap entries in a direction that is removed. Our choice: for a lone
 entry in a square random matrix it is (h² − 1)/(h² + 1) at headroom h (Benaych-Georges & Nadakuditi 2012), a quarter
@@ -200,6 +200,7 @@ def _smooth(matrix: Matrix, weights: torch.Tensor, keep: str | int | float) -> _
     if isinstance(keep, str):
         count, verdict = _pooled_count(matrix, keep)
     else:
+        # 0.29 · 100 is less than 29.
         count = keep if isinstance(keep, int) else max(1, math.floor(keep * matrix.short_side + 1e-9))
         verdict = ""
     if not count >= 1:
@@ -212,6 +213,7 @@ def _smooth(matrix: Matrix, weights: torch.Tensor, keep: str | int | float) -> _
         kept = eigenvalues >= smallest
     else:
         kept = torch.arange(s.shape[1], dtype=torch.int64, device=s.device).expand_as(s) < count
+    # Of float64 weights the SVD itself rounds more than they do.
     rounding = max(torch.finfo(weights.dtype).eps / 2, matrix.long_side * torch.finfo(torch.float64).eps)
     if bool(torch.where(kept, 0.0, eigenvalues).sum() <= rounding**2 * eigenvalues.sum()):
         return _same(components, "the rest is no more than the rounding of its precision")
@@ -258,7 +260,7 @@ def _trap_directions(w: torch.Tensor, traps: torch.Tensor, most: int) -> tuple[t
     """
     u, s, vh = torch.linalg.svd(w, full_matrices=False)
     long_side, short_side = max(w.shape[1:]), min(w.shape[1:])
-    edge = bulk(s.square().flip(1), long_side=long_side, short_side=short_side).edge_max.sqrt()
+    edge = bulk(s.square().flip(1), long_side=long_side, short_side=short_side).edge_max.sqrt()  # ascending
     share = torch.where(s > edge[:, None], ((u.mT @ traps) * vh).sum(2) / s, 0.0)
     best = share.flatten().topk(min(most, share.numel()))
     chosen = torch.zeros_like(share, dtype=torch.bool).flatten()

@@ -97,6 +97,7 @@ class Adapter:
     def _keep_apart(self, callbacks: Sequence[Any]) -> None:
         """Take keys of one's own among the callbacks of a run: the second monitor that would share them gets `2/`."""
         metrics = {metric.name for metric in self.monitor.options.chosen}
+        # Those that stand before, not behind: of two alike one gives way.
         before = [one for one in callbacks[: place_in(callbacks, self)] if isinstance(one, Adapter)]
         alike = [one for one in before if one.prefix == self.prefix]
         shared = any(metrics & {metric.name for metric in one.monitor.options.chosen} for one in alike)
@@ -174,6 +175,7 @@ class Adapter:
             optimizers: Of the run, for `actions`.
         """
         monitor = self.monitor
+        # A second fit that begins anew is another run; what a checkpoint resumes is not, whatever its step.
         if not self._resumed and monitor.last_step is not None and (step == 0 or step < monitor.last_step):
             monitor.restart()
             self._history_name = ""
@@ -246,7 +248,9 @@ class Adapter:
         """A few numbers of every matrix that trains, which tell whether somebody has exchanged the weights."""
         with suppress(Exception), torch.no_grad():  # what cannot be read fails in the analysis, and is said there
             items = [item for item in self.monitor.select.apply(self._walk(model)) if isinstance(item, Matrix)]
+            # What lies in shards is left out: each read of it is a collective.
             trained = [item for item in items if not item.frozen and item.shards is None]
+            # Eight rows tell: averages, or those of another checkpoint, differ in all of a matrix.
             sums = [item.load()[0, :8].sum(dtype=torch.float64) for item in trained]
             return torch.stack([one.to(sums[0].device) for one in sums]).tolist()  # one wait for the device
         return []
@@ -254,7 +258,9 @@ class Adapter:
     def _are_exchanged(self, model: Source, step: int) -> bool:
         """Whether the model has other weights than those of the snapshot of this step, such as averages."""
         sample = self._sample(model)
+        # A NaN differs from itself: broken weights are not exchanged ones.
         exchanged = sample != self._seen_weights and all(map(math.isfinite, (*sample, *self._seen_weights)))
+        # `agreed` is a collective: `is_seen` before it says the same on every rank, and `exchanged` may not.
         if not (self.monitor.is_seen(step) and self.monitor.analyzer.agreed(exchanged)):
             return False
         message = "the model ends with other weights than those of its last step, and this snapshot is of them"
@@ -289,9 +295,9 @@ class Adapter:
         session, self._session = self._session, None
         if session is not None:
             with self.monitor.guard("closing", always=True):
-                self._left_open.detach()
+                self._left_open.detach()  # else it would close once more when the interpreter ends
                 session.close()
-            self._history_name = session.history_name
+            self._history_name = session.history_name  # only now: closing may make the file
 
     def _state(self) -> dict[str, Any]:
         """Plain Python values that `_load_state` continues from, in a run that a checkpoint resumes."""

@@ -25,12 +25,16 @@ class StateKey:
     """
 
     def __init__(self, given: CallbackOptions) -> None:
+        # `strict` says how errors end, which is no part of what is analysed.
         names = [name for part in _ANALYSIS for name in part.of(given).keywords() if name != "strict"]
         defaults = {option.name: option.default for option in options_of(type(given))}
+        # Rules by name: the repr of a function has its address, which differs in the process that resumes.
         values: dict[str, Any] = {**given.keywords(), "rules": given.rules and [named(rule) for rule in given.rules]}
+        # Defaults stay out: an option that joins in a later release changes no key.
         changed = {name: f"{name}={value!r}" for name, value in values.items() if value != defaults[name]}
         self.analysis = [changed[name] for name in (*names, "prefix") if name in changed]
         self.settings = [*self.analysis, *(changed[name] for name in _ACTS if name in changed)]
+        # The keys of the last release had no options of walkers.
         before = {name for part in _ANALYSIS[:2] for name in part.of(given).keywords()}
         self._before = ", ".join(changed[name] for name in names if name in changed and name in before)
         self.number = 1

@@ -43,6 +43,7 @@ class Session:
     def without_own(self) -> Monitor:
         """The monitor without the sinks of this session, for a copy that another run may begin with."""
         monitor = copy(self.monitor)
+        # Actions hold methods of the monitor that they speak for, and would take this one into the copy.
         monitor.acting = self.monitor.acting.of(monitor.say_once, monitor.note)
         monitor.sinks = [sink for sink in monitor.sinks if not any(sink is own for own in self._own)]
         return monitor

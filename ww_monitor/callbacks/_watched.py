@@ -78,14 +78,14 @@ class Watched:
                 found[metric] = self._trap_free_until(history, step)
             elif metric in now or metric in self._known:
                 known = float(now.get(metric, NAN))
-                known = known if abs(known) < float("inf") else WITHOUT_SHUFFLES.get(metric, worst)
+                known = known if abs(known) < float("inf") else WITHOUT_SHUFFLES.get(metric, worst)  # false of NaN, too
                 if known != worst or metric not in self._patient:
                     found[metric] = known
         return {self.name + summary_key(metric): value for metric, value in found.items()}
 
     @property
     def all_keys(self) -> list[str]:
-        """Of the values that there may be."""
+        """The keys of all watched values, also of those that are not known now."""
         return [self.name + summary_key(metric) for metric in self.worst]
 
     def lost(self, history: History, step: int, values: Mapping[str, float], key: Any = str) -> str:
@@ -109,13 +109,14 @@ class Watched:
 
     def _trap_free_until(self, history: History, step: int | None) -> float:
         """Now, or where a trap is there the step of the latest snapshot without one, −1 if there is none."""
+        # A mean over shuffles, from ½ on a trap, as in `rules.trap`.
         trapped = [snapshot.summary.get("num_traps", NAN) >= 0.5 for snapshot in history]
         if trapped and trapped[-1]:
             return float(max((one.step or 0 for one, bad in zip(history, trapped, strict=True) if not bad), default=-1))
         now = step if step is not None else (history.last.step or 0) if trapped else 0
         self._readings = self._readings + 1 if now == self._read_at else 0
         self._read_at = now
-        return now + min(self._readings, 1023) / 1024
+        return now + min(self._readings, 1023) / 1024  # less than a step: the next one is larger still
 
     def advice(self, stoppers: Sequence[tuple[Any, str]], key: Any) -> list[str]:
         """What to say of those that wait for an improvement of a value that stays where it is while all is well.

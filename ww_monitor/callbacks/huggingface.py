@@ -92,6 +92,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
         self._number_among(callbacks)
         if (key := self._key_among(state.stateful_callbacks, callbacks)) in state.stateful_callbacks:
             self._load_state(state.stateful_callbacks.pop(key).get("attributes", {}))
+            # Under the key of today: it may have stood under that of the last release.
             state.stateful_callbacks[self._key] = _WhenSaved(self._state)
         self._open(
             step=state.global_step,
@@ -112,6 +113,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
     @hook
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The weights before a step after which a snapshot is due, where updates are measured."""
+        # The epoch is a rounded fraction: after 5 of 6 steps, 3 an epoch, 5/3 + 1/3 may be less than 2.
         step, done = state.global_step, (state.epoch or 0.0) + 1e-6
         ends = step > 0 and int(done + done / step) > int(done)  # of an epoch: the steps before it were of one size
         last = step + 1 >= state.max_steps or (ends and self.monitor.due_at_epoch_end(int(done), step + 1))
@@ -120,6 +122,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
     @hook
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """A snapshot where one is due, and after the last step, before its evaluation and its checkpoint."""
+        # `DefaultFlowCallback`, which is the first of all, has set it at the last step.
         last = control.should_training_stop and not self._is_seen(state)
         if self.monitor.due(state.global_step) or last:
             self._observe(args, state, control, whole=last, **kwargs)
@@ -213,7 +216,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
         Not by `trainer.log`: that would count as the loss log of the step, which then were lost, and TRL's trainers
         flush their running means with every log. Here a tracker that raises costs itself only.
         """
-        logs, then = self._shown_values(snapshot), copy(state)
+        logs, then = self._shown_values(snapshot), copy(state)  # trackers take the step from the state
         then.global_step = snapshot.step
         for callback in self._handler.callbacks if self._handler and logs else ():
             if isinstance(callback, _PRINTING):
@@ -227,7 +230,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
             if board is not None and board.carries_values:
                 continue
             with self.monitor.guard(what, key=f"callback {id(callback)}", always=True), uncounted_by_trackio():
-                callback.on_log(args, then, control, logs=dict(logs), **kwargs)
+                callback.on_log(args, then, control, logs=dict(logs), **kwargs)  # some take values out of theirs
 
     def _stop_if_asked(self, state: Any, control: Any) -> Any:
         reason = self.monitor.stop_reason
@@ -243,7 +246,7 @@ class SpectralMonitor(Adapter, TrainerCallback):
         ours = [self._name + summary_key(name) for name in self._model_metrics]
         found = next((one for one in ours if _evaluation_key(one) == key), "")
         watched = Watched(self._name, {found: NAN} if found else {}, self._model_metrics)
-        if watched.worst.keys() != self._watched.worst.keys():
+        if watched.worst.keys() != self._watched.worst.keys():  # else the old one goes on to count its readings
             self._watched = watched
         return key if found else ""
 
@@ -302,7 +305,7 @@ class _WhenSaved(Mapping[str, Any]):
         return dict, (self._made(),)
 
     def _made(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": self._make()}
+        return {"args": {}, "attributes": self._make()}  # as an `ExportableState` has them
 
 
 def _tracker(callback: Any) -> Any:

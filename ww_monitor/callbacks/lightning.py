@@ -93,7 +93,7 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
         """The weights before a step after which a snapshot is due, where updates are measured."""
         before, step = self._began_at, trainer.global_step
         self._began_at, self._updates = step, max(self._updates, step - before)
-        last = trainer.max_steps >= 0 and step + self._updates >= trainer.max_steps
+        last = trainer.max_steps >= 0 and step + self._updates >= trainer.max_steps  # -1: no bound
         if trainer.is_last_batch:
             last |= trainer.current_epoch + 1 == trainer.max_epochs
             last |= self.monitor.due_at_epoch_end(trainer.current_epoch, step + 1)
@@ -111,7 +111,7 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
         else:
             snapshots = self._published(trainer, self.monitor.collect())
         alpha = snapshots[-1].summary.get("alpha", NAN) if snapshots else NAN
-        if alpha == alpha and not getattr(trainer, "barebones", False):
+        if alpha == alpha and not getattr(trainer, "barebones", False):  # which warns of every log
             with self.monitor.guard("progress bar", always=True):
                 pl_module.log(f"{self._name}ww_alpha", alpha, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
@@ -183,6 +183,8 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
     ) -> list[Snapshot]:
         """Look now, on every rank alike, unless there is a whole one of this step; what is complete, published."""
         step = trainer.global_step
+        # The axis of Lightning's own logs, which nothing public gives. It moves behind the hooks of a batch: what comes
+        # later takes one off, as `FitLoop.on_advance_end` does for the values of an epoch.
         x = int(trainer.fit_loop.epoch_loop._batches_that_stepped)
         with self.monitor.timed():
             done = self._published(trainer, self.monitor.finish() if whole else [])
@@ -230,6 +232,7 @@ class SpectralMonitor(Adapter, *_callback_bases()):  # type: ignore[misc]
             name, board = type(logger).__name__, None
             with self.monitor.guard(f"dashboard of {name}", key=f"dashboard {id(logger)}", always=True):
                 board, start = dashboard_of(tracker := logger.experiment), getattr(logger, "_prefix", "")
+                # A hyphen, as LOGGER_JOIN_CHAR of Lightning's loggers.
                 keyed = {f"{start}-{key}": value for key, value in scalars.items()} if start else scalars
                 self._dashboards.update(tracker, snapshot, x, keyed)
             with self.monitor.guard(f"logger {name}", key=f"logger {id(logger)}", always=True):
@@ -274,11 +277,13 @@ def _waits_for_improvement(callback: Any, trainer: Any) -> bool:
     if "EarlyStopping" not in {kind.__name__ for kind in type(callback).__mro__}:
         return False
     has_threshold = callback.stopping_threshold is not None or callback.divergence_threshold is not None
+    # 100 checks at least, for a run may have no bound on its epochs (our choice).
     return not (has_threshold and callback.patience >= max(100, trainer.max_epochs or 0))
 
 
 def _saves_at(callback: Any, step: int, agreed: Callable[[bool], bool]) -> bool:
     """Whether a checkpoint is saved after a batch: every so many steps, or so often, which all ranks agree on."""
+    # Nothing public of a `ModelCheckpoint` tells when it saves; a callback of another class lacks these.
     every, interval = getattr(callback, "_every_n_train_steps", 0), getattr(callback, "_train_time_interval", None)
     before = getattr(callback, "_last_time_checked", None)
     timed = interval is not None and agreed(before is not None and monotonic() - before >= interval.total_seconds())

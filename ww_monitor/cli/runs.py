@@ -76,7 +76,7 @@ def _history(run: Sequence[str]) -> Path | None:
             found = history_file(path, where="replay")
         except InvalidArgument:
             return None
-        return None if found.name == REPLAYED else found
+        return None if found.name == REPLAYED else found  # its folder has checkpoints: the replay goes on
     return path
 
 
@@ -105,7 +105,7 @@ def _judged(path: Path) -> Iterator[Snapshot]:
         raise InvalidArgument(f"replay: {path}: expected a snapshot, got none")
     for snapshot in history:
         seen.append(snapshot)
-        seen.forget(latest=LOOKBACK + 1)
+        seen.forget(latest=LOOKBACK + 1)  # with the one that is judged
         yield snapshot.with_findings(holding.judge(seen, failed=failed))
 
 
@@ -113,7 +113,7 @@ def _tell(snapshots: Iterator[Snapshot]) -> None:
     seen = History()
     for snapshot in snapshots:
         seen.append(snapshot)
-        seen.forget(latest=1)
+        seen.forget(latest=1)  # the table is of the first and the last
         for finding in snapshot.findings:
             typer.echo(str(finding))
     typer.echo(table(seen))

@@ -48,11 +48,11 @@ class OneLine(TyperGroup):
             except _ClickException as error:
                 status = _refused(_where(error) + error.format_message())
             except BrokenPipeError:  # whoever read standard output has seen enough
-                sys.stdout = None
+                sys.stdout = None  # Python would flush it as it ends, and fail once more
                 status = 1
             except (WWMonitorError, OSError, UnicodeError) as error:
                 status = _refused(str(error))
-        sys.exit(status if isinstance(status, int) else 0)
+        sys.exit(status if isinstance(status, int) else 0)  # what a command returns comes back here, too
 
 
 def _where(error: Any) -> str:
@@ -83,6 +83,7 @@ def _said_once() -> Iterator[None]:
             said.add(kind)
             typer.echo(f"ww-monitor: note: {_one_line(str(message).removeprefix('ww_monitor: '))}", err=True)
 
+    # `catch_warnings` around this puts both back.
     warnings.simplefilter("always", SpectralWarning)
     warnings.showwarning = show
     yield
@@ -144,7 +145,7 @@ def progress(what: str, *, shown: bool | None = None) -> Iterator[Callable[[floa
         console=console,
         transient=True,
         disable=not (console.is_terminal if shown is None else shown),
-        redirect_stdout=False,
+        redirect_stdout=False,  # what a command writes passes through no bar
         redirect_stderr=False,
     )
     with bar:

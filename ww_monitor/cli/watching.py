@@ -48,7 +48,7 @@ class Following:
         size = self.path.stat().st_size
         if size < self._offset:
             self._begin_anew()
-        count, following = 0, self._offset > 0
+        count, following = 0, self._offset > 0  # what is there at the first look says nothing of pace
         with self.path.open("rb") as file:
             file.seek(self._offset)
             for line in file:
@@ -151,7 +151,7 @@ def watch_run(path: Path, *, interval: float, layers: int, once: bool) -> None:
             raise InvalidArgument(f"watch: {run.path}: expected a snapshot, got none")
         typer.echo(drawn(view(run, layers=layers, now=time.monotonic())))
         return
-    with Live(console=Console(), auto_refresh=False, screen=False) as live:
+    with Live(console=Console(), auto_refresh=False, screen=False) as live:  # the last view stays in the terminal
         try:
             while True:
                 live.update(view(run, layers=layers, now=time.monotonic()), refresh=True)

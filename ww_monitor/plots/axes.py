@@ -20,7 +20,7 @@ PALETTE = (BLUE, ORANGE, GREEN, "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Seven colours that are told apart without full colour vision (Okabe & Ito 2008)."""
 
 XMIN, DETX = "red", "purple"
-"""Of the lines at xmin and at the boundary of the correlation space, as in weightwatcher."""
+"""Colours of the lines at xmin and at the boundary of the correlation space, as in weightwatcher."""
 
 MOST_IN_LEGEND = 2 * len(PALETTE) + 1
 """As many lines as there are styles, and one for traps: of more lines the colour says the depth."""
@@ -69,7 +69,7 @@ def labelled(metric: str) -> str:
     return metric if unit == "1" else f"{metric} ({unit})"
 
 
-_SHOWN = "\u200b"
+_SHOWN = "\u200b"  # a space of no width
 
 
 def shown(name: str) -> str:
@@ -98,6 +98,7 @@ def legend_below(ax: Axes) -> None:
         return
     from matplotlib.transforms import ScaledTranslation
 
+    # 34 points down: below the numbers and the label of the axis.
     under = ax.transAxes + ScaledTranslation(0, -34 / 72, ax.figure.dpi_scale_trans)
     place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "bbox_transform": under}
     _as_given(ax.legend(fontsize="small", frameon=False, ncols=2, borderaxespad=0, **place))

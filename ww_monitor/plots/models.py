@@ -40,7 +40,7 @@ def histogram_of_two(
     ax = ax or new_axes("plots.histogram_of_two")
     if metric in BANDS:
         ax.axvspan(*BANDS[metric], color=GREEN, alpha=0.08, lw=0)
-    edges = np.histogram_bin_edges(together, min(40, max(8, len(together) // 4))).tolist()
+    edges = np.histogram_bin_edges(together, min(40, max(8, len(together) // 4))).tolist()  # our choice
     for values, name, color, style in zip(known, names, (BLUE, ORANGE), ("-", "--"), strict=True):
         ax.hist(values, edges, histtype="stepfilled", color=color, alpha=0.3)
         ax.hist(values, edges, histtype="step", color=color, ls=style, label=shown(f"{name} ({len(values)} layers)"))

@@ -98,6 +98,6 @@ def render(ax: Axes) -> np.ndarray:
     # a canvas of its own: pyplot would choose a backend and keep the figure
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas: Any = FigureCanvasAgg(ax.figure.canvas.figure)
+    canvas: Any = FigureCanvasAgg(ax.figure.canvas.figure)  # the axes may be those of a subfigure
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

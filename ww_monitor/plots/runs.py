@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MOST_NAMES = 24
+_MOST_NAMES = 24  # at the rows of a map (our choice)
 
 
 def curves(history: History, metric: str = "alpha", *, ax: Axes | None = None) -> Axes:
@@ -65,7 +65,7 @@ def _styles(count: int) -> list[dict[str, Any]]:
         ]
     from matplotlib import colormaps
 
-    return [{"color": colour} for colour in colormaps["viridis"](np.linspace(0, 0.92, count))]
+    return [{"color": colour} for colour in colormaps["viridis"](np.linspace(0, 0.92, count))]  # its end is pale
 
 
 def curves_of_two(a: History, b: History, metric: str = "alpha", *, names: Sequence[str] = ("A", "B")) -> Figure:

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Scale = Literal["log-log", "log-lin", "lin-lin"]
-"""Of the eigenvalues and of the density: logarithmic or linear."""
+"""Scales of the eigenvalues and of the density: logarithmic or linear."""
 
-_BINS_PER_DECADE = 12
+_BINS_PER_DECADE = 12  # our choice, as the next
 _LINEAR_BINS = 60
 
 
@@ -158,7 +158,8 @@ def xmin_scan(layer: Layer) -> Figure:
     given = torch.tensor(values[None], dtype=torch.float64, device="cpu")
     _, log_x, log_sum = tail_exponents(given, 0.0)
     size = torch.arange(len(values), 0, -1, dtype=torch.float64, device="cpu")
-    alpha = (1 + (size - int(len(values) < SMALL_SAMPLE)) / log_sum)[0, :-1].numpy()
+    alpha = (1 + (size - int(len(values) < SMALL_SAMPLE)) / log_sum)[0, :-1].numpy()  # as in the fit
+    # Eigenvalues as large as the largest have a sum of logarithms of 0; the largest itself has no tail.
     exponent = torch.nan_to_num(
         torch.tensor(np.append(alpha, 1.0)[None], dtype=torch.float64, device="cpu") - 1, posinf=0.0
     )
@@ -172,6 +173,7 @@ def xmin_scan(layer: Layer) -> Figure:
         ax.set_ylabel(label)
         if xmin > 0:
             ax.axvline(xmin, color=XMIN, lw=1.2, ls="--", label=f"xmin = {xmin:.3g}")
+    # The few largest eigenvalues have an alpha of any size, which would flatten all others.
     likely = alpha[: -max(2, len(alpha) // 50)]
     below.set_ylim(1, max(2.0, 1.1 * float(np.nanmax(likely[np.isfinite(likely)], initial=2.0))))
     above.set_title(layer.name, fontsize="medium", parse_math=False)
@@ -227,7 +229,7 @@ def _known(layer: Layer) -> np.ndarray:
     """The eigenvalues that are not numerically zero, ascending; none where they are not kept."""
     values = np.asarray(layer.eigenvalues or (), dtype=float)
     low = 10.0**layer.esd.low if layer.esd is not None else 0.0
-    return values[(values >= low * (1 - 1e-6)) & (values > 0)]
+    return values[(values >= low * (1 - 1e-6)) & (values > 0)]  # `low` is 10 to a rounded logarithm
 
 
 def _binned(layer: Layer, *, linear: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -290,6 +292,7 @@ def _draw_bulk(ax: Axes, layer: Layer, scale: Scale, *, total: float) -> None:
         return
     spikes = layer.value("num_spikes")
     share = 1.0 if not total or math.isnan(spikes) else max(0.0, 1 - spikes / total)
+    # Of a square matrix the law begins at 0. At its ends it is 0, which has no logarithm.
     x = np.geomspace(max(low, 1e-4 * high), high, 400)[1:-1]
     density = np.sqrt((high - x) * (x - low)) / (2 * math.pi * std**2 * min(layer.shape[1:]) * x)
     ax.plot(x, share * density * _measure(x, scale), color=GREEN, lw=1.3, label="Marchenko–Pastur bulk")

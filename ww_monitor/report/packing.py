@@ -21,7 +21,7 @@ def deflated(data: bytes, *, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> str:
 
 
 def deflated_numbers(data: bytes) -> str:
-    """Of noise, in which there is nothing to be found but runs: five times as fast, and larger by a hundredth."""
+    """`deflated` for noise, where only runs are looked for: five times as fast, and larger by a hundredth."""
     return deflated(data, strategy=zlib.Z_RLE)
 
 
@@ -45,10 +45,10 @@ def packed(values: np.ndarray) -> tuple[dict[str, Any], str]:
     >>> how["bits"], how["low"], how["step"], how["scale"]
     (16, 1.0, 1.0, 0.0)
     """
-    known, values = np.isfinite(values), np.clip(values, -1e300, 1e300)
+    known, values = np.isfinite(values), np.clip(values, -1e300, 1e300)  # twice the largest float is infinite
     found = values[known]
     bits = 12 if values.size > COARSE_FROM else 16
-    most = 2**bits - 2
+    most = 2**bits - 2  # steps: 0 is NaN
     whole = bool(found.size) and bool((found == np.rint(found)).all()) and np.ptp(found) <= most
     scale = 0.0 if whole else _scale(found)
     with np.errstate(invalid="ignore"):
@@ -68,7 +68,7 @@ def _scale(found: np.ndarray) -> float:
         return 0.0
     low, middle = np.quantile(sizes, [0.01, 0.5])
     spread = float(sizes.max() / max(middle, 1e-300))
-    return float(max(low, sizes.max() * 1e-30)) if spread > 50 or middle > 50 * low else 0.0
+    return float(max(low, sizes.max() * 1e-30)) if spread > 50 or middle > 50 * low else 0.0  # 50: our choice
 
 
 def short(value: float) -> float | None:

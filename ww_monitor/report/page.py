@@ -27,8 +27,8 @@ KEY = (
 )  # fmt: skip
 """Metrics that are shown at every snapshot that is kept and in the model's curves; the first that are looked at."""
 
-MAX_ROWS_OF_OTHERS = 131_072
-MAX_FINDINGS = 5_000
+MAX_ROWS_OF_OTHERS = 131_072  # an eighth of `MAX_ROWS` (our choice)
+MAX_FINDINGS = 5_000  # in the list of the page (our choice)
 MAX_ENTRIES = 8
 """Trap entries of a layer at a snapshot that are listed; an analysis keeps no more."""
 CHUNK = 64
@@ -209,6 +209,7 @@ def _described(run: Recording, prefix: str, blocks: dict[str, str], *, until: in
         "summary": {name: [short(row.get(name, NAN)) for row in run.summaries] for name in run.metrics},
         "bands": bands,
         "shares": [
+            # A code is NaN where a layer is not there.
             [round(float(share), 4) for share in (codes == code).sum(0) / np.maximum(1, (codes == codes).sum(0))]
             for code in run.verdicts.values()
         ],
@@ -246,7 +247,7 @@ def _band(values: np.ndarray) -> list[list[float | None]]:
 
 
 def _judged(run: Recording, columns: Sequence[int], codes: np.ndarray) -> list[str]:
-    """Of every layer, where it last occurs in these snapshots."""
+    """What is said of each layer in words, where it last occurs in these snapshots."""
     words = list(run.verdicts)
     alpha, sigma, traps = (last_values(run, name, until=columns[-1]) for name in ("alpha", "sigma", "num_traps"))
     told = []
@@ -282,5 +283,5 @@ def _chunk(kept: Sequence[Spectra], begin: int, size: int, bins: int) -> bytes:
             row, found = item.rows[place] - begin, item.counts[place]
             floats[:, row, column] = item.low[place], item.high[place], item.zeros[place]
             used[row, column] = len(found)
-            counts[row, column, : len(found)] = np.minimum(found, 65_535)
+            counts[row, column, : len(found)] = np.minimum(found, 65_535)  # what 16 bits hold
     return floats.tobytes() + planes(used) + planes(counts)

@@ -134,9 +134,11 @@ class Recording:
             WWMonitorError: if a later version wrote it.
             KeyError, TypeError, ValueError, AttributeError, OverflowError: if it is no snapshot; then it is not taken.
         """
+        # Layers stay dictionaries: to make a `Layer` of each takes six times as long as all the rest.
         head, layers = _checked(Snapshot.from_dict({**data, "layers": ()})), data["layers"]
         rows = self._rows_of(layers)
         table, spectra, entries = self._table(rows, layers), _spectra(rows, layers), _entries(rows, layers)
+        # Behind all that a damaged line may fail at: what it seems to replace is forgotten here.
         self._rewind(head.step)
         number = len(self.steps)
         self.steps.append(number if head.step is None else head.step)
@@ -193,7 +195,7 @@ def _checked(head: Snapshot) -> Snapshot:
     if not isinstance(head.step, (int, type(None))) or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"expected a step and findings in words, got step {head.step!r}")
     for value in head.summary.values():
-        float(value)
+        float(value)  # fails for what is no number
     return head
 
 
@@ -280,7 +282,7 @@ def _few(found: Sequence[Path]) -> Iterator[str]:
 def _looks_like_a_history(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            return b'"layers"' in file.readline(1 << 26)
+            return b'"layers"' in file.readline(1 << 26)  # bytes: what is no history may be one long line
     except OSError:
         return False
 

@@ -88,7 +88,7 @@ def judged(verdict: str, alpha: float, sigma: float, traps: float) -> str:
     """
     words = VERDICT_WORDS.get(verdict, verdict.replace("_", " "))
     if verdict == "ok" and alpha == alpha:
-        if alpha + 2 * sigma < 2:
+        if alpha + 2 * sigma < 2:  # as `rules.over_trained`
             words = "very heavy-tailed, over-trained"
         elif alpha < 2:
             words = "alpha is below 2, within its error"

@@ -79,7 +79,7 @@ def table(history: History, *, limit: int = 40) -> str:
         more = len(history.last.layers) - len(worst)
         view.caption = f"{more} more layer{'s' * (more != 1)} in the history"
     out = StringIO()
-    RichConsole(file=out, width=100).print(view)
+    RichConsole(file=out, width=100).print(view)  # `print_line` tells no width
     return out.getvalue().rstrip("\n")
 
 

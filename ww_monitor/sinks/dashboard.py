@@ -17,7 +17,7 @@ from ww_monitor.sinks.heatmap import AlphaMap, Figures
 from ww_monitor.sinks.published import Publish, Published
 
 _OPEN: WeakKeyDictionary[Named, tuple[object, str, str]] = WeakKeyDictionary()
-"""Of each sink in use its log, the name that it asks for, and the one that it has."""
+"""Sink in use → its log, the name that it asks for, and the one that it has."""
 
 
 class Named:
@@ -39,6 +39,7 @@ class Named:
             _OPEN[self] = (*asked, name)
             if name != asked[1]:
                 said = f"another {type(self).__name__} writes there, so the keys of this one begin with {name!r}"
+                # The third frame is who calls `write`, which calls this.
                 warnings.warn(f"ww_monitor: {said}; give prefix=", SpectralWarning, stacklevel=3)
         return _OPEN[self][2]
 
@@ -81,7 +82,7 @@ class Dashboard:
         return self.owner + self.name
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_failed": []}
+        return {**vars(self), "_failed": []}  # not every exception can be pickled
 
     def update(self, tracker: Any, snapshot: Snapshot, step: int, *, values: Mapping[str, float] | None = None) -> None:
         """Show one snapshot.

@@ -18,7 +18,7 @@ import numpy as np
 
 from ww_monitor.errors import MissingDependency
 
-_numbers = itertools.count()
+_numbers = itertools.count()  # of files that one process begins in one second
 
 
 class EventFile:
@@ -99,6 +99,7 @@ class EventFile:
 
     def _add_string(self, plugin: str, tag: str, content: bytes, step: int = 0) -> None:
         data = self._summary.SummaryMetadata.PluginData(plugin_name=plugin)
+        # As torch's writer shapes them: a text is a vector of one, a layout a scalar.
         shape = {"tensor_shape": {"dim": [{"size": 1}]}} if plugin == "text" else {}
         tensor = self._tensor.TensorProto(dtype=self._types.DT_STRING, string_val=[content], **shape)
         self._add(step, tag=tag, metadata=self._summary.SummaryMetadata(plugin_data=data), tensor=tensor)
@@ -115,6 +116,8 @@ class EventFile:
 
         self.log_dir.mkdir(parents=True, exist_ok=True)
         now = time.time()
+        # TensorBoard reads the files of a folder in the order of their names: the time comes first.
         name = f"events.out.tfevents.{now:010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}.ww_monitor"
         self._records = RecordWriter((self.log_dir / name).open("ab"))
+        # The first record of a file says its version.
         self._records.write(self._event.Event(wall_time=now, file_version="brain.Event:2").SerializeToString())

@@ -116,7 +116,7 @@ class AlphaMap:
 
         ax = axes(left, width, height)
         ax.set_axis_off()  # texts alone are drawn in half the time of an axis
-        text = partial(ax.text, fontsize=_FONT_POINTS, parse_math=False)
+        text = partial(ax.text, fontsize=_FONT_POINTS, parse_math=False)  # names may have dollar signs
         if values.size:
             ax.imshow(alpha_colours(values), aspect="auto", interpolation="nearest")
             for row in range(0, len(names), -(-_LINE // cell)):
@@ -129,7 +129,7 @@ class AlphaMap:
         bar.ax.tick_params(labelsize=_FONT_POINTS, length=2)
         canvas: Any = FigureCanvasAgg(figure)
         canvas.draw()
-        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # the memory is the canvas'
 
     def legend(self) -> str:
         """What the picture shows, in Markdown: rows, columns and colours."""
@@ -170,4 +170,5 @@ def _scale() -> Any:
 def _label(name: str) -> str:
     """A name cut at the front, for the number of the block and the kind of layer stand at the end; in known letters."""
     short = name if len(name) <= _MAX_LABEL else f"..{name[2 - _MAX_LABEL :]}"
+    # A letter that the font lacks would make matplotlib warn at every drawing.
     return short.encode("latin-1", "replace").decode("latin-1")

@@ -50,6 +50,7 @@ class JsonLines:
         if self._process != os.getpid():
             self._begin()
         self._waiting.append(snapshot.to_json().encode() + b"\n")
+        # The latest stays, however long it is.
         while len(self._waiting) > 1 and sum(map(len, self._waiting)) > MOST_WAITING:
             self._waiting.popleft()
         self._append()

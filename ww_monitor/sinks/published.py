@@ -18,14 +18,14 @@ MODEL_METRICS = (
     "alpha", "alpha_hat", "num_spikes", "num_traps", "trap_headroom", "stable_rank", "log_spectral_norm",
     "delta_norm", "left_rotation", "right_rotation", "update_ratio", "snapshots_dropped", "rate_factor", "decay_factor",
 )  # fmt: skip
-"""Of the model, as far as they are there; the second line is what `track_delta`, `track_updates`, `mode="async"` and
-`actions` add."""
+"""Metrics of the model that are shown, as far as they are there; the second line is what `track_delta`,
+`track_updates`, `mode="async"` and `actions` add."""
 
 LAYER_METRICS = ("alpha", "trap_headroom", "num_traps", "alpha_hat", "num_spikes")
-"""Of a layer, the most important first."""
+"""Metrics of a layer that are shown, the most important first."""
 
 SPREAD = ("alpha", "trap_headroom", "alpha_hat")
-"""Of a role: these by mean, 10 % and 90 % of its layers, counts by their mean."""
+"""Metrics of which a role shows mean, 10 % and 90 % of its layers; of counts it shows the mean."""
 
 MOST_MATRICES = 100
 """Layers of a model that has more are shown by role."""
@@ -82,7 +82,9 @@ class Published:
 
     def asked(self, key: str) -> bool:
         """Whether the user named this key, or the metric that it is of."""
+        # `ww/<metric>` of the model, `ww_<metric>/<layer>` of a layer.
         metric = key.partition("/")[2] if key.startswith(summary_key("")) else key.partition("/")[0][len("ww_") :]
+        # `fnmatch` would take no notice of case on Windows.
         return any(fnmatchcase(key if "/" in pattern else metric, pattern) for pattern in self.patterns)
 
     def histograms(self, snapshot: Snapshot) -> Iterator[tuple[str, Histogram]]:
@@ -120,6 +122,7 @@ def roles(snapshot: Snapshot) -> dict[str, list[Layer]]:
     """The layers by what they do, or by their kind where that is not known; adapters and merged weights apart."""
     groups: dict[str, list[Layer]] = {}
     for layer in snapshot.layers:
+        # As walkers name them: `<name>.lora[<adapter>]` and `<name>.merged`.
         part = re.search(r"\.([a-z]\w*)\[[^\]]*\]$|\.(merged)$", layer.name)
         name = "_".join(filter(None, [layer.role or layer.kind, part and (part[1] or part[2])]))
         groups.setdefault(name, []).append(layer)

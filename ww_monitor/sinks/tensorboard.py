@@ -197,10 +197,10 @@ def _charts_of(snapshot: Snapshot, prefix: str, published: Published) -> dict[st
         elif len(snapshot.layers) <= FEW_CURVES:
             charts["alpha of every layer and the band from 2 to 6"] = ["Multiline", [every["alpha"], edges]]
         else:
-            spread = f"{start}{summary_key('alpha_p')}.0"
+            spread = f"{start}{summary_key('alpha_p')}.0"  # alpha_p10 and alpha_p90
             charts["alpha: mean, 10 % and 90 % of all layers, and the band from 2 to 6"] = [
                 "Multiline",
-                [re.escape(model[0]) + "$", spread, edges],
+                [re.escape(model[0]) + "$", spread, edges],  # without an end it were `alpha_hat`, too
             ]
             charts["alpha of every layer"] = ["Multiline", [every["alpha"]]]
         charts["alpha of the model in the band from 2 to 6"] = ["Margin", model]
@@ -208,6 +208,7 @@ def _charts_of(snapshot: Snapshot, prefix: str, published: Published) -> dict[st
         charts[f"correlation traps of every {ones}"] = ["Multiline", [every["num_traps"]]]
     if "trap_headroom" in snapshot.summary:
         highest = prefix + summary_key("trap_headroom")
+        # A margin is drawn from the second value to the third, around the first.
         charts["highest trap headroom (above 1 a trap is expected)"] = ["Margin", [highest, prefix + EDGE_KEY, highest]]
     if "trap_headroom" in metrics:
         title = f"trap headroom of every {ones} (above 1 a trap is expected)"
@@ -249,7 +250,7 @@ def _add_histogram(writer: Any, tag: str, esd: Histogram, step: int) -> None:
         min=esd.low,
         max=esd.high,
         num=int(counts.sum()),
-        sum=float(counts @ centres),
+        sum=float(counts @ centres),  # as the bins tell it: a snapshot need not keep eigenvalues
         sum_squares=float(counts @ centres**2),
         bucket_limits=edges[1:].tolist(),
         bucket_counts=counts.tolist(),

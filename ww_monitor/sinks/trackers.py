@@ -61,6 +61,7 @@ def uncounted_by_trackio() -> Iterator[None]:
 
     The counter is the x axis of what the run's owner logs without a step.
     """
+    # Private: nothing public of trackio gives the counter, or sets it back.
     variables: Any = getattr(sys.modules.get("trackio"), "context_vars", None)
     run: Any = variables and variables.current_run.get()
     before = getattr(run, "_next_step", None)

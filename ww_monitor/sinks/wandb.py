@@ -34,7 +34,7 @@ QUEUED_ROWS = 1024
 """Most rows that wait for a place in a run, at some 30 KB each; every second goes when they are more (our choice)."""
 
 QUEUED_MEDIA = 64
-"""Of these, the rows that keep their pictures, tables and histograms, at some 200 KB each for 50 layers."""
+"""The latest of these, which keep their pictures, tables and histograms, at some 200 KB each for 50 layers."""
 
 _TABLE = ("layer", "kind", "shape", "status", "verdict", "phase")
 
@@ -82,7 +82,7 @@ class WandB(dashboard.Named):
         self._dashboards: WeakKeyDictionary[Any, Dashboard] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "run": None, "_dashboards": None}
+        return {**vars(self), "run": None, "_dashboards": None}  # a run and weak references stay with their process
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _dashboards=WeakKeyDictionary())
@@ -167,7 +167,7 @@ class Dashboard(dashboard.Dashboard):
         """Say that new keys are shown over our axis."""
         new = [key for key in keys if key not in self._declared]
         if not self._declared:
-            run.define_metric(self._axis, hidden=True)
+            run.define_metric(self._axis, hidden=True)  # an axis needs no chart
         if len(new) > MOST_DECLARED:
             new = [start + glob for start in {self.prefix, self.name} for glob in GLOBS]
         for key in new:
@@ -199,6 +199,7 @@ class Dashboard(dashboard.Dashboard):
                 self._waiting.setdefault(finding.rule, []).append(finding)
         now = time.monotonic()
         for rule in list(self._waiting):
+            # The first goes at once, wherever the clock begins.
             if now - self._last_alert.get(rule, -self.alert_seconds) >= self.alert_seconds:
                 self._last_alert[rule] = now
                 _send(run, self.name + rule, self._waiting.pop(rule))
@@ -215,7 +216,7 @@ class _QueuedRows:
 
     def __init__(self, run: Any) -> None:
         self._queue: list[dict[str, Any]] = []
-        self._taken: int | None = None
+        self._taken: int | None = None  # the row of the run in which one of ours is
         self._process = os.getpid()
         self._sees_the_end = False
         with suppress(ImportError, AttributeError):  # no public way to be told: another version may have none
@@ -253,7 +254,7 @@ class _QueuedRows:
     def write_all(self, run: Any) -> None:
         """Write what waits, each as a row of its own."""
         if self._queue and self._taken is not None and run.step == self._taken:
-            run.log({}, commit=True)
+            run.log({}, commit=True)  # it ends the row in which one of ours is
         while self._queue:
             _log(run, self._queue.pop(0))
 
@@ -287,7 +288,7 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
 def _send(run: Any, what: str, findings: list[Finding]) -> None:
     level = _wandb().AlertLevel
     run.alert(
-        title=f"ww_monitor: {what}"[:63],
+        title=f"ww_monitor: {what}"[:63],  # W&B takes less than 64 letters
         text="\n".join(str(finding) for finding in findings),
         level=level.ERROR if any(finding.severity == "critical" for finding in findings) else level.WARN,
     )

@@ -22,7 +22,7 @@ def is_script(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())  # as torch tells them
 
 
 def content_of(path: Path) -> Any:
@@ -76,7 +76,7 @@ def check_archive(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
             start = file.read(16)
-        if start[:1] != b"\x80":
+        if start[:1] != b"\x80":  # the first byte of a pickle from protocol 2 on
             raise WWMonitorError(f"walk_files: {path} is no torch file: it begins with {start!r}")
         return False
     with zipfile.ZipFile(path) as archive:  # of TorchScript the code alone is packed, which nobody reads
@@ -89,6 +89,7 @@ def check_archive(path: Path) -> bool:
 
 def check_sizes(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise `WWMonitorError` if tensors have more numbers in memory than their file has bytes."""
+    # By address: tied tensors and views have one storage. Other classes may have none of their own.
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in tensors.values()

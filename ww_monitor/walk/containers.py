@@ -15,9 +15,11 @@ from ww_monitor.matrix import Skipped
 from ww_monitor.walk.parts import joined
 
 _DEEPEST = 100  # mappings one in another (our choice)
-_MOST_NAMED = 8
+_MOST_NAMED = 8  # in a message
+# A name with a dot is that of a module's parameter; one without must say that it is a weight.
 _WEIGHT = re.compile(r".*\..*|(.*[_.])?(weights?|kernel|embeddings?)([_.].*)?", re.DOTALL)
 _OPTIMIZER = re.compile(r"(.*_)?optim(izer)?s?(_states?)?(_dicts?)?", re.IGNORECASE)
+# Keys in the states of torch's optimizers, which tell one by any name.
 _OF_OPTIMIZER = {"param_groups", "exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg"}
 AVERAGE = re.compile(r"(^|[._\W])(g_)?(ema|swa|avg|averaged?|shadow|teacher|target|polyak)(?![a-z])", re.IGNORECASE)
 """Part of a name that says of what is below it that it is averaged over steps."""
@@ -70,6 +72,7 @@ def choose(content: object, part: str, where: str) -> Chosen:
         InvalidArgument: if there is no such part; if there is none at all, with what there is; or if containers are
             nested more than 100 deep.
     """
+    # A state dict by itself, also one of biases only: there is nothing to analyse in it, which is no mistake.
     if isinstance(content, Mapping) and content and not part and all(isinstance(v, Tensor) for v in content.values()):
         return Chosen({"": StateDict((), {str(key): value for key, value in content.items()}, {})}, "")
     found = list(_state_dicts(content, where))
@@ -121,6 +124,7 @@ def _is_weight(name: str, tensor: Tensor) -> bool:
 
 def _state_dicts(content: object, where: str) -> Iterator[StateDict]:
     """Every mapping or list with a tensor of two or more dimensions, outermost first; each once, however often held."""
+    # No recursion: a file may nest its containers deeper than Python recurses, and hold itself.
     stack: list[tuple[tuple[Any, ...], object]] = [((), content)]
     seen: set[int] = set()
     while stack:
@@ -169,6 +173,7 @@ def _averages(found: list[StateDict]) -> list[StateDict]:
 
 
 def _shapes(one: StateDict) -> dict[str, tuple[int, ...]]:
+    # `AveragedModel` of torch puts it before the names of its copy.
     return {name.removeprefix("module."): tuple(t.shape) for name, t in one.tensors.items() if t.ndim > 1}
 
 

@@ -107,6 +107,7 @@ def _between(matrix: Matrix, base: Matrix) -> Matrix:
 @torch.no_grad()
 def _difference(matrix: Matrix, base: Matrix) -> torch.Tensor:
     weights, initial = matrix.load().detach(), base.load().detach()
+    # `pair` has compared the shapes at the walk; a live model may have changed since.
     if weights.shape != initial.shape:
         raise ValueError(f"expected a base of shape {tuple(weights.shape)}, got {tuple(initial.shape)}")
     dtype = torch.float64 if torch.float64 in (weights.dtype, initial.dtype) else torch.float32

@@ -104,7 +104,7 @@ def delta(
         return
     made = _Delta(left, right, diagonal, core, scale, shape, embedding, transposed)
     part = KERNEL[0] if kernel else WHOLE[0]
-    stored = shape[::-1] if embedding else shape
+    stored = shape[::-1] if embedding else shape  # it holds the transpose of B·A
     shards = layout(factors, part.stack, stored, computed=True)
     yield matrix(f"{name}.{label}", kind, part, stored, made.read, infer_role(name, kind), shards)
 
@@ -233,7 +233,7 @@ def _of_config(text: str | bytes, prefix: str, file: Path) -> Scaling:
         if sum(map(_work, found)) > MOST_WORK:
             raise WWMonitorError(f"walk_files: expected patterns in {file} that take bounded time together")
         alpha = float(config["lora_alpha"]) if "lora_alpha" in config or patterns else None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # the last of deep JSON
         raise WWMonitorError(f"walk_files: expected a LoRA configuration with `lora_alpha` in {file}") from error
     if alpha is None and config.get("peft_type", "LORA") in ("LORA", "ADALORA"):
         raise WWMonitorError(f"walk_files: expected a LoRA configuration with `lora_alpha` in {file}")
@@ -284,5 +284,5 @@ def _work(pattern: str) -> float:
         return math.inf  # a repeated group, a look-around, a reference
     repeats, options = len(re.findall(r"[*+{]", bare)), len(re.findall(r"(?<!\()\?", bare))
     groups = bare.count("(") or 1
-    exponent = 6 * (repeats + 1) + options + groups * math.log2(bare.count("|") / groups + 1)
-    return math.inf if exponent > 60 else 2.0**exponent
+    exponent = 6 * (repeats + 1) + options + groups * math.log2(bare.count("|") / groups + 1)  # 64 = 2⁶
+    return math.inf if exponent > 60 else 2.0**exponent  # far beyond the bound; 2.0**1024 would raise

@@ -69,7 +69,7 @@ def walk_files(path: str | Path, *, split: Split | None = None, part: str = "") 
         files = weight_files(Path(path))
         if files.said:
             warnings.warn(files.said, SpectralWarning, stacklevel=2)
-        items = list(_items(files, split, part))
+        items = list(_items(files, split, part))  # now: what is wrong with a file is an error of this call
         if not any(isinstance(item, Matrix) for item in items):
             skipped = [f"{item.name} {item.shape} ({item.reason})" for item in items if isinstance(item, Skipped)]
             raise _without_weights(path, skipped)
@@ -225,4 +225,5 @@ def _from_archive(path: Path, keys: tuple[Any, ...], name: str) -> Tensor:
     inner = load(path, mapped=True)
     for key in keys:
         inner = inner[key]
+    # The name is a key as text: those of a list are numbers.
     return next(value for key, value in entries(inner) if str(key) == name and isinstance(value, Tensor))

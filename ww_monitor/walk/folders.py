@@ -55,7 +55,7 @@ def weight_files(path: Path) -> Files:
     """
     if path.is_dir():
         return _in_folder(path)
-    if not os.path.lexists(path) or not path.exists():
+    if not os.path.lexists(path) or not path.exists():  # `exists` alone raises for a name that is too long
         raise NoSuchFile(f"walk_files: no file or directory {str(path)!r}; looked for {RECOGNISED}")
     if path.name.endswith(".json") and ".index." in path.name:
         return Files(_shards(path), indexed=True)
@@ -76,7 +76,7 @@ def _in_folder(folder: Path) -> Files:
     steps = {
         int(inner.name.rpartition("-")[2]): inner
         for inner in folder.glob("checkpoint-*")
-        if inner.name[11:].isdecimal()
+        if inner.name[11:].isdecimal()  # behind "checkpoint-"
     }
     for step in sorted(steps, reverse=True):
         if (files := _weights_in(steps[step])).paths:
@@ -99,6 +99,7 @@ def _weights_in(folder: Path) -> Files:
                 file.name for file in sorted(folder.glob(pattern)) if file != whole and not _SHARD.search(file.name)
             ]
             return Files((whole,), f"walk_files: read {whole.name}, left out {', '.join(rest)}" if rest else "")
+        # The shortest is the plain one, before those of a variant (.index.fp16.json).
         indices = sorted(folder.glob(f"{pattern}.index*.json"), key=lambda index: (len(index.name), index.name))
         if indices:
             return Files(_shards(indices[0]), indexed=True)
@@ -116,6 +117,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise WWMonitorError(f"walk_files: expected a `weight_map` from tensors to files in {index}") from error
     for name in names:
+        # Of both systems: a name that stays in the folder on one may leave it on the other.
         kinds = (PurePosixPath(name), PureWindowsPath(name)) if isinstance(name, str) and name else ()
         if not kinds or any(kind.anchor or ".." in kind.parts for kind in kinds):
             raise WWMonitorError(f"walk_files: expected files in the folder of {index}, got {str(name)[:200]!r}")

@@ -75,7 +75,9 @@ def fused_parts(name: str, shape: Sequence[int], axis: int, owner: nn.Module | N
         return blocks(("k", "v"), (inputs, inputs), axis)  # the cross-attention of GPT-2: the queries have their own
     if last == "in_proj" and outputs != 3 * inputs and order == "blocks":
         return ()  # the input projection of Mamba and LFM2 is no attention
+    # LFM2's convolution has an in_proj of three parts and a configuration with heads, but no heads itself.
     heads = None if owner is None else _heads(owner, outputs, config=last != "in_proj")
+    # GPTBigCode without shared keys has a head's query, key and value behind each other in its c_attn.
     if order == "interleaved" or hint(owner, "multi_query") is False:
         return interleaved_heads(*heads) if heads and heads[2] else ()
     if heads is None:

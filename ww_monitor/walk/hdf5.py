@@ -16,18 +16,17 @@ from torch import Tensor
 from ww_monitor.errors import MissingDependency, WWMonitorError
 from ww_monitor.kind import Kind
 from ww_monitor.matrix import Matrix, Skipped
-from ww_monitor.walk import names
+from ww_monitor.walk import names, parts
 from ww_monitor.walk.keras import load_keras_file, walk_keras
 from ww_monitor.walk.parts import WHOLE, Part, Split, blocks, joined, matrix, resolved, split_parts, unfit, unique
 from ww_monitor.walk.reading import tied_to
 from ww_monitor.walk.roles import infer_role
 
 _SLACK = 64 << 20
-_MOST_TIMES = (
-    8  # what is stored may be smaller than what it becomes by this, and the slack (our choice: Keras packs none)
-)
+# What is stored may become so many times as large, and the slack (our choice: Keras packs nothing).
+_MOST_TIMES = 8
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "attention_output": "o"}
-_GATES = {3: "zrh", 4: "ifco"}
+_GATES = {3: "zrh", 4: "ifco"}  # of GRU and LSTM, in Keras' order
 _UNKNOWN = "its group and shape tell no weight: load the model and analyse that"
 _CONV = ("kernel", "depthwise_kernel", "pointwise_kernel")
 
@@ -96,7 +95,7 @@ def check_hdf5(file: Any, path: Path, size: int) -> None:
     """Raise `WWMonitorError` if something in a file lies in another one, or if it claims far more than its `size`."""
     import h5py
 
-    claimed, stack, seen = 0, [file], {file}
+    claimed, stack, seen = 0, [file], {file}  # h5py's objects are equal where they are one in the file
     while stack:
         group = stack.pop()
         for name in group:
@@ -133,6 +132,7 @@ def _weights(file: Any, path: Path, split: Split | None) -> Iterator[Matrix | Sk
         inner = [group[name] for name in group]
         stack += [child for child in reversed(inner) if hasattr(child, "keys")]
         tensors = {child.name: child for child in inner if hasattr(child, "shape")}
+        # The file of a compiled model has what its optimizer keeps, too, in a group at the top.
         if tensors and "optimizer" not in group.name.partition("/vars")[0].strip("/").split("/")[0]:
             groups[group.name] = tensors
     split = resolved(split, [_name(file, folder) for folder in groups])
@@ -233,19 +233,14 @@ def _meaning(
         return Kind.RECURRENT, cut, None
     if last in _ATTENTION and len(shape) == 3 and (word.endswith("_dense") or attribute == "kernel"):
         kind, axes = (Kind.DENSE, 2) if last == "attention_output" else (Kind.ATTENTION, 1)
-        return kind, (Part("", partial(_flat, axes=axes)),), _ATTENTION[last]
+        return kind, (Part("", partial(parts.flat, axes=axes)),), _ATTENTION[last]
     if attribute == "embeddings" and len(shape) == 2:
         return Kind.EMBEDDING, WHOLE, None
     if attribute in _CONV and len(shape) > 2 and not word.startswith("einsum_dense"):
-        return Kind.CONV, (Part("", partial(torch.flatten, end_dim=-3)),), None
+        return Kind.CONV, (Part("", partial(torch.flatten, end_dim=-3)),), None  # the places of a kernel come first
     if attribute == "kernel" and len(shape) == 2:
         return Kind.DENSE, split_parts(split, name, shape, 1) or WHOLE, None
     return Kind.OTHER, (), None
-
-
-def _flat(tensor: Tensor, axes: int) -> Tensor:
-    """The first `axes` axes × the others."""
-    return tensor.flatten(axes).flatten(0, axes - 1)
 
 
 def _dtype(dataset: Any) -> torch.dtype | None:

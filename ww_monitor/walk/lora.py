@@ -102,7 +102,7 @@ def _is(layer: object, *names: str) -> bool:
 
 
 def _method(layer: object) -> str:
-    """Of which kind an adapter layer is, as PEFT calls it: the folder of its class, or that of the class it extends."""
+    """The kind of an adapter layer, as PEFT calls it: the folder of its class, or that of the class it extends."""
     homes = [kind.__module__.split(".") for kind in type(layer).__mro__]
     return next((home[2] for home in homes if home[:2] == ["peft", "tuners"] and len(home) > 3), "adapter")
 

@@ -54,6 +54,7 @@ def _as(weights: torch.Tensor, full: Any) -> torch.Tensor | None:
     """The part of a master that stands for `weights`, a view of a stored tensor; `None` if it rounds to others."""
     if not isinstance(full, torch.Tensor) or full.dtype != torch.float32 or not full.is_contiguous():
         return None
+    # Weights may be a part of a fused tensor: a master is one of the whole storage, and has them in the same place.
     if full.numel() * weights.element_size() != weights.untyped_storage().nbytes():
         return None
     at = full.storage_offset() + weights.storage_offset()

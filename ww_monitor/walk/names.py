@@ -26,6 +26,7 @@ _NO_WEIGHT = (
     (r"bias(es)?", "a bias"),
     (r"weight_(scales?(_inv)?|zero(s|_points?)?)|qzeros|\w*absmax|quant_(map|state)", "numbers of a quantisation"),
 )
+# What ends so acts on positions or on a mask; but `pos_emb_weight` is the table itself.
 _ACTS = re.compile(r"(proj(ections?)?|kernels?|(?<!emb)(?<!enc)(?<!embed)(?<!ding)(?<!dings)_(w|weights?))_?\d*$")
 _BUFFERS = r"running|cos|sin|\w*cached?|inv_freq|freqs|window|\w*filter_?banks?|mel_\w+"
 

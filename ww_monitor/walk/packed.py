@@ -108,7 +108,7 @@ def _four_bits(codes: Unread, beside: Mapping[str, Unread], state: str) -> Unrea
         text = beside[state].read() if prod(beside[state].shape) <= _MOST_STATE else None
         about: dict[str, Any] = json.loads(bytes([] if text is None else text.tolist()))
         shape = tuple(int(size) for size in about["shape"])
-        if prod(shape) != 2 * prod(codes.shape) or codes.dtype != torch.uint8 or min(shape) < 1:
+        if prod(shape) != 2 * prod(codes.shape) or codes.dtype != torch.uint8 or min(shape) < 1:  # two codes a byte
             raise ValueError(f"{codes.dtype} of shape {codes.shape} for {shape}")
         own = {name.removeprefix("weight."): other for name, other in beside.items()}
         read = partial(_read_four_bits, codes, own, shape, about)

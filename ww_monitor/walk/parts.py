@@ -87,7 +87,7 @@ def blocks(ends: Sequence[str], sizes: Sequence[int], axis: int = 0) -> tuple[Pa
     named = ("q", "k", "v", "gate", "up")  # ends that are roles
     return tuple(
         Part(end, partial(torch.narrow, dim=axis, start=start, length=size), end if end in named else "")
-        for end, start, size in zip(ends, accumulate(sizes, initial=0), sizes, strict=False)
+        for end, start, size in zip(ends, accumulate(sizes, initial=0), sizes, strict=False)  # one start more
     )
 
 

@@ -19,9 +19,10 @@ from ww_monitor.walk.sharded import whole
 BLOCK = 128
 """Side of the blocks that share a scale (DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.2)."""
 
+# By name: older versions of torch lack some.
 FLOAT8 = {dtype for name, dtype in vars(torch).items() if name.startswith("float8_") and isinstance(dtype, torch.dtype)}
 UNSCALED = "codes of eight bits whose scale is not there, as others' are"
-_FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
+_FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)  # which older versions of torch lack
 _OF_VALUES = re.compile(r"input|output|act(ivation)?s?(?![a-z])|(^|_)[qkv](v?_cache)?_scale")  # not of the weights
 _COMPANION = re.compile(
     r"scales?(?![a-z])|zero|offset|a(bs)?max|quant_|SCB|(^|[._])(g_idx|shift)$|(^|_)weight_(shape|format)$"
@@ -146,6 +147,7 @@ def repeats(shape: Sequence[int], scale: Sequence[int]) -> tuple[int, ...] | Non
         group = last and entries > 0 and size % entries == 0 and scale[axis - 1] == shape[axis - 1]
         if entries in (1, size):
             found.append(size // max(entries, 1))
+        # 300 columns with 3 scales a row may be blocks, the last one short, or groups of 100: that is not known.
         elif block and not (group and size != entries * BLOCK):
             found.append(BLOCK)
         elif group and not block:
@@ -162,6 +164,7 @@ def _aligned(shape: Sequence[int], scale: Sequence[int]) -> tuple[int, ...]:
     if count == 1:
         return (1, *ones)
     if len(scale) < len(shape) and count in scale:
+        # A list beside a square weight is one of its rows.
         columns = count == shape[-1] != shape[0] and len(shape) == 2
         return (*ones, count) if columns else (count, *ones)
     return tuple(scale)
@@ -191,7 +194,7 @@ def _spread(scale: Tensor, shape: Sequence[int]) -> Tensor:
     scale = scale.reshape(_aligned(shape, scale.shape))
     for axis, (size, time) in enumerate(zip(shape, times, strict=True)):
         if scale.shape[axis] > 1 and time > 1:
-            scale = scale.repeat_interleave(time, axis).narrow(axis, 0, size)
+            scale = scale.repeat_interleave(time, axis).narrow(axis, 0, size)  # the last block may be short
     return scale
 
 

@@ -105,6 +105,7 @@ def stand_in(module: nn.Module, attribute: str) -> Tensor | None:
         return like_whole(next(iter(_source(module, attribute)[0]), None))  # type: ignore[no-any-return]
     functions = module.get_submodule(f"parametrizations.{attribute}")
     of_torch = all(type(function).__module__ == parametrizations.__name__ for function in functions.children())
+    # Registration has checked that the shape stays, but for `unsafe` ones; a right inverse stores other shapes.
     checked = not functions.unsafe and not any(hasattr(function, "right_inverse") for function in functions.children())
     return originals(functions)[-1] if of_torch or checked else _evaluate(functions)
 
@@ -161,7 +162,7 @@ def _evaluate(functions: nn.Module) -> Tensor:
     flags = [(module, module.training) for module in functions.modules()]
     copies = {name: buffer.clone() for name, buffer in functions.named_buffers()}
     device = next((tensor.device for _, tensor in all_parameters(functions)), torch.device("cpu"))
-    generators = [device] if device.type in ("cuda", "xpu") else []
+    generators = [device] if device.type in ("cuda", "xpu") else []  # `fork_rng` keeps that of the host anyway
     try:
         for module, _ in flags:
             module.training = False  # not .eval(): a class may override it to do more

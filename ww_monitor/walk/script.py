@@ -29,7 +29,7 @@ _DTYPES = {
     "IntStorage": torch.int32,
     "LongStorage": torch.int64,
 }
-_DEEPEST = 100
+_DEEPEST = 100  # modules one in another (our choice)
 
 
 class _Inert:
@@ -82,7 +82,7 @@ class _Reader(pickle._Unpickler):  # in Python: memory grows with the file only
         return name if module == "torch" and name.endswith("Storage") else _Inert
 
     def persistent_load(self, pid: Any) -> Any:
-        return str(pid[1]), str(pid[2])
+        return str(pid[1]), str(pid[2])  # of ("storage", type, key, device, numbers)
 
 
 def script_weights(path: Path) -> dict[str, Unread]:
@@ -94,6 +94,7 @@ def script_weights(path: Path) -> dict[str, Unread]:
     check_archive(path)
     with zipfile.ZipFile(path) as archive:
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+        # The outermost one: files that a user has packed into the archive lie deeper.
         main = min((name for name in sizes if name.endswith("/data.pkl")), key=len, default="")
         try:
             root = _Reader(io.BytesIO(archive.read(main))).load()
@@ -133,6 +134,7 @@ def _unread(path: Path, sizes: Mapping[str, int], folder: str, stored: _Stored) 
     identity = (path, record, stored.offset, stored.shape, stored.stride)
     last = stored.offset + sum((size - 1) * step for size, step in zip(stored.shape, stored.stride, strict=True))
     size = sizes.get(record, 0)
+    # A stride of 0 would make many numbers of few, one too long would read what is not there.
     there = dtype is None or (last < size // dtype.itemsize and prod(stored.shape) <= size // dtype.itemsize)
     reason = "" if there else "its numbers are not all in the file"
     return Unread(stored.shape, dtype, partial(_read, path, record, stored), identity, reason)
@@ -140,6 +142,6 @@ def _unread(path: Path, sizes: Mapping[str, int], folder: str, stored: _Stored) 
 
 def _read(path: Path, record: str, stored: _Stored) -> Tensor:
     with zipfile.ZipFile(path) as archive:
-        numbers = bytearray(archive.read(record))
+        numbers = bytearray(archive.read(record))  # `frombuffer` warns of memory that cannot be written
     assert stored.dtype is not None  # else it has a reason
     return torch.frombuffer(numbers, dtype=stored.dtype).as_strided(stored.shape, stored.stride, stored.offset)

@@ -103,7 +103,7 @@ class EvenShards(Shards):
         return found
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096)  # a model repeats few shapes, a plan asks for each of its layers
 def _cut_evenly(places: Index, chunk: int) -> list[tuple[int, Index]]:
     """Each rank that has some of the places, with where they stand among them; `torch.chunk`'s cut."""
     ranks = np.asarray(places) // chunk
@@ -149,7 +149,7 @@ def _of_dtensor(tensor: Any, take: Take, shape: Sequence[int], *, computed: bool
 def _piece(tensor: Any, take: Take, shape: Sequence[int]) -> Piece | None:
     """The part of a matrix that the local shard holds; `None` where the shard is more than one box."""
     with torch.device("cpu"):  # torch counts offsets in tensors of the default device, which may have no numbers
-        chunks = tensor.__create_chunk_list__()
+        chunks = tensor.__create_chunk_list__()  # of torch's checkpoints; nothing public tells it
     if len(chunks) != 1:
         return None
     lines = [_line(take, shape, dim) for dim in range(len(shape))]
@@ -176,7 +176,7 @@ def _line(take: Take, shape: Sequence[int], dim: int) -> tuple[int, np.ndarray]:
     """The axis of the matrix along which a dimension of the tensor runs, and the place in that at each index."""
     places = take(_places(shape, dim))
     lines = [line.numpy() for line in (places[:, 0, 0], places[0, :, 0], places[0, 0, :])]
-    axis = next((axis for axis, line in enumerate(lines) if line[0] != line[-1]), 0)
+    axis = next((axis for axis, line in enumerate(lines) if line[0] != line[-1]), 0)  # of one place: any
     return axis, lines[axis]
 
 
@@ -252,4 +252,4 @@ def _in_unit(unit: Any, item: Matrix | Skipped) -> Matrix | Skipped:
 @torch.no_grad()
 def _load_in(unit: nn.Module, load: Callable[[], Tensor]) -> Tensor:
     with _gathered(unit):
-        return load().clone()
+        return load().clone()  # the unit frees what it has gathered

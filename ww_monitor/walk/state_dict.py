@@ -117,7 +117,7 @@ def _cleaned(tensors: Mapping[str, Unread]) -> dict[str, Unread]:
     """The tensors by their names without wrappers; `module.` goes where every name starts with it."""
     dropped = (*WRAPPERS, "base_layer") if any(factors.factor_of(key) for key in tensors) else WRAPPERS
     plain = {key: ".".join(part for part in _saved(key, tensors).split(".") if part not in dropped) for key in tensors}
-    counts = Counter(plain.values())
+    counts = Counter(plain.values())  # names that would be one keep their wrappers
     found = {name if counts[name] == 1 else key: tensors[key] for key, name in plain.items()}
     while found and all(key.startswith("module.") for key in found):  # else it is an attribute of that name
         found = {key.removeprefix("module."): value for key, value in found.items()}

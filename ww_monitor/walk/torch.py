@@ -120,10 +120,11 @@ class _Walk:
 
 
 def _walk(root: nn.Module, this: _Walk) -> Iterator[Matrix | Skipped]:
+    # FSDP1's weights have no storage that tells them until their unit is gathered.
     for path, module in modules(root, "", set()) if not this.units else ():
         if isinstance(module, tuple(chain(*_KINDS.values()))) and (own := reading.own_parameters(module)):
             this.owned.setdefault(this.identity(module, own.get("weight")), path or class_name(root))
-    this.owned.pop(None, None)
+    this.owned.pop(None, None)  # weights that are computed, which are tied to nothing
     found = by_unit(modules(root, "", set()), this.units, partial(_items_of, this))
     return parts.unique(replace(item, name=item.name or class_name(root)) for item in found)
 
@@ -331,7 +332,7 @@ def _by_name(
     if kernels := fused.stacked_kernels(module, attribute, siblings[key].shape):
         kind, cuts = Kind.CONV, kernels
     reason = factors.other_adapter(key) or reason
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):  # with as many dimensions as what they normalise
         reason = f"parameters of {class_name(module)} are not a known weight"
     own = this.identity(module, reading.own_tensors(module).get(attribute))
     reason = reading.tied_to(this.seen.get(own, this.owned.get(own))) or reason
