@@ -23,7 +23,7 @@ class Options(AnalysisOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        wanted(self.needs, self)
+        wanted(self.needs, self)  # raises now, not at the first analysis, for a measurement that nobody makes
 
     @property
     def chosen(self) -> list[Metric]:
