@@ -117,7 +117,7 @@ def _enter_density_fits() -> None:
     }
     for column, (field, definition) in columns.items():
 
-        def of_spectrum(batch: Batch, field: str = field) -> torch.Tensor:
+        def of_spectrum(batch: Batch, field: str = field) -> torch.Tensor:  # a default is bound now, not at the call
             return batch.per_row(_fitted(batch.density_fits, field))
 
         def of_shuffled(batch: Batch, field: str = field) -> torch.Tensor:
