@@ -166,7 +166,7 @@ def goodness_of_fit(eigenvalues: torch.Tensor, fit: TailFit, *, seed: int, repli
 
     Args:
         eigenvalues: `[n]` of one layer, those above its floor.
-        fit: Its tail, as one row.
+        fit: The fit of its tail, as one row.
         seed: Seed of a private generator.
         replicas: Number of synthetic spectra; all are fitted in one batch.
     """

@@ -29,8 +29,8 @@ FREE_SHARE = 0.5
 """Share of a device's free memory that it may take: training beside it needs the rest (our choice)."""
 
 SECONDS_PER_COLUMN, SECONDS_A_SIDE = 1e-5, 1.3e-3
-"""Of the routine for one matrix (2.2 ms at 256, 7.8 at 768, 10.3 at 1024); and what it takes to launch the operations
-that follow the solve, once a short side (measured for the fit of one row)."""
+"""What the routine for one matrix takes (2.2 ms at 256, 7.8 at 768, 10.3 at 1024); and what launching the operations
+that follow the solve takes, once a short side (measured for the fit of one row)."""
 
 _LARGEST_COUNT, _LARGEST_BATCH = 2**31 - 1, 65535
 """Elements that the batched routine takes together, n·lda·B, and matrices."""

@@ -55,7 +55,7 @@ def eigenvalues(matrices: torch.Tensor, *, resolve_small: bool = False, library:
 
 
 def tall_of(matrices: torch.Tensor) -> torch.Tensor:
-    """The same `[…, N, M]` with N ≥ M."""
+    """The matrices, transposed where that makes them `[…, N, M]` with N ≥ M; a view."""
     return matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT
 
 

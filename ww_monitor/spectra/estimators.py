@@ -66,7 +66,7 @@ def fit_without_fingers(
 
     Args:
         eigenvalues: `[B, n]` float64, ascending.
-        floor: As in `fit_tail`.
+        floor: Scalar or `[B]`; eigenvalues at or below it are numerically zero and take no part.
         weightwatcher: Use that tool's search.
     """
     first = best = fit_tail(eigenvalues, floor=floor, allow_short=weightwatcher)
@@ -103,7 +103,7 @@ def soft_alpha(eigenvalues: torch.Tensor, *, floor: torch.Tensor | float = 0.0) 
 
     Args:
         eigenvalues: `[B, n]` float64, ascending.
-        floor: As in `fit_tail`.
+        floor: Scalar or `[B]`; eigenvalues at or below it are numerically zero and take no part.
     """
     n = eigenvalues.shape[1]
     known, log_x, log_sum = tail_exponents(eigenvalues, floor)

@@ -137,7 +137,7 @@ def _at(array: np.ndarray) -> ctypes.c_void_p:
 
 
 def _int(value: int) -> Any:
-    """By reference, in 64 bits: a library that takes 32 reads the lower half."""
+    """An integer by reference, in 64 bits: a library that takes 32 reads the lower half."""
     return ctypes.byref(ctypes.c_int64(value))
 
 

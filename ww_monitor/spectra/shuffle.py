@@ -78,7 +78,7 @@ def draw(size: int, seed: int, device: torch.device) -> torch.Tensor:
 
 
 def bytes_to_draw(size: int) -> int:
-    """What a device takes to draw one."""
+    """Bytes that a device takes to draw a permutation of `size`."""
     return DRAW_COPIES * size * (4 if size < 1 << 31 else 8)
 
 

@@ -214,7 +214,7 @@ def _by_rows(
 def _by_full_spectrum(
     matrices: Sequence[torch.Tensor], stats: Elements, order: torch.Tensor, threshold: float, seed: int
 ) -> torch.Tensor:
-    """The same from all eigenvalues of all matrices."""
+    """Count above the threshold and λmax `[2, K]` from all eigenvalues of all matrices."""
     stack = shuffle.mixed(matrices, order).double()
     spectrum = eigenvalues(stack.sub_(stats.mean.to(stack.device)[:, None, None])).values
     variance = stats.std.square()
