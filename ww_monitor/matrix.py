@@ -28,7 +28,7 @@ class Piece:
     Attributes:
         index: The slices, rows and columns whose product lies here; none along an axis where the rank has nothing.
         load: Returns the part `[slices, rows, columns]` on the device of the mesh; no other rank is needed.
-        dtype: Of the weights.
+        dtype: The type of the weights.
         mesh: The ranks that hold all of the matrix between them, replicas included.
         sharded: The dimensions of the mesh along which ranks hold different parts.
     """

@@ -79,7 +79,7 @@ class Budget:
         self._resumed_at: float | None = None
         self._stood_still = 0.0
         self._this_look = 0.0
-        self._costs: deque[float] = deque(maxlen=3)
+        self._costs: deque[float] = deque(maxlen=3)  # of three the median: one slow analysis alone does not count
         self._first_step = 0
         self._last: tuple[int, float] | None = None
         self._steps = {False: 0, True: 0}
@@ -155,7 +155,7 @@ class Budget:
         """The step of the next analysis, seen from `step`; `None` while the duration of a step is not known."""
         if math.isnan(self.seconds_per_step) or not self.can_plan(step):
             return None
-        needed = (self.lost + 2 * self.cost) / self.share
+        needed = (self.lost + 2 * self.cost) / self.share  # of the next, and of one that may end the run
         wait = max(0.0, needed - self.elapsed) / max(self.seconds_per_step, 1e-9)
         return next_round(step, math.ceil(wait)) if wait > 0 else step
 
