@@ -61,7 +61,7 @@ class Distances:
     @property
     def summary(self) -> dict[str, float]:
         """Mean of each number over the layers where it is known."""
-        numbers = [field.name for field in fields(Distance)][2:]
+        numbers = [field.name for field in fields(Distance)][2:]  # without name and shape
         return {name: _mean([getattr(row, name) for row in self.rows]) for name in numbers}
 
     def to_pandas(self) -> pandas.DataFrame:

@@ -176,7 +176,7 @@ def num_parameters(model: object, part: str = "") -> int:
         held = choose(model, part, "describe").state_dicts.values() if model else ()
         return sum(tensor.numel() for one in held for tensor in one.tensors.values())
     count = getattr(model, "count_params", None)  # of Keras
-    if callable(count) and getattr(model, "built", False):
+    if callable(count) and getattr(model, "built", False):  # it raises before
         return int(count())
     if not isinstance(model, nn.Module):
         return 0

@@ -85,7 +85,7 @@ class Matrix:
 
     def __post_init__(self) -> None:
         check_choice(f"Matrix {self.name!r}", "kind", self.kind, tuple(Kind))
-        object.__setattr__(self, "kind", Kind(self.kind))
+        object.__setattr__(self, "kind", Kind(self.kind))  # the one way to set a field of a frozen class
 
     @property
     def long_side(self) -> int:

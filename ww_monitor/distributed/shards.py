@@ -61,7 +61,7 @@ class Shipment:
             if part is None:
                 yield places, torch.full(_lengths(places), math.nan, dtype=self.piece.dtype, device=self._device)
             else:
-                yield places, part[places].contiguous()
+                yield places, part[places].contiguous()  # its bytes are sent, in one piece
 
     def begin(self) -> None:
         """Make room at the owner, and put in what lies there."""

@@ -91,7 +91,7 @@ def _where_known(batch: Batch, count: torch.Tensor) -> torch.Tensor:
 
 
 def _rank_tolerance(batch: Batch) -> torch.Tensor:
-    return batch.long_side * torch.finfo(torch.float64).eps
+    return batch.long_side * torch.finfo(torch.float64).eps  # the tool's, which rounds weights to float32 before
 
 
 @metric(default=False, weightwatcher="entropy", source=WW)

@@ -149,7 +149,7 @@ def _moved(
         elif sharded:
             lies = lies if isinstance(lies, EvenShards) else EvenShards((), axis=1, places=rows, size=len(rows))
             delivery, by_rank, held = _without_owner(matrix.shape, lies, world, dtype.itemsize)
-            most = most if delivery.short_axis is None else 0
+            most = most if delivery.short_axis is None else 0  # a solver works in the Gram matrix that has come
             most += replace(delivery, owner=owner).bytes_held(owner, dtype.itemsize)
             sent += by_rank
             sent[owner] -= by_rank[owner]  # its own part stays

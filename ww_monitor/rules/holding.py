@@ -28,6 +28,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
 """What a monitor applies: a layer counts as under-trained after three random-like snapshots."""
 
 
+# the last of them wants three snapshots, of which there is one
 SINGLE_RULES: tuple[Rule, ...] = (*TRAINING_RULES[:-1], partial(layers.under_trained, snapshots=1))
 """What `analyze` applies to its one snapshot."""
 
