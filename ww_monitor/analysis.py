@@ -37,8 +37,9 @@ class SourceOptions(Stored, WalkOptions, Select, AnalysisOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
+            # torch.device takes the name of any device; whether this machine has it a tensor tells
             known = self.device is None or not torch.empty(0, dtype=torch.float32, device=self.device).is_meta
-        except (RuntimeError, AssertionError, TypeError) as error:
+        except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch was built without CUDA
             raise InvalidArgument(
                 f"{self.where}: device must be one that torch has here; got {str(self.device)!r}"
                 f" ({str(error).partition(chr(10))[0][:200]})"
@@ -59,7 +60,7 @@ class SourceOptions(Stored, WalkOptions, Select, AnalysisOptions):
         return matrix.load().to(self.device)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # tensors compare entry by entry
 class AnalyzeOptions(SourceOptions):
     """What `analyze` takes."""
 

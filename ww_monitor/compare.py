@@ -28,7 +28,7 @@ class Distance:
     """A layer of two models. NaN: not known, because a matrix is zero or not finite.
 
     Attributes:
-        name: Of the layer.
+        name: The name of the layer.
         shape: `(slices, rows, columns)`.
         frobenius: ‖A − B‖_F over all slices.
         relative: ‖A − B‖_F / ‖A‖_F.
@@ -61,7 +61,7 @@ class Distances:
     @property
     def summary(self) -> dict[str, float]:
         """Mean of each number over the layers where it is known."""
-        numbers = [field.name for field in fields(Distance)][2:]
+        numbers = [field.name for field in fields(Distance)][2:]  # without name and shape
         return {name: _mean([getattr(row, name) for row in self.rows]) for name in numbers}
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -77,7 +77,7 @@ class Distances:
         return pandas.DataFrame([asdict(row) for row in self.rows], columns=[field.name for field in fields(Distance)])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # tensors compare entry by entry
 class DistanceOptions(Stored, Patterns):
     """What `distances` takes."""
 
@@ -115,7 +115,7 @@ def distances(given: DistanceOptions) -> Distances:
     {'relative': 1.0, 'cka': 1.0, 'left_overlap': 1.0, 'right_overlap': 1.0}
     """
     select = Select(include=given.include, exclude=given.exclude, min_size=1)
-    second = given.part if given.part_b is None else given.part_b
+    second = given.part if given.part_b is None else given.part_b  # "" is a part: the whole
     sides = [select.apply(walk_source(one, part=part)) for one, part in ((given.a, given.part), (given.b, second))]
     return compare_matrices(*sides, top=given.top, unpaired=given.unpaired)
 
@@ -157,6 +157,6 @@ def _compare(one: Matrix, other: Matrix, top: int) -> Distance:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Of those that are known."""
+    """The mean of those that are known, NaN of none."""
     known = [value for value in values if value == value]
     return sum(known) / len(known) if known else NAN

@@ -176,7 +176,7 @@ def num_parameters(model: object, part: str = "") -> int:
         held = choose(model, part, "describe").state_dicts.values() if model else ()
         return sum(tensor.numel() for one in held for tensor in one.tensors.values())
     count = getattr(model, "count_params", None)  # of Keras
-    if callable(count) and getattr(model, "built", False):
+    if callable(count) and getattr(model, "built", False):  # it raises before
         return int(count())
     if not isinstance(model, nn.Module):
         return 0
@@ -190,7 +190,7 @@ def kinds_of(items: Iterable[Matrix | Skipped], parameters: int) -> tuple[OfKind
 
     Args:
         items: What a walker yields, after selection.
-        parameters: Of the model, or 0 for those that are listed.
+        parameters: How many the model has, or 0 for those that are listed.
     """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     sizes: dict[str, Counter[bool]] = defaultdict(Counter)
@@ -260,7 +260,7 @@ def operations(shape: tuple[int, int, int]) -> tuple[float, float]:
 @lru_cache(maxsize=1)
 def measured_rates() -> Rates:
     """Operations a second of a Gram matrix and an eigensolve of side 512 (an ordinary layer), faster of two runs."""
-    w = np.random.default_rng(0).standard_normal((512, 512))
+    w = np.random.default_rng(0).standard_normal((512, 512))  # a generator of its own: the global one stays
     gram, solve = operations((1, *w.shape))
     squared = w.T @ w
     seconds = [min(repeat(run, number=1, repeat=2)) for run in (lambda: w.T @ w, lambda: np.linalg.eigvalsh(squared))]

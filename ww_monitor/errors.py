@@ -55,7 +55,7 @@ def as_python(value: Any) -> Any:
 def check_positive_int(where: str, argument: str, value: object) -> None:
     """Raise `InvalidArgument` unless `value` is an integer of at least 1."""
     value = as_python(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:  # to Python True is an int
         raise InvalidArgument(f"{where}: {argument} must be an integer >= 1; got {value!r}")
 
 

@@ -26,9 +26,9 @@ LEAST_TRAPS = 0.5
 """Traps a shuffle from which on a layer has one, as for the rule `trap`."""
 
 MEAN, STD = 0.06, 0.2
-"""Of Gaussian inputs. Our choice, for nets on numbers from 0 to 1: inputs of mean 0 leave all units of the three
-collapsed nets of `trap_harm` silent, whatever their deviation, and would call their traps harmless. Both were chosen
-on those four nets."""
+"""Mean and deviation of Gaussian inputs. Our choice, for nets on numbers from 0 to 1: inputs of mean 0 leave all units
+of the three collapsed nets of `trap_harm` silent, whatever their deviation, and would call their traps harmless. Both
+were chosen on those four nets."""
 
 SIZES = (32, 28, 64, 224, 299, 16, 8)
 """Sides of an image that are tried, in this order, where the model does not say."""
@@ -79,7 +79,7 @@ def trap_harm(model: Any, snapshot: Snapshot, inputs: Inputs = None, *, samples:
         inputs: A batch: a tensor, a mapping passed by name, or a tuple of arguments. `None` draws Gaussian numbers, or
             random tokens where the model begins with an embedding.
         samples: How many of those to draw; an eighth of it images or texts of up to 32 tokens.
-        seed: Of the private generator that draws.
+        seed: Seed of the private generator that draws.
 
     Raises:
         InvalidArgument: if the model is none of these, is spread over ranks, has no layer of a trap's name, or no
@@ -134,7 +134,7 @@ def divergence(first: Tensor, second: Tensor) -> float:
     >>> round(divergence(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])), 6)
     0.693147
     """
-    rounding = 1e-3 + torch.finfo(first.dtype).eps
+    rounding = 1e-3 + torch.finfo(first.dtype).eps  # shares in half precision add up to 1 only to their rounding
     values = [one.detach().double().cpu() for one in (first, second)]
     values = [one[:, None] if one.ndim == 1 else one for one in values]
     done = all(bool((one >= 0).all()) and bool(((one.sum(-1) - 1).abs() < rounding).all()) for one in values)
@@ -187,7 +187,7 @@ def _copied(model: Any) -> Iterator[tuple[Any, Run]]:
             value = to_torch(variable.value).clone()
             if keras.backend.backend() == "torch":
                 return value
-            value = value.float() if value.dtype == torch.bfloat16 else value
+            value = value.float() if value.dtype == torch.bfloat16 else value  # which numpy lacks
             return keras.ops.convert_to_tensor(value.cpu().numpy(), dtype=variable.dtype)
 
         with keras.StatelessScope(state_mapping=[(variable, own(variable)) for variable in model.variables]):
@@ -203,6 +203,7 @@ def _copied(model: Any) -> Iterator[tuple[Any, Run]]:
             yield model, run
     elif isinstance(model, nn.Module):
         while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+            # torch.compile's wrapper has no public name for what it wraps
             model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
         double = _without_hooks(model)
         yield double, lambda given: _call(double, given)
@@ -244,13 +245,13 @@ def _call(model: nn.Module, given: Inputs) -> Any:
 def _same_random_numbers(model: Any) -> Any:
     tensors = model.parameters() if isinstance(model, nn.Module) else ()
     devices = sorted({one.device.index for one in tensors if one.device.type == "cuda"})
-    return torch.random.fork_rng(devices=devices)
+    return torch.random.fork_rng(devices=devices)  # which are named, or it would start CUDA on all there are
 
 
 @contextmanager
 def _own_random_state(model: Any) -> Iterator[None]:
     """Leave every global stream where it is, whatever a forward draws."""
-    python, numpy = random.getstate(), np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state()  # a forward may draw from any of the three
     try:
         with _same_random_numbers(model):
             yield

@@ -28,7 +28,7 @@ class Piece:
     Attributes:
         index: The slices, rows and columns whose product lies here; none along an axis where the rank has nothing.
         load: Returns the part `[slices, rows, columns]` on the device of the mesh; no other rank is needed.
-        dtype: Of the weights.
+        dtype: The type of the weights.
         mesh: The ranks that hold all of the matrix between them, replicas included.
         sharded: The dimensions of the mesh along which ranks hold different parts.
     """
@@ -85,7 +85,7 @@ class Matrix:
 
     def __post_init__(self) -> None:
         check_choice(f"Matrix {self.name!r}", "kind", self.kind, tuple(Kind))
-        object.__setattr__(self, "kind", Kind(self.kind))
+        object.__setattr__(self, "kind", Kind(self.kind))  # the one way to set a field of a frozen class
 
     @property
     def long_side(self) -> int:

@@ -258,7 +258,7 @@ def test_weights_that_nobody_else_holds_are_given_up_before_they_are_solved(monk
     alive = weakref.WeakSet()
 
     def fresh(k):
-        weights = normal(1, 900, 140, seed=k)
+        weights = normal(1, 1900, 140, seed=k)
         alive.add(weights.untyped_storage())
         return weights
 
@@ -273,7 +273,7 @@ def test_weights_that_nobody_else_holds_are_given_up_before_they_are_solved(monk
         return torch.linalg.eigvalsh(gram)
 
     use_stand_in(monkeypatch, solve=counting)
-    items = [Matrix(str(k), "dense", (1, 900, 140), lambda k=k: fresh(k)) for k in range(8)]
+    items = [Matrix(str(k), "dense", (1, 1900, 140), lambda k=k: fresh(k)) for k in range(8)]
     analyze_matrices(items, Options())
     assert counts == [0]
 

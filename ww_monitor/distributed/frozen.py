@@ -34,6 +34,7 @@ class FrozenRows:
         """
         for job, layer in zip(jobs, layers, strict=True):
             state = _state(job, options)
+            # an error may be of the moment, such as memory: it is tried again
             if state is not None and isinstance(layer, Layer) and not layer.status.startswith("error:"):
                 self._kept[job.name] = state, layer
 

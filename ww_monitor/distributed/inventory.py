@@ -31,10 +31,10 @@ class Held:
     """What one rank says of one item that it holds.
 
     Attributes:
-        name: The name there.
-        kind: Of the matrix.
-        shape: Of the whole matrix.
-        role: Of the matrix.
+        name: The name of the item on that rank.
+        kind: The kind of the matrix.
+        shape: The shape of the whole matrix.
+        role: The role of the matrix.
         frozen: Whether this rank leaves it alone in training.
         reason: Why it was left out; `None` for a matrix.
         ranks: The members of the group that hold it between them; the rank alone where all of it is there.
@@ -45,7 +45,7 @@ class Held:
         replica: Which of the replicas in the mesh the part belongs to.
         device: The type of device that the part travels from.
         sums: `SUMS` a slice of the part.
-        groups: Of the whole matrix.
+        groups: The groups of the whole matrix.
     """
 
     name: str
@@ -136,6 +136,7 @@ def _numbers(item: Matrix | Skipped) -> torch.Tensor | str | None:
         if item.shards is None or item.shards.piece is None:
             return checksum(item.load())[None]
         piece = item.shards.piece.load()
+        # bits of the sums beside the checksum, so that one read of the device brings both
         return torch.cat([checksum(piece)[None], _sums(piece).flatten().view(torch.int64)])
     except Exception as error:  # noqa: BLE001 - whatever a walker throws costs this layer only
         return f"{type(error).__name__}: {error}"
@@ -160,11 +161,11 @@ def _in_rows(weights: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _sums(piece: torch.Tensor) -> torch.Tensor:
-    """`[SUMS, S]` float64."""
+    """The sums of each slice of a part, `[SUMS, S]` float64."""
     sums = torch.zeros(SUMS, len(piece), dtype=torch.float64, device=piece.device)
     sums[2], sums[3] = math.inf, -math.inf
     for one, of_slice in zip(piece, sums.unbind(1), strict=True):
-        for part in _in_rows(one[None]) if one.numel() else ():
+        for part in _in_rows(one[None]) if one.numel() else ():  # amin has no value of nothing
             entries = part.double()
             of_slice[0] += entries.sum()
             of_slice[1] += torch.linalg.vector_norm(entries).square()
@@ -288,6 +289,7 @@ def _by_content(name: str, entries: Entries) -> list[Entries]:
             unreadable.append(copy)
             continue
         content = tuple(entry[2].content for entry in copy)
+        # contents that no rank alone can read are not compared: each team's matrix is its own
         key = (first.shape, first.kind, ranks if None in content else content)
         groups.setdefault(key, []).extend(copy)
     if not groups and unreadable:

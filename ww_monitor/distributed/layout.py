@@ -28,7 +28,7 @@ class Delivery:
     """How the parts of one matrix come to its owner, point to point.
 
     Attributes:
-        shape: Of the matrix.
+        shape: The shape of the matrix.
         owner: The rank that analyses it.
         short_axis: The axis (1 rows, 2 columns) of the short side where each part has all of it, so that parts can be
             added to the Gram matrix one after the other; `None` where the matrix is put together.
@@ -45,7 +45,7 @@ class Delivery:
         lengths = [len(places) for places in self.parts.get(rank, ((), (), ()))]
         if not all(lengths):
             return
-        cut = 1 if self.short_axis is None else 3 - self.short_axis
+        cut = 1 if self.short_axis is None else 3 - self.short_axis  # of the axes 1 and 2 the other one
         line, entries = lengths[3 - cut], self.block_entries
         depth = max(1, entries // (lengths[cut] * line))
         height = max(1, entries // line)
@@ -81,7 +81,7 @@ class Delivery:
         return 8 * slices * min(rows, columns) ** 2 + block * (itemsize + 8)
 
     def for_rank(self, rank: int) -> Delivery:
-        """As much of it as a rank must know."""
+        """The delivery with no more parts than a rank must know."""
         if rank == self.owner:
             return self
         return replace(self, parts={one: part for one, part in self.parts.items() if one == rank})
@@ -96,6 +96,7 @@ def delivery_of(job: Job, owner: int, options: Options) -> Delivery | None:
             return None
         if all(map(len, index)):
             parts[rank] = index
+    # parts that overlap or leave a gap would make another matrix, without an error
     if sum(math.prod(map(len, part)) for part in parts.values()) != math.prod(job.matrix.shape):
         return None
     sums = sums_of(job, owner)
@@ -107,12 +108,12 @@ def deliver(matrix: Matrix, owner: int, parts: Mapping[int, Box], *, whole: bool
     """How parts that make up a matrix come to its owner.
 
     Args:
-        matrix: Its shape counts.
+        matrix: The matrix, of which the shape counts.
         owner: The rank that analyses it.
         parts: What lies on each rank.
         whole: Whether the analysis needs the weights themselves.
     """
-    short = [axis for axis in (2, 1) if matrix.shape[axis] == matrix.short_side]
+    short = [axis for axis in (2, 1) if matrix.shape[axis] == matrix.short_side]  # both of a square matrix
     uncut = (axis for axis in short if all(len(part[axis]) == matrix.short_side for part in parts.values()))
     return Delivery(matrix.shape, owner, None if whole else next(uncut, None), parts)
 

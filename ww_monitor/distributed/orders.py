@@ -92,7 +92,7 @@ class Decision:
         found = [Orders() for _ in range(self._world)]
         shared: list[tuple[Job, int]] = []
         for job, owner in zip(self._jobs, self._owners, strict=True):
-            if job.error(owner):
+            if job.error(owner):  # its row will say so; nobody need read it again
                 continue
             if job.sharded:
                 shared.append((job, owner))
@@ -105,6 +105,7 @@ class Decision:
             for job, owner in (shared[number] for number in numbers):
                 devices |= self._order(job, owner, found)
         for orders in found:
+            # a rank that has no part in a round neither sends nor waits, and may be a round ahead
             orders.rounds = [tasks for tasks in orders.rounds if tasks]
             orders.devices = tuple(sorted(devices))
         return found

@@ -46,6 +46,7 @@ class Ranks:
         self._said = ""
         self._opened: set[str] = set()
         key = ",".join(map(str, self.members)) if group is not None else "all"
+        # private: torch has no public way to the job's store, which keeps the last words of a rank that is gone
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.distributed_c10d.PrefixStore(f"ww_monitor/{key}/{timeout}", store)
         self.heartbeat("making a group")
@@ -54,7 +55,7 @@ class Ranks:
                 None if group is None else list(self.members),
                 timeout=self.timeout,
                 backend="gloo",
-                use_local_synchronization=group is not None,
+                use_local_synchronization=group is not None,  # else ranks outside the group would have to call too
             )
         except Exception as error:  # noqa: BLE001 - it is raised by whoever uses these ranks, now and later
             self._failed("a group of their own", error)
@@ -150,7 +151,9 @@ class Ranks:
         for batch in batches:
             peers = [one[1] for _, one in batch]
             operations = [
-                dist.P2POp(to, one[0].view(torch.uint8), self.members[one[1]], self.group) for to, one in batch
+                # as bytes: on their way nothing is computed, and no backend has to know the type
+                dist.P2POp(to, one[0].view(torch.uint8), self.members[one[1]], self.group)
+                for to, one in batch
             ]
             try:
                 begun.append((peers, dist.batch_isend_irecv(operations)))
@@ -189,6 +192,7 @@ class Ranks:
 
     def _failed(self, what: str, error: Exception, closed: Sequence[int] = ()) -> RankFailed:
         """What is raised where a wait has failed; `closed` are the peers to whom the connection broke."""
+        # gloo's begin with a line of its source in brackets, and end with advice
         cause = str(error).rpartition("] ")[2].partition(". ")[0].strip() or type(error).__name__
         try:
             missing = self._who_is_missing(closed)
@@ -238,7 +242,7 @@ class Ranks:
         return sentence
 
     def _behind(self, words: Mapping[int, tuple[int, str]]) -> dict[int, str]:
-        """Of some ranks those that have not come as far as this one, by what they say."""
+        """Those of some ranks that have not come as far as this one, by what they say."""
         behind = {rank: said for rank, (waits, said) in words.items() if waits < self._waits}
         return behind or {
             rank: said
@@ -283,6 +287,7 @@ def several(group: dist.ProcessGroup | None) -> bool:
 
 
 _MADE: dict[tuple[int, float], tuple[weakref.ref[Any], Ranks]] = {}
+"""By id of a group and timeout; the reference tells a group from one that is gone, whose id it may have."""
 
 
 def ranks_of(group: dist.ProcessGroup | None, timeout: float) -> Ranks:

@@ -119,7 +119,7 @@ class _Analysis:
         else:
             orders = [] if decision is None else decision.orders()
         own = self.ranks.scatter(orders, "what it has to do")
-        to_raise = failure or own.error
+        to_raise = failure or own.error  # who failed raises its own, the others what the first rank says of it
         if to_raise is not None:
             raise to_raise
         return (None if isinstance(decision, Exception) else decision), own

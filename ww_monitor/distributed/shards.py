@@ -30,7 +30,7 @@ class Shipment:
     """This rank's side of the delivery of one matrix.
 
     Attributes:
-        matrix: As the walker of this rank gave it, with its piece.
+        matrix: The matrix as the walker of this rank gave it, with its piece.
         delivery: How its parts come to the owner.
         rank: Number of this rank in the group.
         arrived: At the owner `[S, M, M]` float64 Gram matrices, or the weights; `None` elsewhere and where that failed.
@@ -45,7 +45,7 @@ class Shipment:
 
     @property
     def piece(self) -> Piece:
-        """What lies here."""
+        """The part of the matrix that lies on this rank."""
         assert self.matrix.shards is not None
         assert self.matrix.shards.piece is not None
         return self.matrix.shards.piece
@@ -61,7 +61,7 @@ class Shipment:
             if part is None:
                 yield places, torch.full(_lengths(places), math.nan, dtype=self.piece.dtype, device=self._device)
             else:
-                yield places, part[places].contiguous()
+                yield places, part[places].contiguous()  # its bytes are sent, in one piece
 
     def begin(self) -> None:
         """Make room at the owner, and put in what lies there."""
@@ -156,7 +156,7 @@ def mirror(gram: torch.Tensor, together: int = 256) -> None:
         rows = slice(start, start + together)
         corner = gram[rows, rows].triu()
         gram[rows, rows] = corner + corner.triu(1).mT
-        gram[start + together :, rows] = gram[rows, start + together :].mT
+        gram[start + together :, rows] = gram[rows, start + together :].mT  # views that do not overlap
 
 
 def _lengths(places: Places) -> list[int]:

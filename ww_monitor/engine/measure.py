@@ -40,6 +40,7 @@ def batch_of(
     """What is known of the matrices of one chunk, where their spectra are; the weights are not kept."""
     count, first = len(loaded.matrices), loaded.matrices[0]
     status = _of_layers(solved.status, loaded)
+    # a slice of zeros beside others is no failure: it brings zeros to the pool where its own spectrum is blank
     spectra = torch.where((solved.status == Status.ZERO)[:, None], 0.0, solved.values) * first.eigenvalue_factor
     spectra = spectra.view(count, first.shape[0], -1)
     spectra = torch.where((status == Status.OK)[:, None, None], spectra, torch.nan)
@@ -50,7 +51,7 @@ def batch_of(
 
 
 def _of_layers(status: torch.Tensor, loaded: Loaded) -> torch.Tensor:
-    """`[B]` zero only if every slice is; otherwise the status of the first slice that fails."""
+    """`[B]` statuses: zero only if every slice is; otherwise that of the first slice that fails."""
     of_slice = status.view(len(loaded.matrices), -1)
     if loaded.moments is not None:  # weights of 1e160 are finite; the sum of their squares is not
         finite = torch.isfinite(loaded.moments.low) & torch.isfinite(loaded.moments.high)
@@ -58,7 +59,7 @@ def _of_layers(status: torch.Tensor, loaded: Loaded) -> torch.Tensor:
         of_slice = torch.where(large, int(Status.SOLVER_FAILED), of_slice)
     zero = of_slice == Status.ZERO
     failed = (of_slice != Status.OK) & ~zero
-    first = of_slice.gather(1, failed.to(torch.int64).argmax(1, keepdim=True))[:, 0]
+    first = of_slice.gather(1, failed.to(torch.int64).argmax(1, keepdim=True))[:, 0]  # argmax takes no bool
     return torch.where(zero.all(1), int(Status.ZERO), torch.where(failed.any(1), first, int(Status.OK)))
 
 
@@ -87,9 +88,9 @@ def layer_of_gram(
         matrix: What to name it.
         gram: `[S, M, M]` float64, WᵀW of the short side; overwritten.
         found: The moments `[S]`, on the host.
-        dtype: Of the weights.
+        dtype: In which the weights are stored.
         options: How to analyse: which metrics, and by whose definitions.
-        step: Of the snapshot.
+        step: The optimizer step that the row belongs to.
 
     Raises:
         LayerError: with `options.strict`, if the layer fails.

@@ -23,7 +23,7 @@ class Options(AnalysisOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        wanted(self.needs, self)
+        wanted(self.needs, self)  # raises now, not at the first analysis, for a measurement that nobody makes
 
     @property
     def chosen(self) -> list[Metric]:
@@ -32,7 +32,7 @@ class Options(AnalysisOptions):
         return choose(self.metrics, self.preset, options=options)
 
     def measuring(self, names: Sequence[str]) -> Options:
-        """The same with further metrics."""
+        """The same options with further metrics."""
         chosen = [metric.name for metric in self.chosen]
         missing = [name for name in dict.fromkeys(names) if name not in chosen]
         return replace(self, metrics=[*chosen, *missing]) if missing else self

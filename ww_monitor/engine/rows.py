@@ -22,6 +22,7 @@ from ww_monitor.spectra.status import Status
 logger = logging.getLogger(__name__)
 
 _ESD_BINS = 64
+"""Bins of the histogram that a row keeps of its spectrum (our choice)."""
 
 
 def layers_of(batches: Sequence[Batch], options: Options, *, step: int | None) -> Iterator[Layer]:
@@ -36,7 +37,7 @@ def layers_of(batches: Sequence[Batch], options: Options, *, step: int | None) -
     for batch in batches:
         spectra, values = batch.slice_eigenvalues, batch.measured.items()
         layout = tuple((k, v.shape[1:], v.dtype) if isinstance(v, torch.Tensor) else k for k, v in values)
-        groups[spectra.device, spectra.shape[1:], layout].append(batch)
+        groups[spectra.device, spectra.shape[1:], layout].append(batch)  # what `torch.cat` takes together
     for group in groups.values():
         yield from _rows(group, options, step)
 
@@ -44,7 +45,7 @@ def layers_of(batches: Sequence[Batch], options: Options, *, step: int | None) -
 def _rows(group: Sequence[Batch], options: Options, step: int | None) -> list[Layer]:
     try:
         return _layers(Batch.joined(group), options, step)
-    except LayerError:
+    except LayerError:  # what `strict` asks for; what follows would try its layers one by one
         raise
     except Exception as error:  # noqa: BLE001 - whatever a metric throws costs one layer
         if len(group) == len(group[0]) == 1:  # where it has no spectrum, that is what its row says
@@ -79,7 +80,7 @@ def _place(matrix: Matrix, step: int | None) -> str:
 def _layers(batch: Batch, options: Options, step: int | None) -> list[Layer]:
     found = [metric.function(batch) for metric in options.chosen]
     for metric, values_found in zip(options.chosen, found, strict=True):
-        if values_found.is_complex():
+        if values_found.is_complex():  # the read in float64 would drop the imaginary part and warn as torch
             raise TypeError(f"metric {metric.name!r}: expected real numbers, got {values_found.dtype}")
     states = torch.stack([statuses(batch), verdicts(batch), phases(batch)], 1)
     drifts = any(metric.name == DRIFT for metric in options.chosen)
@@ -119,14 +120,13 @@ def _histograms(spectra: np.ndarray, floors: np.ndarray, solved: Sequence[bool])
     """log10 λ above the floor of each row in equal bins; `None` for a row without a spectrum."""
     known = spectra > floors[:, None]
     known[~np.asarray(solved)] = False
-    with np.errstate(all="ignore"):
-        log = np.log10(np.where(known, spectra, 1.0))
+    log = np.log10(np.where(known, spectra, 1.0))
     low, high = np.where(known, log, np.inf).min(1), np.where(known, log, -np.inf).max(1)
-    narrow = high - low < 1e-6
+    narrow = high - low < 1e-6  # equal eigenvalues: bins without width would divide by zero
     low, high = np.where(narrow, low - 0.5, low), np.where(narrow, high + 0.5, high)
     rows, places = known.nonzero()
     bin_ = (log[rows, places] - low[rows]) * (_ESD_BINS / (high - low))[rows]
-    place = rows * _ESD_BINS + np.minimum(bin_.astype(np.int64), _ESD_BINS - 1)
+    place = rows * _ESD_BINS + np.minimum(bin_.astype(np.int64), _ESD_BINS - 1)  # the largest lies on the last edge
     counts = np.bincount(place, minlength=len(spectra) * _ESD_BINS).reshape(len(spectra), _ESD_BINS).tolist()
     zeros = (spectra.shape[1] - known.sum(1)).tolist()
     return [
@@ -158,6 +158,6 @@ def summary_of(layers: Sequence[Layer], options: Options) -> dict[str, float]:
     whole = [layer.metrics for layer in layers if layer.verdict != "thin_slices"]
     for metric in options.chosen:
         counted = rows if metric.name in NORMS or options.preset == "weightwatcher" else whole
-        known = [value for row in counted if (value := row.get(metric.name, NAN)) == value]
+        known = [value for row in counted if (value := row.get(metric.name, NAN)) == value]  # NaN is not itself
         summary[metric.name] = float(metric.reduce(known)) if known else NAN
     return summary

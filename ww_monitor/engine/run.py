@@ -31,7 +31,8 @@ TOGETHER = 1 << 18
 HOST_MEMORY = 2 << 30
 """Bytes of workspace that the chunks under way on the host may need together, the weights not counted."""
 
-Found = list[Batch | Layer | Skipped]  # batches, a row for each layer that failed, and what could not be read
+Found = list[Batch | Layer | Skipped]
+"""Batches, a row for each layer that failed, and what could not be read."""
 
 
 @torch.no_grad()
@@ -81,6 +82,7 @@ def warm_up() -> None:
 
     It takes some tenths of a second, which would pass for the cost of an analysis.
     """
+    # numbers of no random stream, the user's would move; two matrices, so that worker threads start
     weights = torch.arange(32.0 * 16, dtype=torch.float32, device="cpu").sin().view(1, 32, 16)
     analyze_matrices([Matrix(name, Kind.DENSE, (1, 32, 16), lambda: weights) for name in "ab"], Options())
 
@@ -104,7 +106,7 @@ def _chunks(matrices: Iterable[Matrix]) -> Iterator[Loaded | tuple[Matrix, Excep
             chunk = chunks[weights.dtype, weights.device]
             chunk.append((matrix, weights))
             full = (len(chunk) + 1) * weights.numel() > TOGETHER
-            del weights
+            del weights  # or a generator that waits would hold the last ones while they are solved
             if full:
                 yield _taken(chunk)
         for chunk in chunks.values():
@@ -128,7 +130,7 @@ def _taken(chunk: list[tuple[Matrix, torch.Tensor]]) -> Loaded:
     """What has been collected as one stack `[B, S, N, M]`; nothing is left in the list."""
     matrices, weights = zip(*chunk, strict=True)
     chunk.clear()
-    stack = (weights[0][None] if len(weights) == 1 else torch.stack(weights)).detach()
+    stack = (weights[0][None] if len(weights) == 1 else torch.stack(weights)).detach()  # one alone is not copied
     return Loaded(matrices, [stack], stack.dtype)
 
 
@@ -136,7 +138,7 @@ def _solved(matrices: list[Matrix], options: Options, step: int | None, backgrou
     """Chunks on the host go to the workers as they are loaded; what a device solves never does."""
     tight = not background and not room_for_blas(thread_budget())
     background = background or tight
-    library: host.Library = "torch" if background else "numpy"
+    library: host.Library = "torch" if background else "numpy"  # a thread cannot hold OpenBLAS to one for itself
     side = max((matrix.short_side for matrix in matrices), default=0)
     queues: dict[torch.device, DeviceQueue] = {}
     tasks: list[Future[Found]] = []
@@ -169,7 +171,7 @@ def _solved(matrices: list[Matrix], options: Options, step: int | None, backgrou
             del loaded  # or it would be in memory beside the next
         for queue in queues.values():
             found += queue.solve()
-            while queue.to_host:
+            while queue.to_host:  # one at a time, so that a chunk leaves the device when it has been copied
                 submit(queue.to_host.pop(0))
         for task in tasks:
             found += task.result()
@@ -184,10 +186,11 @@ def workspace(loaded: Loaded) -> int:
 
 def _on_host(loaded: Loaded, options: Options, step: int | None, library: host.Library) -> Found:
     """Solve and measure a chunk; where that fails its matrices one by one, so that a bad layer costs itself only."""
-    with torch.no_grad():
+    with torch.no_grad():  # which holds for a thread, not for those it starts
         try:
             (stack,) = as_solved(loaded, options)
             solved, found = host.solve(tall_of(stack), library)
+            # weightwatcher counts ranks by singular values, whose small ones a Gram matrix blurs
             solved = resolved(solved, stack) if options.preset == "weightwatcher" else solved
             known = replace(loaded, moments=found)
             values = measured(known, solved.status, options)

@@ -42,7 +42,7 @@ class DeviceQueue:
     def add(self, loaded: Loaded) -> list[Batch]:
         """Wait with the others; the batches of all that waited, if loading has allocated too much."""
         if self._watch_memory and not self._waiting:
-            self._before = self._accelerator.allocated() - loaded.weights[0].nbytes
+            self._before = self._accelerator.allocated() - loaded.weights[0].nbytes  # the chunk has been loaded by now
         self._waiting.append(loaded)
         if self._watch_memory and self._accelerator.allocated() - self._before > MOST_COPIED:
             return self.solve()
@@ -54,14 +54,14 @@ class DeviceQueue:
         refusal, sides = self._accelerator.refusal(), dict[int, list[Loaded]]()
         if not refusal and not self._decided and self._sooner_on_host(waiting):
             refusal = "few and small"
-        self._decided = True
+        self._decided = True  # what comes after an early solve would look few and small alone
         try:
             sides = sides if refusal else self._by_side(waiting)
         except Exception as error:  # noqa: BLE001 - a device that fails leaves its matrices to the host
             refusal = type(error).__name__
         if refusal:
             self._leave(waiting, refusal)
-        del waiting
+        del waiting  # now only `sides` holds weights, one side less with each that is solved
         return [batch for side in sorted(sides, reverse=True) for batch in self._solve_side(sides.pop(side))]
 
     def _leave(self, chunks: Sequence[Loaded], reason: str) -> None:
@@ -89,7 +89,7 @@ class DeviceQueue:
             matrices = [matrix for part in parts for matrix in part.matrices]
             joined.append(replace(parts[0], matrices=matrices, weights=[w for part in parts for w in part.weights]))
             taken = Moments.joined(moments(stack) for stack in as_solved(joined[-1], self._options))
-            found.append(torch.stack(list(vars(taken).values())))
+            found.append(torch.stack(list(vars(taken).values())))  # not read yet: once for all shapes, below
         sides: dict[int, list[Loaded]] = defaultdict(list)
         for loaded, numbers in zip(joined, self._accelerator.read(found), strict=True):
             sides[loaded.matrices[0].short_side].append(replace(loaded, moments=Moments(*numbers)))
@@ -112,7 +112,7 @@ class DeviceQueue:
                 known.append((replace(one, weights=()), values))
         if not known:
             return []
-        chunks.clear()
+        chunks.clear()  # with this name `stacks` is the last to hold weights; the solve empties it
         del one
         kept = list(stacks) if resolve else []
         solved, reasons = solve_on_device(stacks, self._accelerator)
@@ -124,6 +124,7 @@ class DeviceQueue:
         for one, values in known:
             step = one.matrices[0].shape[0]
             start, end = end, end + len(one.matrices) * step
+            # the reason of a slice is its layer's: no text is less than ""
             of_layers = [max(reasons[at : at + step]) for at in range(start, end, step)]
             where = [self._not_here(reason) if reason else str(self._accelerator.device) for reason in of_layers]
             batches.append(batch_of(one, solved.take(slice(start, end)), values, options, where=where))

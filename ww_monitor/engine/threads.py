@@ -26,6 +26,7 @@ Result = TypeVar("Result")
 
 def thread_budget() -> int:
     """How many threads the user lets torch have, at most one a core that this process may use."""
+    # cpu_count counts the machine's, also where taskset or a scheduler leaves this process a few; macOS has no other
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(torch.get_num_threads(), cores))
 
@@ -87,21 +88,21 @@ class Workers:
             self._freed.notify_all()
 
     def _work(self) -> None:
-        with suppress(Exception):
+        with suppress(Exception):  # one that keeps more threads of BLAS is slower, and works
             self._prepare()
         while (given := self._tasks.get()) is not None:
             future, box = given
             try:
                 stop_if_told()
                 result = box.pop()()  # what the task holds is free before its memory is said to be
-            except Stopped:
+            except Stopped:  # whoever asked for the result has gone
                 return
             except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
                 future.set_exception(error)
             else:
                 future.set_result(result)
                 del result
-            del future, given
+            del future, given  # or an idle thread would hold what it has made
 
     def close(self, *, wanted: bool = True, timeout: float | None = None) -> None:
         """End the threads and wait for them, at most so many seconds; what is not `wanted` any more is given up."""
@@ -111,12 +112,6 @@ class Workers:
         end = None if timeout is None else time.monotonic() + timeout
         for thread in self._threads:
             thread.join(None if end is None else max(0.0, end - time.monotonic()))
-
-
-@contextmanager
-def alone() -> Iterator[Workers]:
-    """The calling thread and no other, with the thread counts that it has."""
-    yield Workers(1, memory=0)
 
 
 LEAST_PARALLEL_SIDE = 512
@@ -154,7 +149,7 @@ _BLAS_BUFFERS = 128 << 20
 def room_for_blas(threads: int) -> bool:
     """Whether the address space has room for the buffers of so many threads: without it OpenBLAS tries for ever."""
     try:
-        mmap(-1, threads * _BLAS_BUFFERS).close()
+        mmap(-1, threads * _BLAS_BUFFERS).close()  # pages that nobody touches take no memory
     except (OSError, ValueError, MemoryError):
         return False
     return True
@@ -172,6 +167,7 @@ class _Blas:
         """Hold them to so many threads."""
         with self._lock:
             libraries = _blas_libraries()
+            # while another analysis holds them, what they have is ours and not the user's
             self._original = self._original if self._holding else [one.num_threads for one in libraries]
             self._set([count] * len(libraries))
             self._holding += 1
@@ -208,7 +204,7 @@ if hasattr(os, "register_at_fork"):
 @lru_cache(maxsize=1)
 def controller() -> ThreadpoolController:
     """The thread pools of the libraries that are loaded; torch, numpy and scipy are by now."""
-    return ThreadpoolController()
+    return ThreadpoolController()  # reads the list of all loaded libraries, some 2 ms
 
 
 @lru_cache(maxsize=1)
@@ -220,6 +216,7 @@ def _blas_libraries() -> list[Any]:
 def hold_to_one_thread() -> Callable[[], None]:
     """Give the calling thread one OpenMP and one MKL thread, which no other thread notices; returns what undoes it."""
     torch.get_num_threads()  # makes torch set up its count for this thread, so that it does not do so later
+    # by the libraries, for torch.set_num_threads would also count for every thread that starts later
     openmp = controller().select(user_api="openmp").limit(limits=1)
     set_mkl_threads = of_torch("MKL_Set_Num_Threads_Local", ctypes.c_int, ctypes.c_int)
     before = set_mkl_threads(1) if set_mkl_threads is not None else 0  # None: torch is not linked with MKL

@@ -61,7 +61,7 @@ class Batch:
     definitions: AnalysisOptions = field(default_factory=AnalysisOptions)
 
     def __len__(self) -> int:
-        """B."""
+        """The number of rows, B."""
         return len(self.slice_eigenvalues)
 
     def column(self, name: str) -> torch.Tensor:
@@ -127,6 +127,7 @@ class Batch:
     def fitted_eigenvalues(self) -> torch.Tensor:
         """`[B, n]` what the tail is fitted to: of the matrices, or of their windows; ties where `flat`."""
         values = self.column("window_eigenvalues") if "window_eigenvalues" in self.measured else self.eigenvalues
+        # equal values are what a fit calls degenerate; nearly equal ones would get an alpha of their rounding
         return values if self.follows_weightwatcher else torch.where(self.flat[:, None], values[:, -1:], values)
 
     @property
@@ -155,7 +156,8 @@ class Batch:
         n = self.eigenvalues.shape[1]
         known = self.eigenvalues > self.rounding_floor[:, None]
         smallest = torch.where(known, self.eigenvalues, float("inf")).amin(1)
-        closeness = (64 * self.eps).clamp(max=0.5)
+        closeness = (64 * self.eps).clamp(max=0.5)  # of float8 64 roundings would be several times the values
+        # a projection has equal eigenvalues too, but what it lacks says more: `deficient`
         return (self.eigenvalues[:, -1] / smallest - 1 < closeness) & (self.rank > n / 2)
 
     @property
@@ -201,6 +203,7 @@ class Batch:
             return self.power_law
         alpha = self.per_row([fit.alpha if fit else NAN for fit in self.truncated])
         ks = self.per_row([fit.ks if fit else NAN for fit in self.truncated])
+        # (alpha − 1)/√n is the error of a power law alone
         return replace(self.power_law, alpha=alpha, ks=ks, sigma=torch.full_like(alpha, NAN))
 
     @computed_once
@@ -281,7 +284,7 @@ class Batch:
 
     @computed_once
     def randomized_fits(self) -> list[weightwatcher.DensityFit | None]:
-        """The same of the pooled shuffled eigenvalues."""
+        """The Marchenko–Pastur fits of the pooled shuffled eigenvalues."""
         return self._density_fits([draw and draw.pooled for draw in self.entries("randomized")])
 
     def _density_fits(self, rows: Sequence[np.ndarray | None]) -> list[weightwatcher.DensityFit | None]:

@@ -63,7 +63,7 @@ def alpha_hat(batch: Batch) -> torch.Tensor:
 def log_alpha_norm(batch: Batch) -> torch.Tensor:
     """log10 of the Schatten norm Σ λ^alpha."""
     powers = batch.tail.alpha[:, None] * batch.eigenvalues.log()
-    return torch.logsumexp(powers, 1) / math.log(10)
+    return torch.logsumexp(powers, 1) / math.log(10)  # λ^alpha itself overflows where alpha is large
 
 
 @metric(weightwatcher="log_norm", unit="log10 weight²", source=PREDICTING, read="the scale of the layer")
@@ -95,7 +95,7 @@ def entropy(batch: Batch) -> torch.Tensor:
     """−Σ p ln p / ln rank with p = λ/Σλ and rank = #{λ > floor}."""
     p = batch.eigenvalues / batch.eigenvalues.sum(1, keepdim=True)
     flatness = -torch.special.xlogy(p, p).sum(1) / batch.rank.double().log()
-    return torch.where(batch.rank > 1, flatness, NAN)
+    return torch.where(batch.rank > 1, flatness, NAN)  # ln 1 = 0: of one mode nothing is flat
 
 
 @metric(
@@ -299,7 +299,7 @@ def _enter_comparisons() -> None:
     """Likelihood ratio and p-value against each other law."""
     for law in ("exponential", "lognormal", "truncated"):
 
-        def ratio(batch: Batch, law: str = law) -> torch.Tensor:
+        def ratio(batch: Batch, law: str = law) -> torch.Tensor:  # a default is bound now, the loop's name at the call
             return batch.per_row([NAN if row is None else row[law].ratio for row in batch.comparisons])
 
         def p_value(batch: Batch, law: str = law) -> torch.Tensor:

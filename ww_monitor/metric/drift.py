@@ -35,7 +35,7 @@ def _ends(n: int) -> tuple[int, ...]:
     low, high, ends = 1.0, float(n), list(range(1, n + 1))
     if n <= SKETCH_SIZE:
         return tuple(ends)
-    for _ in range(60):
+    for _ in range(60):  # halvings, to the last digit of a ratio
         ratio, ends = (low + high) / 2, [0]
         width = 1.0
         for _ in range(SKETCH_SIZE):

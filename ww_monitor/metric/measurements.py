@@ -37,11 +37,12 @@ def live_sides(loaded: Loaded, known: Mapping[str, Values], definitions: Analysi
     first = loaded.matrices[0]
     whole = torch.tensor([first.long_side, first.short_side], dtype=torch.float64, device="cpu")
     sides = whole.repeat(len(loaded.matrices), 1)
+    # with fewer zeros than that no row or column is full of them: the weights are not read again
     holes = (loaded.known_moments.zeros >= first.short_side).view(-1, first.shape[0]).any(1)
     for b in holes.nonzero().flatten().tolist():
         alive = loaded.layers[b] != 0
         counts = torch.stack([alive.any(dim).sum(1).double().mean() for dim in (1, 2)]).cpu()
-        sides[b] = counts.sort(descending=True).values
+        sides[b] = counts.sort(descending=True).values  # of what is left the rows may be the shorter
     return {"live_sides": sides}
 
 
@@ -73,7 +74,7 @@ def elements(loaded: Loaded, known: Mapping[str, Values], definitions: AnalysisO
 
 
 def _size(loaded: Loaded) -> int:
-    """N·M."""
+    """The number of entries of a slice, N·M."""
     return loaded.matrices[0].shape[1] * loaded.matrices[0].shape[2]
 
 
@@ -117,6 +118,7 @@ def shuffled(loaded: Loaded, known: Mapping[str, Values], definitions: AnalysisO
         hit = headroom >= HEADROOM_TO_SHUFFLE
         num_traps[hit] = counts[hit].nansum(1)
         severity = _largest(severities)
+        # that the smallest of so many chances is as small; far below 1 its digits are kept
         p_value = -torch.expm1(slices * torch.log1p(_largest(-chances)))
         for b in hit.nonzero().flatten().tolist():
             permuted_on[b] = found.permuted_on

@@ -83,9 +83,10 @@ class Loaded:
         return self if self.device.type == "cpu" else replace(self, weights=[stack.cpu() for stack in self.weights])
 
     def apart(self) -> list[Loaded]:
-        """One for each stack."""
+        """The matrices of each stack for themselves."""
         ends = list(accumulate(map(len, self.weights)))
         return [
+            # moments are of all stacks, and the host takes its own in passing
             replace(self, matrices=self.matrices[end - len(stack) : end], weights=[stack], moments=None)
             for stack, end in zip(self.weights, ends, strict=True)
         ]
@@ -132,7 +133,7 @@ class Measurement:
 
 
 MEASUREMENTS: dict[str, Measurement] = {}
-"""The registry."""
+"""The registry of measurements by name, in the order in which they were entered."""
 
 
 def measurement(
@@ -156,6 +157,7 @@ def measurement(
 
     def enter(function: Function) -> Function:
         name, known = function.__name__, MEASUREMENTS.get(function.__name__)
+        # a module that is loaded again, or a cell that is run again, replaces its own
         if known is not None and known.function.__module__ != function.__module__:
             raise InvalidArgument(f"measurement: there is one named {name!r} already, in {known.function.__module__}")
         for earlier in after:
@@ -173,7 +175,7 @@ def wanted(needs: Collection[str], definitions: AnalysisOptions) -> list[Measure
         InvalidArgument: if one is not in the registry.
     """
     names = [name for name, one in MEASUREMENTS.items() if name in needs or one.asked(definitions)]
-    unknown = sorted(set(needs) - set(MEASUREMENTS) - {""})
+    unknown = sorted(set(needs) - set(MEASUREMENTS) - {""})  # "" is of metrics that need none
     if unknown:
         raise InvalidArgument(f"a metric needs one of the measurements {sorted(MEASUREMENTS)}; got {unknown[0]!r}")
     found: dict[str, Measurement] = {}
@@ -223,7 +225,7 @@ def measure(
 
 def _spread(values: Values, rows: Sequence[int], count: int) -> Values:
     if isinstance(values, torch.Tensor):
-        dtype = values.dtype if values.is_floating_point() else torch.float64
+        dtype = values.dtype if values.is_floating_point() else torch.float64  # integers have no NaN
         spread = torch.full((count, *values.shape[1:]), NAN, dtype=dtype, device=values.device)
         spread[torch.tensor(rows, dtype=torch.long, device=values.device)] = values.to(dtype)
         return spread

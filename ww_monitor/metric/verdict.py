@@ -103,6 +103,6 @@ def phases(batch: Batch) -> torch.Tensor:
 def _first(tests: Sequence[tuple[str, torch.Tensor]], names: Sequence[str], batch: Batch) -> torch.Tensor:
     """`[B]` index of the name of the first test that holds, 0 where none does."""
     found = torch.zeros_like(batch.status)
-    for name, holds in reversed(tests):
+    for name, holds in reversed(tests):  # so that the first overwrites the others
         found = torch.where(holds, names.index(name), found)
     return found

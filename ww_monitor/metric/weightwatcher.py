@@ -91,7 +91,7 @@ def _where_known(batch: Batch, count: torch.Tensor) -> torch.Tensor:
 
 
 def _rank_tolerance(batch: Batch) -> torch.Tensor:
-    return batch.long_side * torch.finfo(torch.float64).eps
+    return batch.long_side * torch.finfo(torch.float64).eps  # the tool's, which rounds weights to float32 before
 
 
 @metric(default=False, weightwatcher="entropy", source=WW)
@@ -117,7 +117,7 @@ def _enter_density_fits() -> None:
     }
     for column, (field, definition) in columns.items():
 
-        def of_spectrum(batch: Batch, field: str = field) -> torch.Tensor:
+        def of_spectrum(batch: Batch, field: str = field) -> torch.Tensor:  # a default is bound now, not at the call
             return batch.per_row(_fitted(batch.density_fits, field))
 
         def of_shuffled(batch: Batch, field: str = field) -> torch.Tensor:

@@ -78,6 +78,7 @@ class Analyzer:
         """
         if self.lacks_baseline:
             self._baseline = Baseline.capture(items)
+        # over ranks the first decides which rows hold: ranks that differ would wait for one another
         checked = Checked({}, {}) if self.across_ranks else self._frozen_rows.check(items)
         now = self.reads_now(whole=whole)
         update = self._update_to(step, items, copied=not now)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 
 class Closable(Protocol):
-    """What is closed."""
+    """Something that is closed when Python ends."""
 
     def close(self) -> None:
         """Wait for what is under way, and release."""
@@ -37,7 +37,7 @@ def interrupted() -> bool:
     """Whether an interrupt is being handled, or has ended the program."""
     error = sys.exc_info()[1]
     if error is None and not threading.main_thread().is_alive():  # Python ends
-        error = getattr(sys, "last_value", None)
+        error = getattr(sys, "last_value", None)  # what ended it: nothing is being handled any more
     return isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and bool(error.code))
 
 

@@ -124,7 +124,7 @@ class Background(Generic[Job, Result]):
             if thread is not None:
                 thread.stopped = True
             self._changed.notify_all()
-        if thread is not None and ended:
+        if thread is not None and ended:  # one that was given up is at a solve that cannot be ended
             thread.join(timeout)
         return ended
 
@@ -149,11 +149,11 @@ class Background(Generic[Job, Result]):
                 job, self._busy = self._waiting.popleft(), True
             try:
                 done = self._finish(job)
-            except Stopped:
+            except Stopped:  # `close` has given the thread up, and what it holds
                 return
             except BaseException as error:  # noqa: BLE001 - a `SystemExit` of a user's metric, say
                 done = Done(job, None, error)
-            del job
+            del job  # or a thread that waits would hold the copies of its weights
 
     def _finish(self, job: Job) -> Done[Job, Result]:
         try:
@@ -163,6 +163,6 @@ class Background(Generic[Job, Result]):
 
 
 def _lower_priority() -> None:
-    if sys.platform == "linux":
+    if sys.platform == "linux":  # which takes a thread's number; elsewhere the training would step back with it
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

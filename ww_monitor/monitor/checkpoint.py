@@ -15,7 +15,7 @@ SHOWN = ("alpha", "sigma", "num_traps", "trap_headroom", "mean_shift")
 and for rules that compare a snapshot with the one before."""
 
 _CHANGING = ("status", "verdict", "phase", "step")
-"""Of a row, beside its metrics, what may change from one snapshot to the next."""
+"""What of a row may change from one snapshot to the next, beside its metrics."""
 
 
 def compress(value: object) -> str:

@@ -46,6 +46,7 @@ class WeightCopy:
         """Work on the copies: on streams of low priority that begin when the copies are there."""
         with ExitStack() as stack:
             for event in self.copied:
+                # 0 is CUDA's lowest; training's own has it too, unless it asks for more
                 stream = torch.cuda.Stream(event.device, priority=0)  # type: ignore[no-untyped-call]
                 stream.wait_event(event)
                 event.synchronize()  # what went to pinned memory is read by the host
@@ -99,7 +100,7 @@ def copy_weights(
 
     Args:
         items: The matrices to analyse, as a walker yields them.
-        checked: Theirs; a row that holds is not copied.
+        checked: What is known of the frozen ones among them; a matrix whose row holds is not copied.
         step: Optimizer step that the weights belong to.
         epoch: Epoch that the weights belong to, where there is one.
         memory: Bytes on the device; `None` for a quarter of what is free.
@@ -129,6 +130,7 @@ def _copy(weights: torch.Tensor, left: dict[torch.device, float], memory: int | 
     if weights.nbytes <= left[device]:
         left[device] -= weights.nbytes
         return weights.detach().clone()
+    # only into pinned memory does CUDA copy while the host goes on
     pinned = torch.empty(weights.shape, dtype=weights.dtype, device="cpu", pin_memory=device.type == "cuda")
     return pinned.copy_(weights, non_blocking=True)
 

@@ -54,11 +54,12 @@ class FrozenRowCache:
 def checksum(weights: torch.Tensor) -> torch.Tensor:
     """Sum of all bit patterns, and of every third, as int64 `[2]` on the device: one pass, nothing is waited for."""
     bits = weights.detach().contiguous().view(-1).view(_SAME_WIDTH[weights.element_size()])
+    # one sum alone would miss entries that change places
     return torch.stack([bits.sum(dtype=torch.int64), bits[::3].sum(dtype=torch.int64)])
 
 
 def _on_host(sums: Sequence[torch.Tensor]) -> list[Checksum]:
-    """One read a device."""
+    """The checksums on the host, with one read a device."""
     found: dict[int, Checksum] = {}
     by_device = {device: [k for k, s in enumerate(sums) if s.device == device] for device in {s.device for s in sums}}
     for places in by_device.values():

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 _OURS = str(Path(__file__).parents[1])
-_LIBRARIES = (sysconfig.get_paths()["stdlib"], "<frozen")
+_LIBRARIES = (sysconfig.get_paths()["stdlib"], "<frozen")  # such as contextlib, and what importlib and runpy run
 
 
 class Guarded:
@@ -70,12 +70,13 @@ def told(error: BaseException) -> str:
 
 def _users_level() -> int:
     """The `stacklevel`, for a warning of the caller's, of the user's line: the first that is in no library nor here."""
+    # inspect.stack would read the source of every frame
     frame: FrameType | None = sys._getframe(1)
     level, first = 1, 0
     while frame is not None:
         path = frame.f_code.co_filename
         if not (path.startswith(_OURS) or path.startswith(_LIBRARIES)):
-            first = first or level
+            first = first or level  # a library's, where the program itself is one
             if "site-packages" not in path and "dist-packages" not in path:
                 return level
         frame, level = frame.f_back, level + 1

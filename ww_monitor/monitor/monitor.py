@@ -241,7 +241,7 @@ class Monitor(Stepping):
         return sorted(self.sinks, key=lambda sink: not isinstance(sink, JsonLines))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_timing": False, "harm": None}
+        return {**vars(self), "_timing": False, "harm": None}  # a copy is in no analysis; harm is bound to a model
 
     def __enter__(self) -> Monitor:
         return self
@@ -269,7 +269,7 @@ class Monitor(Stepping):
 
     def _begin_anew_before(self, step: int, *, after: int | None, ran_again: bool = False) -> None:
         """Steps that begin again are a new run: a cell of a notebook that is run twice, of one step it may be."""
-        after = max((one for one in (after, self.last_step) if one is not None), default=step)
+        after = max((one for one in (after, self.last_step) if one is not None), default=step)  # the first step of all
         if step < after or ran_again:
             message = f"the steps begin again at {step}, after {after}: a new run, of which history knows alone"
             self.say_once("begins anew", message)

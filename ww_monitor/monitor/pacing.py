@@ -19,6 +19,7 @@ WARN_AFTER_SECONDS = 60.0
 
 def cell_number() -> int:
     """Which cell of a notebook runs, counted by their runs; 0 in a script."""
+    # not imported: in a notebook it is there, elsewhere there is no cell
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return int(getattr(shell, "execution_count", 0))
 
@@ -61,7 +62,7 @@ class Pacing(Guarded):
             return False
         self.budget.tick(step, busy=self.analyzer.busy)
         due = self._due_within_budget(step) if self.within_budget else self.schedule(step, self.last_step)
-        self._passed = self._passed if due else step
+        self._passed = self._passed if due else step  # one that is due counts when it has been looked at
         return due
 
     def awaits(self, step: int) -> bool:

@@ -97,7 +97,7 @@ class Stepping(Pacing):
             matrices: What a walker yields; read only then.
             step: Completed updates.
             updates: How many more may be completed by the snapshot, and are one step.
-            optimizers: Those that make them.
+            optimizers: Those that make the updates.
             due: Whether a snapshot follows; `None` asks the schedule.
         """
         analyzer = self.analyzer

@@ -33,7 +33,7 @@ class Before:
         step: Completed updates when they were copied.
         until: Completed updates up to which what follows is one step.
         optimizers: Where float32 masters are looked for.
-        weights: By name of the matrix.
+        weights: What reads the copies, by name of the matrix.
         unknown: The name and dtype of each matrix whose rounding hides the update.
     """
 
@@ -112,7 +112,7 @@ def change(before: torch.Tensor, after: torch.Tensor, factor: float = 1.0) -> tu
     [0.5, 1.0, 1.25, 1.0]
     """
     before = before.to(after.device)
-    moved = after.double() - before.double()
+    moved = after.double() - before.double()  # a small difference of large numbers
     square = float(moved.square().sum())
     if not math.isfinite(square):
         return NAN, NAN, NAN, NAN

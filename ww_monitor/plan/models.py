@@ -36,7 +36,7 @@ _MOST_LAYERS, _MOST = 2_000, 200_000
 """Several times the layers and the matrices of the largest models that are known; a plan of more would seem to hang."""
 
 _MOST_BYTES = 16 << 20
-"""Of a configuration (our choice: what a million names of classes take)."""
+"""Bytes of a configuration that is read (our choice: what a million names of classes take)."""
 
 
 def configured(model: str | Path | Config | nn.Module) -> list[Matrix | Skipped]:
@@ -57,6 +57,7 @@ def configured(model: str | Path | Config | nn.Module) -> list[Matrix | Skipped]
     config = dict(model if isinstance(model, Mapping) else BUILT_IN.get(str(model)) or _read(Path(model)))
     words = "layer|depth|block", "expert", "label"
     layers, experts, labels = (max(_counts(config, word), default=1) for word in words)
+    # asked before transformers makes a module for each
     if layers > _MOST_LAYERS or max(layers * experts, labels) > _MOST:
         got = f"{layers:,} layers with {experts:,} experts, and {labels:,} labels"
         wanted = f"at most {_MOST_LAYERS:,} layers and {_MOST:,} experts in all, and as many labels"
@@ -85,6 +86,7 @@ def _built(config: dict[str, Any]) -> torch.nn.Module:
     family = config.pop("model_type", None)
     try:
         made = AutoConfig.for_model(family, **config)
+        # private: transformers says nowhere else which configurations have a language model with a head
         auto = AutoModelForCausalLM if type(made) in AutoModelForCausalLM._model_mapping else AutoModel
         with torch.device("meta"):
             model: torch.nn.Module = auto.from_config(made)  # type: ignore[no-untyped-call]

@@ -54,7 +54,7 @@ class RankPlan:
         bytes_sent: The weights that it sends.
         peak_bytes: Its workspace at most, beside the model.
         total_seconds: Until the last is done; where weights are in shards all wait for the slowest of a round.
-        description: The same of one process.
+        description: The same analysis by one process.
     """
 
     num_matrices: np.ndarray
@@ -101,7 +101,7 @@ def plan_ranks(
             cut, as of a state dict's).
         world_size: Number of ranks.
         sharding: `"fsdp"` (FSDP2, every stored tensor cut along its first dimension over all ranks) or `"ddp"`.
-        dtype: Of the stored weights; FSDP2 keeps float32 unless the model was made in less.
+        dtype: The type of the stored weights; FSDP2 keeps float32 unless the model was made in less.
         rates: Speed of a rank; `None` measures this host.
 
     Raises:
@@ -149,10 +149,10 @@ def _moved(
         elif sharded:
             lies = lies if isinstance(lies, EvenShards) else EvenShards((), axis=1, places=rows, size=len(rows))
             delivery, by_rank, held = _without_owner(matrix.shape, lies, world, dtype.itemsize)
-            most = most if delivery.short_axis is None else 0
+            most = most if delivery.short_axis is None else 0  # a solver works in the Gram matrix that has come
             most += replace(delivery, owner=owner).bytes_held(owner, dtype.itemsize)
             sent += by_rank
-            sent[owner] -= by_rank[owner]
+            sent[owner] -= by_rank[owner]  # its own part stays
             peak = np.maximum(peak, held)
         peak[owner] = max(peak[owner], most)
     return sent, peak

@@ -36,7 +36,7 @@ class History(Shown):
     """Snapshots in the order of their steps.
 
     Attributes:
-        snapshots: Those at hand.
+        snapshots: The snapshots that are at hand.
         left_out: How many more there were, between the first and the second at hand (see `forget`).
 
     >>> history = History([Snapshot((Layer("fc", "dense", (1, 8, 8), metrics={"alpha": 3.0}),), step=10)])
@@ -130,6 +130,7 @@ class History(Shown):
                 history._rewind(found.step)
                 history.append(found)
                 continue
+            # a torn line lacks its end; "Extra data" is two lines that ran together
             torn = isinstance(found, json.JSONDecodeError) and begins_as_ours(line) and found.msg != "Extra data"
             foreign = foreign or not torn
             if not torn or line.endswith(b"\n"):
@@ -217,7 +218,7 @@ class Action(Protocol):
     """Something that changes a run, layer by layer: factors on an option of the optimizer's parameter groups.
 
     Attributes:
-        option: Of a group, such as `"lr"`.
+        option: The option of a group that it changes, such as `"lr"`.
         metric: What a factor is called in a snapshot.
         needs: Metrics that a snapshot must have for it.
         dry_run: Whether the factors are only logged.

@@ -73,7 +73,7 @@ def number(value: Any) -> int | float | None:
     """
     if isinstance(value, (str, bytes)):
         return None
-    for convert in (operator.index, float):
+    for convert in (operator.index, float):  # first as an integer: a float would round one above 2⁵³
         try:
             found = convert(value)
         except Exception:  # noqa: BLE001 - whatever a stranger's object raises, its snapshot is to be kept
@@ -93,8 +93,8 @@ def restored(kind: type[Record], data: object) -> Record:
     """The record that `plain` has made data of; keys that this version does not know are left out.
 
     Args:
-        kind: Its class.
-        data: Of a mapping, what JSON gave.
+        kind: The class of the record.
+        data: What JSON gave of it, a mapping.
 
     Raises:
         TypeError: if a value is of another type than its field, naming both.
@@ -149,7 +149,7 @@ def _tuple_reader(read: Callable[[Any], Any], length: int | None) -> Callable[[A
 def _float(value: Any) -> float:
     if value is None:
         return NAN
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):  # to Python True is an int
         return value
     return _refuse(value, "a number or null", TypeError)  # type: ignore[no-any-return]
 

@@ -65,7 +65,7 @@ def lasting(rule: _Function) -> _Function:
 
 def metrics_of_the_past(rules: Iterable[Rule]) -> frozenset[str] | None:
     """The metrics that rules read in earlier snapshots, `None` if one of them may read all."""
-    declared = [getattr(getattr(rule, "func", rule), "looks_back", None) for rule in rules]
+    declared = [getattr(getattr(rule, "func", rule), "looks_back", None) for rule in rules]  # func: of a partial
     return None if None in declared else frozenset(name for names in declared if names for name in names)
 
 

@@ -28,6 +28,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
 """What a monitor applies: a layer counts as under-trained after three random-like snapshots."""
 
 
+# the last of them wants three snapshots, of which there is one
 SINGLE_RULES: tuple[Rule, ...] = (*TRAINING_RULES[:-1], partial(layers.under_trained, snapshots=1))
 """What `analyze` applies to its one snapshot."""
 
@@ -50,7 +51,7 @@ def apply_rules(rules: Sequence[Rule], history: History) -> list[Finding]:
         ValueError: if a rule gives more than `MOST_FINDINGS`, as one that never ends does.
     """
     seen = History(history.snapshots[-LOOKBACK - 1 :])
-    found = [list(islice(rule(seen), MOST_FINDINGS + 1)) for rule in rules]
+    found = [list(islice(rule(seen), MOST_FINDINGS + 1)) for rule in rules]  # one more tells too many from enough
     if max(map(len, found), default=0) > MOST_FINDINGS:
         raise ValueError(f"apply_rules: expected at most {MOST_FINDINGS:,} findings of a rule, got more")
     return [finding for of_rule in found for finding in of_rule]
@@ -103,6 +104,7 @@ class Holding:
                 holding += [_checked(finding) for finding in apply_rules([rule], history)]
             except Exception as error:  # noqa: BLE001 - a rule of the user's costs its own findings only
                 failed(name_of(rule), error)
+                # or each would end now and begin again when the rule works
                 holding += [finding for finding in self.active if finding.rule == name_of(rule)]
         told = transitions(self.active, holding, step=history.last.step)
         self.active = holding

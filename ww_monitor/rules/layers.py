@@ -75,6 +75,7 @@ def trap_approaching(history: History, *, headroom: float = 0.8, rise: float = 1
     """
     for layer in history.last.layers:
         now = layer.value("trap_headroom")
+        # `not >=` takes NaN too; where there is a trap `trap` says so
         if not now >= 0.95 * headroom or layer.value("num_traps") >= 0.5:
             continue
         series = [past.value("trap_headroom") for past in history.of_layer(layer.name)]
@@ -163,7 +164,7 @@ def _mean(values: Mapping[str, float]) -> float:
 def _trap_message(layer: Layer) -> str:
     count = layer.value("num_traps")
     parts = [f"{count:.3g} correlation trap{'s' * (count != 1)} a shuffle"]
-    if layer.value("trap_severity") == layer.value("trap_severity"):
+    if layer.value("trap_severity") == layer.value("trap_severity"):  # NaN where it was not chosen
         parts.append(f"λmax/edge {layer.value('trap_severity'):.2f} (p = {layer.value('trap_p_value'):.1g})")
     if layer.trap_entries:
         in_slice = layer.shape[0] > 1

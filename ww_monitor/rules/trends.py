@@ -24,11 +24,12 @@ def _points(history: History, layer: Layer, metric: str, least: int, most: int) 
             y.insert(0, value)
         if len(x) in (0, most):  # where the last is not known nothing holds
             break
+    # of two points half is one, which has no slope
     return (x, y) if len(x) >= max(3, least) and layer.verdict != "thin_slices" else ([], [])
 
 
 def _slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Of the straight line through the points (x, y), by least squares."""
+    """The slope of the straight line through the points (x, y), by least squares."""
     middle = sum(x) / len(x)
     spread = sum((one - middle) ** 2 for one in x)
     return sum((one - middle) * other for one, other in zip(x, y, strict=True)) / spread

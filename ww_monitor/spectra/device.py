@@ -29,8 +29,8 @@ FREE_SHARE = 0.5
 """Share of a device's free memory that it may take: training beside it needs the rest (our choice)."""
 
 SECONDS_PER_COLUMN, SECONDS_A_SIDE = 1e-5, 1.3e-3
-"""Of the routine for one matrix (2.2 ms at 256, 7.8 at 768, 10.3 at 1024); and what it takes to launch the operations
-that follow the solve, once a short side (measured for the fit of one row)."""
+"""What the routine for one matrix takes (2.2 ms at 256, 7.8 at 768, 10.3 at 1024); and what launching the operations
+that follow the solve takes, once a short side (measured for the fit of one row)."""
 
 _LARGEST_COUNT, _LARGEST_BATCH = 2**31 - 1, 65535
 """Elements that the batched routine takes together, n·lda·B, and matrices."""
@@ -86,7 +86,7 @@ class Accelerator:
         """The same tensors on the host, as float64, with one wait for the device whatever their number."""
         if not tensors:
             return []
-        packed = torch.cat([tensor.flatten().double() for tensor in tensors]).cpu()
+        packed = torch.cat([tensor.flatten().double() for tensor in tensors]).cpu()  # of one type: one copy
         ends = accumulate(tensor.numel() for tensor in tensors)
         return [packed[end - one.numel() : end].view(one.shape) for one, end in zip(tensors, ends, strict=True)]
 
@@ -156,6 +156,7 @@ def _xsyev_batched(gram: torch.Tensor) -> torch.Tensor:
         if gram.device not in made:
             made[gram.device] = cusolverDn.create(), cusolverDn.create_params()
         handle, params = made[gram.device]
+        # in torch's order: behind what made the stack, and before torch gives its workspace to others
         cusolverDn.set_stream(handle, torch.cuda.current_stream(gram.device).cuda_stream)
         values = torch.empty(count, side, dtype=torch.float64, device=gram.device)
         info = torch.empty(count, dtype=torch.int32, device=gram.device)
@@ -164,7 +165,7 @@ def _xsyev_batched(gram: torch.Tensor) -> torch.Tensor:
             _REAL_64,
         )  # fmt: skip
         on_device, on_host = cusolverDn.xsyev_batched_buffer_size(*shared, count)
-        work = torch.empty(max(1, on_device), dtype=torch.uint8, device=gram.device)
+        work = torch.empty(max(1, on_device), dtype=torch.uint8, device=gram.device)  # an empty one's address is 0
         host_work = torch.empty(max(1, on_host), dtype=torch.uint8, device="cpu")
         cusolverDn.xsyev_batched(
             *shared, work.data_ptr(), on_device, host_work.data_ptr(), on_host, info.data_ptr(), count

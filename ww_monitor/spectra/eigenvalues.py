@@ -55,7 +55,7 @@ def eigenvalues(matrices: torch.Tensor, *, resolve_small: bool = False, library:
 
 
 def tall_of(matrices: torch.Tensor) -> torch.Tensor:
-    """The same `[…, N, M]` with N ≥ M."""
+    """The matrices, transposed where that makes them `[…, N, M]` with N ≥ M; a view."""
     return matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT
 
 
@@ -104,19 +104,18 @@ def solve_on_device(stacks: list[torch.Tensor], accelerator: Accelerator) -> tup
     most = DEVICE_MEMORY + min(sum(stack.nbytes for stack in stacks), MOST_RELEASED)
     size = accelerator.chunk(side, left, min(most, accelerator.spare()) / bytes_of(side))
     solved, reasons = [], list[str]()
-    with torch.autocast(accelerator.device.type, enabled=False):
-        while left:
-            parts, count = [], 0
-            while count < min(size, left):
-                part, rest = stacks[0].tensor_split([min(size, left) - count])
-                stacks[:1] = [rest] if len(rest) else []
-                parts.append(part)
-                count += len(part)
-                del part, rest
-            left -= count
-            found, reason = _solve_chunk(parts, size, accelerator)
-            solved.append(Eigenvalues(*(field.to(accelerator.device) for field in vars(found).values())))
-            reasons += [reason] * count
+    while left:  # in float64, which a region of autocast leaves alone
+        parts, count = [], 0
+        while count < min(size, left):
+            part, rest = stacks[0].tensor_split([min(size, left) - count])
+            stacks[:1] = [rest] if len(rest) else []
+            parts.append(part)
+            count += len(part)
+            del part, rest  # views, either of which holds all of the stack
+        left -= count
+        found, reason = _solve_chunk(parts, size, accelerator)
+        solved.append(Eigenvalues(*(field.to(accelerator.device) for field in vars(found).values())))
+        reasons += [reason] * count
     return Eigenvalues.joined(solved), reasons
 
 
@@ -127,7 +126,7 @@ def _solve_chunk(parts: list[torch.Tensor], size: int, accelerator: Accelerator)
         gram, squares = _grams(parts, size if accelerator.batches(min(parts[0].shape[1:]), size) else count)
     except Exception as error:  # noqa: BLE001 - whatever a device throws, the host goes on
         return Eigenvalues.joined(host.solve(tall_of(part.cpu()))[0] for part in parts), type(error).__name__
-    parts.clear()
+    parts.clear()  # or the weights would be in memory beside the solver's workspace
     sides = torch.tensor([*long_sides, *[1.0] * (len(gram) - count)], dtype=torch.float64, device="cpu")
     try:
         return _solve_grams(gram, squares, sides.to(gram.device), accelerator).take(slice(count)), ""
@@ -150,7 +149,7 @@ def _grams(parts: Sequence[torch.Tensor], size: int) -> tuple[torch.Tensor, torc
             gram[where].baddbmm_(some.mT, some)
             squares[where] += torch.linalg.vector_norm(some, dim=(1, 2)).square()
         start += len(tall)
-    gram[start:].diagonal(dim1=1, dim2=2).fill_(1.0)
+    gram[start:].diagonal(dim1=1, dim2=2).fill_(1.0)  # with its norm below it passes `verified`
     squares[start:] = float(side)
     return gram, squares
 

@@ -104,6 +104,7 @@ def needs_trimming(found: Moments, count: int) -> torch.Tensor:
     """`[B]` on the host: whether one of `count` = N·M entries lies above σ(NM)^¼, or the spread drowns in the mean."""
     mean, std = _mean_and_std(found, count)
     largest = torch.maximum(found.high.cpu() - mean, mean - found.low.cpu())
+    # Σ w²/n − mean² has lost six of its sixteen digits by then
     far: torch.Tensor = (largest > std * count**0.25) | (std < 1e-3 * mean.abs())
     return far & torch.isfinite(largest)
 
@@ -111,12 +112,12 @@ def needs_trimming(found: Moments, count: int) -> torch.Tensor:
 def _mean_and_std(found: Moments, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     mean = found.total.cpu() / count
     variance: torch.Tensor = found.squares.cpu() / count - mean.square()
-    return mean, variance.clamp(min=0).sqrt()
+    return mean, variance.clamp(min=0).sqrt()  # a difference, below 0 by rounding
 
 
 def _elements(found: Moments, mean: torch.Tensor, std: torch.Tensor, count: int) -> Elements:
     reach, largest = count**0.25, torch.maximum(found.high.cpu() - mean, mean - found.low.cpu())
-    std = torch.where(std > 1e-12 * mean.abs(), std, float("nan"))
+    std = torch.where(std > 1e-12 * mean.abs(), std, float("nan"))  # what is left of a constant matrix is rounding
     return Elements(mean, std, headroom=largest / (std * reach), mean_shift=mean.abs() * reach / std)
 
 
@@ -145,7 +146,7 @@ def _without_far(entries: torch.Tensor, reach: float, total: float, squares: flo
     for _ in range(_TRIM_ROUNDS):
         mean, left = (total - removed) / kept, squares - removed_sq
         variance = left / kept - mean * mean
-        if not variance * kept > _LEFT * squares:
+        if not variance * kept > _LEFT * squares:  # `not >` takes NaN too
             return None
         std = math.sqrt(variance)
         if far is None or near is None:
@@ -167,6 +168,7 @@ def _beyond(entries: torch.Tensor, centre: float, distance: float) -> torch.Tens
     """Where entries are further than `distance` from the centre, rounding aside; None where it is not aside."""
     wide = entries if entries.dtype in (torch.float32, torch.float64) else entries.float()
     rounding = torch.finfo(wide.dtype).eps * abs(centre)
+    # numbers are compared in the type of the weights: there limits have to be told apart, and to be finite
     if not (distance > 1e3 * rounding and distance < torch.finfo(wide.dtype).max / 4):
         return None
     low, high = centre - distance, centre + distance
@@ -189,13 +191,13 @@ def large_entries(matrices: torch.Tensor, stats: Elements, *, limit: int = 8) ->
     matrices, size, parts = matrices.detach(), matrices[0].numel(), []
     each = zip(matrices.flatten(1), stats.mean.tolist(), stats.std.tolist(), strict=True)
     for k, (entries, mean, std) in enumerate(each):
-        at = _beyond(entries, mean, 0.99 * std * size**0.25)
+        at = _beyond(entries, mean, 0.99 * std * size**0.25)  # some more: the limit itself is asked in float64
         if at is None:
             at = torch.arange(size, dtype=torch.int64, device=entries.device)
         ratio = entries[at].double().sub_(mean).abs_().div_(std * size**0.25)
         parts.append((at[ratio > 1.0] + k * size, ratio[ratio > 1.0]))
     where, ratios = map(torch.cat, zip(*parts, strict=True))
-    found = ratios.sort(descending=True, stable=True)
+    found = ratios.sort(descending=True, stable=True)  # equal entries stay in the order of their places
     at, headroom = where[found.indices[:limit]], found.values[:limit]
     index = torch.stack([at // size, at % size // matrices.shape[2], at % matrices.shape[2]], 1)
     return LargeEntries(index, matrices[index[:, 0], index[:, 1], index[:, 2]], headroom)

@@ -33,10 +33,11 @@ def correlation_space(eigenvalues: torch.Tensor) -> CorrelationSpace:
     n = eigenvalues.shape[1]
     rescaled = eigenvalues * (n / eigenvalues.sum(1, keepdim=True))
     log_volume = rescaled.log().flip(1).cumsum(1)
+    # as weightwatcher's, the scan ends before the smallest: then all count, and the second smallest is the boundary
     below = log_volume[:, : max(n - 1, 1)] < 0
     count = torch.where(below.any(1), below.double().argmax(1) + 1, n)
     index = torch.where(below.any(1), n - count, min(1, n - 1))
-    varied = eigenvalues[:, 0] < eigenvalues[:, -1]
+    varied = eigenvalues[:, 0] < eigenvalues[:, -1]  # equal ones have no space there
     count, index = count * varied, (index * varied)[:, None]
     found = (count.double(), eigenvalues.gather(1, index)[:, 0], rescaled.gather(1, index)[:, 0])
     known = torch.isfinite(rescaled[:, -1])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ww_monitor.spectra.powerlaw import TailFit, fit_tail, tail_exponents
+from ww_monitor.spectra.powerlaw import SMALL_SAMPLE_TAIL, TailFit, fit_tail, tail_exponents
 from ww_monitor.spectra.scan import ks_distances
 from ww_monitor.spectra.status import Status
 
@@ -35,7 +35,7 @@ def fit_hill(eigenvalues: torch.Tensor, *, k: int | None = None, floor: torch.Te
     index = n - size
     known, log_x, log_sum = tail_exponents(eigenvalues, floor)
     exponent = size / log_sum[:, index]
-    status = torch.where(log_sum[:, index] > 1e-12, int(Status.OK), int(Status.DEGENERATE))
+    status = torch.where(log_sum[:, index] > 1e-12, int(Status.OK), int(Status.DEGENERATE))  # as in `fit_tail`
     status = torch.where(known[:, index] & (size >= 2), status, int(Status.FEW_EIGENVALUES))
     good = status == Status.OK
     tail = log_x[:, index:]
@@ -66,14 +66,14 @@ def fit_without_fingers(
 
     Args:
         eigenvalues: `[B, n]` float64, ascending.
-        floor: As in `fit_tail`.
+        floor: Scalar or `[B]`; eigenvalues at or below it are numerically zero and take no part.
         weightwatcher: Use that tool's search.
     """
     first = best = fit_tail(eigenvalues, floor=floor, allow_short=weightwatcher)
     num_fingers = torch.zeros_like(first.alpha)
     searching = first.status == Status.OK
     for removed in range(2, MAX_FINGERS) if weightwatcher else range(1, MAX_FINGERS + 1):
-        if removed >= eigenvalues.shape[1] - 1 or not bool(searching.any()):
+        if removed >= eigenvalues.shape[1] - 1 or not bool(searching.any()):  # two are the least that is fitted
             break
         clipped = fit_tail(eigenvalues[:, :-removed], floor=floor, allow_short=weightwatcher)
         accept = searching & (clipped.alpha + FINGER_DROP < first.alpha)
@@ -103,13 +103,13 @@ def soft_alpha(eigenvalues: torch.Tensor, *, floor: torch.Tensor | float = 0.0) 
 
     Args:
         eigenvalues: `[B, n]` float64, ascending.
-        floor: As in `fit_tail`.
+        floor: Scalar or `[B]`; eigenvalues at or below it are numerically zero and take no part.
     """
     n = eigenvalues.shape[1]
     known, log_x, log_sum = tail_exponents(eigenvalues, floor)
     size = torch.arange(n, 0, -1, dtype=torch.float64, device=eigenvalues.device)
-    candidate = known & (size >= 8) & (log_sum > 1e-12)
-    exponent = torch.where(candidate, size / log_sum, 0.0)
+    candidate = known & (size >= SMALL_SAMPLE_TAIL) & (log_sum > 1e-12)  # as in `fit_tail`
+    exponent = torch.where(candidate, size / log_sum, 0.0)  # infinite ones would make NaN of a weight of 0
     ks = torch.where(candidate, ks_distances(log_x, exponent), float("inf"))
     smallest, best = ks.min(1, keepdim=True)
     weight = torch.where(candidate, (-(ks - smallest) * size[best].sqrt() / SOFTNESS).exp(), 0.0)

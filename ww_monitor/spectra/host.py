@@ -78,6 +78,7 @@ def solve(tall: torch.Tensor, library: Library = "numpy") -> tuple[Eigenvalues, 
     if len(tall) and together == 1:
         parts = [_solve_one(w, library) for w in tall]
     else:
+        # no matrix is one part too, whose fields are empty
         parts = [_solve_together(tall[b : b + together], library) for b in range(0, max(1, len(tall)), together)]
     solved, moments = zip(*parts, strict=True)
     return Eigenvalues.joined(solved), Moments.joined(moments)
@@ -87,7 +88,7 @@ def _solve_one(w: torch.Tensor, library: Library) -> tuple[Eigenvalues, Moments]
     """One matrix `[N, M]`; its elements are looked at while they are in the cache."""
     n, m = w.shape
     gram, found = np.zeros((m, m)), []
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # large weights overflow: their status says so, whatever numpy was told to raise
         for stored, rows in _row_chunks(w):
             zeros = np.count_nonzero(stored == 0)
             found.append((rows.sum(), _squares(rows, library), stored.min(), stored.max(), zeros))
@@ -112,10 +113,11 @@ def _row_chunks(w: torch.Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     in_numpy = w.dtype in (torch.float64, torch.float32, torch.float16)
     for part in torch.split(w, max(_ROW_CHUNK // w.shape[1], w.shape[1] // 8, 1)):
         stop_if_told()
-        array = part.numpy() if in_numpy else part.double().numpy()
+        array = part.numpy() if in_numpy else part.double().numpy()  # numpy has no bfloat16
         chunk = array.astype(np.float64, order="K" if 1 in w.stride() else "C", copy=False)
         if not (chunk.flags.c_contiguous or chunk.flags.f_contiguous):
             chunk = chunk.copy(order="K")
+        # numpy takes twenty times as long to compare float16 as float32, and float64 more than twice
         yield array if array.dtype == np.float32 and 1 in w.stride() else chunk, chunk
 
 
@@ -151,7 +153,10 @@ def solve_grams(gram: torch.Tensor, frobenius_sq: torch.Tensor, long_side: torch
 def _solve_grams(
     gram: np.ndarray, frobenius_sq: np.ndarray, gram_sq: np.ndarray, long_side: int, library: Library
 ) -> Eigenvalues:
-    """Those that cannot be solved are made one first."""
+    """The spectra of Gram matrices `[B, M, M]`, overwritten; one that cannot be solved becomes an identity first.
+
+    For one that is not finite torch would give up on all that are solved in the same call.
+    """
     for b in np.flatnonzero(~((frobenius_sq > FLOOR_NORM) & (frobenius_sq < np.inf))):
         gram[b] = np.eye(gram.shape[-1])
     values, first, second = map(torch.from_numpy, (_eigvalsh(gram, library), frobenius_sq, gram_sq))
@@ -163,7 +168,7 @@ def _eigvalsh(gram: np.ndarray, library: Library) -> np.ndarray:
     if len(gram) == 1 or gram.shape[-1] < _TOGETHER_SIDE:
         try:
             return _lapack(gram, library)
-        except (np.linalg.LinAlgError, RuntimeError):
+        except (np.linalg.LinAlgError, RuntimeError):  # SciPy's way, and torch's
             if len(gram) == 1:
                 return np.full(gram.shape[:2], np.nan)
     return np.concatenate([_eigvalsh(gram[b : b + 1], library) for b in range(len(gram))])

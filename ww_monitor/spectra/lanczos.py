@@ -100,7 +100,7 @@ def outliers(gram: torch.Tensor, *, threshold: float, seed: int, exact: Exact | 
     result = Outliers(np.zeros(len(gram), np.int64), np.full(len(gram), np.nan), np.zeros(len(gram), bool))
     open_ = np.arange(len(gram))
     for block in BLOCKS:
-        part = gram if len(open_) == len(gram) else gram[torch.from_numpy(open_).to(gram.device)]
+        part = gram if len(open_) == len(gram) else gram[torch.from_numpy(open_).to(gram.device)]  # which copies
         verdicts = _Run(part, block, seed, exact).verdicts(threshold)
         for k, verdict in zip(open_, verdicts, strict=True):
             if verdict.to_go == 0:
@@ -170,7 +170,7 @@ class _Run:
         """Rayleigh–Ritz on the basis of one matrix: count, λmax, and whether another step would change them."""
         n = self.steps * self.block
         beside = projected[n : n + self.block, n - self.block : n]
-        if not np.isfinite(projected[: n + self.block, : n + self.block]).all():
+        if not np.isfinite(projected[: n + self.block, : n + self.block]).all():  # also of a block without a factor
             return _Verdict()
         wanted = (max(0, n - self.block - _NEIGHBOURS), n - 1)
         values, vectors = eigh(projected[:n, :n], subset_by_index=wanted, driver="evr", check_finite=False)
@@ -192,6 +192,7 @@ class _Run:
             kept = above + _NEIGHBOURS
             rows = torch.from_numpy(vectors[:, :kept].T.astype(np.float32)) @ self.basis[0, :n]
             return self._refined(rows, values[:kept], above, threshold, certain=settled <= self.steps)
+        # infinity gives up, but a bound that reaches the threshold now may fall with the residuals
         return _Verdict(above, float(values[0]), min(to_go, 2.0 * _LONGEST_WAIT))
 
     def _refined(
@@ -224,6 +225,7 @@ def _none_beside(gram: torch.Tensor, rows: torch.Tensor, values: np.ndarray, lev
     rest = gram.neg()
     rest.diagonal().add_(level)
     scaled = (rows * torch.from_numpy(np.sqrt(values))[:, None]).to(gram.dtype)
+    # by columns, as the transpose of what lies by rows does, LAPACK takes it in place; [1] is 0 where it has a factor
     return not lapack.spotrf(rest.addmm_(scaled.mT, scaled).numpy().T, lower=1, clean=0, overwrite_a=1)[1]
 
 

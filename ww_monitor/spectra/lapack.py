@@ -49,7 +49,7 @@ def add_gram(rows: np.ndarray, gram: np.ndarray) -> None:
     """
     n, m = rows.shape
     _check("add_gram", gram, m)
-    by_rows = rows.flags.c_contiguous
+    by_rows = rows.flags.c_contiguous  # BLAS, for which columns come first, reads these as the transpose
     if rows.dtype != np.float64 or not (by_rows or rows.flags.f_contiguous):
         raise ValueError(f"add_gram: expected float64 rows in one piece, got {rows.dtype}, strides {rows.strides}")
     one = ctypes.byref(ctypes.c_double(1.0))
@@ -74,14 +74,14 @@ def eigvalsh(gram: np.ndarray, *, with_torch: bool = False) -> np.ndarray:
     array([1., 3.])
     """
     _check("eigvalsh", gram, len(gram))
-    stop_if_told()
+    stop_if_told()  # the call of a library cannot be ended
     if not with_torch and _UNSCALED[0] < gram.diagonal().max() < _UNSCALED[1]:
         return _eigvalsh_unscaled(gram)
     solve = _torch_dsyevd() if with_torch else _routine(cython_lapack, "dsyevd")
     if solve is None:
         found: np.ndarray = torch.linalg.eigvalsh(torch.from_numpy(gram), UPLO="U").numpy()
         return found
-    m, info, integers = len(gram), ctypes.c_int64(0), np.empty(8, dtype=np.int64)
+    m, info, integers = len(gram), ctypes.c_int64(0), np.empty(8, dtype=np.int64)  # one is wanted without vectors
     values, work, size = np.empty(m), np.empty(1), -1
     for integer_size in (-1, len(integers)):  # the first call says which workspace it wants
         solve(
@@ -137,7 +137,7 @@ def _at(array: np.ndarray) -> ctypes.c_void_p:
 
 
 def _int(value: int) -> Any:
-    """By reference, in 64 bits: a library that takes 32 reads the lower half."""
+    """An integer by reference, in 64 bits: a library that takes 32 reads the lower half."""
     return ctypes.byref(ctypes.c_int64(value))
 
 
@@ -145,6 +145,7 @@ def _int(value: int) -> Any:
 def _routine(module: ModuleType, name: str, result: Any = None) -> Callable[..., Any]:
     """The routine at the address that SciPy publishes; every argument is a pointer."""
     callable_ = LowLevelCallable.from_cython(module, name)
+    # Python's own function is called with its lock, LAPACK's (CFUNCTYPE) without, so that other threads run
     pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
     address = pointer(("PyCapsule_GetPointer", ctypes.pythonapi))(callable_.function, callable_.signature.encode())
     return ctypes.CFUNCTYPE(result, *[ctypes.c_void_p] * callable_.signature.count("*"))(address)
@@ -166,7 +167,7 @@ def _torch_dsyevd() -> Callable[..., Any] | None:
 def of_torch(name: str, result: Any, *arguments: Any) -> Callable[..., Any] | None:
     """A function of the libraries that torch is linked with, if it can be found in torch's own file."""
     for library in Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"):
-        function = getattr(ctypes.CDLL(str(library)), name, None)
+        function = getattr(ctypes.CDLL(str(library)), name, None)  # torch has loaded it: no second copy comes
         if function is not None:
             function.restype, function.argtypes = result, arguments
             return function  # type: ignore[no-any-return]

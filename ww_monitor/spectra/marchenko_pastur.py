@@ -71,6 +71,7 @@ def bulk(
         torch.as_tensor(side, dtype=torch.float64, device=eigenvalues.device).reshape(-1, 1)
         for side in (long_side, short_side)
     )
+    # fewer rows or columns may be alive than are removed here; `is_spike` leaves those tests out
     rows, columns = ((side - removed / slices).clamp(min=0.5) for side in (n_side, m_side))
     remaining_sum = eigenvalues.cumsum(1).flip(1)[:, : len(removed)]
     variance = remaining_sum / (slices * rows * columns)
@@ -120,8 +121,8 @@ def tracy_widom_sf(s: torch.Tensor) -> torch.Tensor:
     [0.05, 0.01, 0.001]
     """
     log_sf = _log_sf(s.device)
-    position = ((s.double() - _GRID_LOW) / _GRID_STEP).clamp(0, len(log_sf) - 1.001)
-    left = torch.nan_to_num(position).long()
+    position = ((s.double() - _GRID_LOW) / _GRID_STEP).clamp(0, len(log_sf) - 1.001)  # the last has a neighbour
+    left = torch.nan_to_num(position).long()  # NaN is no place, and stays in `fraction`
     fraction = position - left
     return torch.exp(log_sf[left] * (1 - fraction) + log_sf[left + 1] * fraction)
 
@@ -175,5 +176,6 @@ def tracy_widom_sf_exact(s: np.ndarray, *, nodes: int = 64) -> np.ndarray:
         root_weight = np.sqrt(half * weight)
         kernel = 0.5 * airy((x[:, :, None] + x[:, None, :]) / 2)[0]
         modes = np.linalg.eigvalsh(root_weight[:, :, None] * kernel * root_weight[:, None, :])
+        # below −15 or so the quadrature takes the largest mode beyond 1
         result[start : start + 1024] = -np.expm1(np.log1p(-np.minimum(modes, 1 - 1e-16)).sum(1))
     return result

@@ -33,8 +33,9 @@ def null_band(long_side: int, short_side: int, slices: int = 1, *, draws: int = 
         short_side: M ≤ N.
         slices: Number of matrices whose eigenvalues are pooled.
         draws: Number of random spectra behind the band.
-        seed: Of a private generator.
+        seed: Seed of a private generator.
     """
+    # a stream for each shape, so that no band depends on which were asked for before
     generator = np.random.Generator(np.random.PCG64([seed, long_side, short_side, slices]))
     each = [[wishart_eigenvalues(long_side, short_side, generator) for _ in range(slices)] for _ in range(draws)]
     spectra = torch.from_numpy(np.sort(np.array(each).reshape(draws, -1)))

@@ -64,6 +64,7 @@ def fit_tail(eigenvalues: torch.Tensor, *, floor: torch.Tensor | float = 0.0, al
     shortest = torch.where(small, SMALL_SAMPLE_TAIL, 2)
     if allow_short:
         shortest = shortest.minimum(num_fitted[:, None].clamp(min=2))
+    # 1e-12 is weightwatcher's: a tail of equal eigenvalues has a sum of 0 but for rounding
     candidate = known & (tail_size >= shortest) & (log_sum > 1e-12) & torch.isfinite(alpha)
 
     best, ks = best_candidates(log_x, torch.where(candidate, alpha - 1, 0.0), candidate)
@@ -84,6 +85,6 @@ def tail_exponents(
     """Return λ > floor, ln(λ/λmax) and Σ_{j ≥ i} ln(λ_j/λ_i) for every i, each `[B, n]`; 0 logs below the floor."""
     known = eigenvalues > torch.as_tensor(floor, dtype=torch.float64, device=eigenvalues.device).reshape(-1, 1)
     log_x = torch.where(known, eigenvalues, 1.0).log()
-    log_x = torch.where(known, log_x - log_x[:, -1:], 0.0)
+    log_x = torch.where(known, log_x - log_x[:, -1:], 0.0)  # far from 0 they would cost the bounds of `scan` digits
     size = torch.arange(eigenvalues.shape[1], 0, -1, dtype=torch.float64, device=eigenvalues.device)
     return known, log_x, log_x.flip(1).cumsum(1).flip(1) - size * log_x

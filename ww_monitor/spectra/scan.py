@@ -75,7 +75,7 @@ def _branch_and_bound(log_x: np.ndarray, exponent: np.ndarray, candidate: np.nda
     bound = _bounds(log_x, exponent, size, index)
     best, best_distance = int(index[0]), float("inf")
     for at in np.argsort(bound, kind="stable"):
-        if bound[at] > best_distance:
+        if bound[at] > best_distance:  # an equal bound may be an earlier candidate's
             break
         i = int(index[at])
         model = np.exp((log_x[i] - log_x[i:]) * exponent[i])
@@ -99,6 +99,7 @@ def _bounds(log_x: np.ndarray, exponent: np.ndarray, size: np.ndarray, index: np
     for start in range(0, len(index), rows):
         part = index[start : start + rows]
         reachable = anchors[np.searchsorted(anchors, part[0]) :]
+        # an anchor before its candidate counts nothing: both terms are cut to 1
         deviation = np.minimum(log_32[part, None] - log_32[reachable], np.float32(0))
         deviation *= exponent_32[part, None]
         np.exp(deviation, out=deviation)

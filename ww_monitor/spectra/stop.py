@@ -28,9 +28,9 @@ class Worker(threading.Thread):
         Raises:
             RuntimeError: if the system gives no thread.
         """
-        self.daemon = True
+        self.daemon = True  # or Python would wait at its end, also for a solve of minutes
         super().start()
-        _wait_at_exit()
+        _wait_at_exit()  # at the first start, for an import registers nothing
         _started.add(self)
 
 

@@ -27,7 +27,7 @@ def cka(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     >>> cka(a, torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))[None])
     tensor([0.7071], dtype=torch.float64)
     """
-    if a.shape[1] >= a.shape[2]:
+    if a.shape[1] >= a.shape[2]:  # the same numbers from Gram matrices of the short side
         cross, grams = (a.mT @ b).square().sum((1, 2)), [x.mT @ x for x in (a, b)]
     else:
         grams = [x @ x.mT for x in (a, b)]
@@ -55,7 +55,7 @@ def subspace(weights: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tenso
     """
     wide = weights.shape[1] < weights.shape[2]
     tall = (weights.mT if wide else weights).double()
-    finite = torch.isfinite(tall).flatten(1).all(1)
+    finite = torch.isfinite(tall).flatten(1).all(1)  # SciPy's solver refuses NaN, and with it all slices
     tall = torch.where(finite[:, None, None], tall, 0.0)
     values, short = _leading(tall.mT @ tall, min(top, tall.shape[2]))
     mean_square = tall.square().mean((1, 2))

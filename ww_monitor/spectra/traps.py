@@ -158,7 +158,7 @@ def shuffled(
         here = [matrix.cpu() for matrix in here]
     at_once = 1 if iterate and not on_device else max(1, int(min(memory or MEMORY, spare)) // one)
     measure = (_by_lanczos if on_device else _by_rows) if iterate else _by_full_spectrum
-    with torch.autocast(here[0].device.type, enabled=False):
+    with torch.autocast(here[0].device.type, enabled=False):  # the host's products are in float32
         for replica in range(replicas):
             stream = shuffle.stream(seed, replica)
             if draws:
@@ -180,7 +180,7 @@ def shuffled(
 
 def _is_decided(counts: torch.Tensor, first: torch.Tensor, edge: Edge) -> torch.Tensor:
     """`[K]` whether the rest of the replicas could hardly change the verdict of `[K, replicas]` counts."""
-    majority = counts.shape[1] / 2
+    majority = counts.shape[1] / 2  # a replica not drawn is NaN and speaks for neither
     return edge.is_clear(first) | ((counts > 0).sum(1) > majority) | ((counts == 0).sum(1) > majority)
 
 
@@ -214,7 +214,7 @@ def _by_rows(
 def _by_full_spectrum(
     matrices: Sequence[torch.Tensor], stats: Elements, order: torch.Tensor, threshold: float, seed: int
 ) -> torch.Tensor:
-    """The same from all eigenvalues of all matrices."""
+    """Count above the threshold and λmax `[2, K]` from all eigenvalues of all matrices."""
     stack = shuffle.mixed(matrices, order).double()
     spectrum = eigenvalues(stack.sub_(stats.mean.to(stack.device)[:, None, None])).values
     variance = stats.std.square()

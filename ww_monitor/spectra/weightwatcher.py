@@ -97,13 +97,13 @@ def _cost(sigma: np.ndarray, grid: np.ndarray, density: np.ndarray, ratio: float
     low, high = (s * (1 - ratio**-0.5)) ** 2, (s * (1 + ratio**-0.5)) ** 2
     mode, top = grid[np.argmax(density)], grid.max()
     outside = ((high < mode) | (high > top) | (low > mode))[:, 0]
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # beyond its edges the law is the root of a negative number, which counts as 0
         if ratio == 1:
             law = np.sqrt(4 - grid**2) / (np.pi * s * s)
         else:
             law = ratio / (2 * np.pi * s * s * grid) * np.sqrt((high - grid) * (grid - low))
     costs = ((np.nan_to_num(law) - density) ** 2).sum(1)
-    return np.where(outside & (ratio != 1), 1e6 * len(grid), costs)
+    return np.where(outside & (ratio != 1), 1e6 * len(grid), costs)  # the tool's penalty: 10⁶ a point
 
 
 @dataclass(frozen=True)
