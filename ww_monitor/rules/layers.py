@@ -55,8 +55,8 @@ def harmful_trap(history: History, *, harm: float = 0.001) -> Iterator[Finding]:
 
     By `ww_monitor.trap_harm` on its own Gaussian inputs, the traps of three nets that collapsed have 0.0013 to 0.0026,
     those of a healthy one 0.0001 and 0.0004: the level was chosen between them. On 500 held-out digits it is no sign of
-    a loss: it spoke in all 11 of 286 small healthy nets that had a trap, in 9 of them three times in a row, and in 2 of
-    8 larger ones that had one and lost accuracy (`benchmarks/evidence`).
+    a loss: it spoke in all 17 of 510 small healthy nets that had a trap, in 15 of them three times in a row, and in 4
+    of 12 larger ones that had one and lost accuracy (`benchmarks/evidence`).
     """
     for layer in history.last.layers:
         if "trap_harm" in layer.metrics and layer.value("trap_harm") >= harm:
