@@ -45,7 +45,7 @@ bench-overhead: $(STAMP) ## training with the monitor and without, 25 minutes (9
 faults: $(STAMP)        ## kills, full disks, odd folders, rules and sinks that misbehave, interrupts, forks: nine minutes
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.faults
 
-evidence: $(STAMP)      ## the runs behind docs/evidence.md, hours; QUICK=1: minutes; DATA=folder: published runs and nets too
+evidence: $(STAMP)      ## the runs behind docs/evidence.md, 83 minutes; QUICK=1: minutes; DATA=folder: published runs and nets too
 	$(BIN)/python -m benchmarks.evidence $(if $(QUICK),--quick) \
 		$(if $(DATA),--antigrokking $(DATA)/antigrokking/history.jsonl)
 	for study in setol healthy actions; do \

@@ -405,7 +405,7 @@ def test_groups_of_another_model_than_the_monitors_are_said():
     monitor = Monitor(every_n_steps=1, actions=[RATE])
     monitor.act_on(make_optimizer(net))
     with pytest.warns(
-        SpectralWarning, match="3 layers have no parameter group of their own .* such as 'net.0'; param_"
+        SpectralWarning, match="3 layers keep the base, such as 'net.0': .*no parameter group of their own; param_"
     ):
         monitor.observe(walk(outer), step=0)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import wraps
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -19,7 +19,13 @@ Say = Callable[[str, str], None]
 
 
 class Steps(Protocol):
-    """What makes the steps of a run by the factors of its matrices."""
+    """What makes the steps of a run by the factors of its matrices.
+
+    Attributes:
+        unheard: What is said of layers that are not among its names.
+    """
+
+    unheard: ClassVar[str]
 
     @property
     def names(self) -> list[str]:
@@ -155,9 +161,9 @@ class Acting:
         heard = {name for stepper in self._steppers for name in stepper.names}
         pairs = zip(self.actions, self._factors, strict=True)
         deaf = sorted({name for one, factors in pairs if not one.dry_run for name in factors} - heard)
-        if heard and deaf:
-            message = f"{len(deaf)} layers have no parameter group of their own and keep the base, such as {deaf[0]!r}"
-            self._say("unheard", f"{message}; param_groups must be given the model that the monitor sees")
+        if deaf and (heard or not any(isinstance(one, Stepper) for one in self._steppers)):
+            for stepper in self._steppers[:1]:
+                self._say("unheard", f"{len(deaf)} layers keep the base, such as {deaf[0]!r}: {stepper.unheard}")
 
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint; empty where there is nothing to go on with."""
@@ -184,6 +190,10 @@ class Stepper:
         optimizer: One of torch's.
         factor: Names of the matrices of a group → factors by option.
     """
+
+    unheard: ClassVar[str] = (
+        "they have no parameter group of their own; param_groups must be given the model that the monitor sees"
+    )
 
     def __init__(self, optimizer: Any, factor: Callable[[Sequence[str]], Mapping[str, float]]) -> None:
         self._optimizer, self._factor = optimizer, factor

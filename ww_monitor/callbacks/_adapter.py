@@ -58,7 +58,7 @@ class Adapter:
     _prefix = ""
     """What the framework puts before our keys in TensorBoard."""
 
-    _left_out = frozenset(("_left_open", "_dashboards", "_handler", "_saving", "_steps", "log", "log_dict"))
+    _left_out = frozenset(("_left_open", "_dashboards", "_handler", "_saving", "_changes", "log", "log_dict"))
     """What a copy has not; the last two are methods of the module, which Lightning puts there."""
 
     @method_taking(CallbackOptions)

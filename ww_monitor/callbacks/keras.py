@@ -26,7 +26,7 @@ except ImportError as error:
         message = f"ww_monitor.callbacks.keras: needs a backend of keras ({error}); set KERAS_BACKEND to one you have"
     raise MissingDependency(message) from error
 
-from ww_monitor.callbacks._keras_steps import ScaledSteps, reasons_against
+from ww_monitor.callbacks._keras_steps import StepChanges
 
 _RECORDING = tuple(
     getattr(keras.callbacks, name) for name in ("CSVLogger", "History", "ProgbarLogger", "RemoteMonitor", "TensorBoard")
@@ -68,8 +68,8 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
     _updates_done = 0
     _within_line = False
     _saving: Sequence[Any] = ()
-    _steps: ScaledSteps | None = None
-    _acts_already = False
+    _changes: StepChanges | None = None
+    _is_taken = False
 
     @method_taking(KerasOptions)
     def __init__(self, given: KerasOptions) -> None:
@@ -91,6 +91,8 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         with self.monitor.guard("looking at the other callbacks", always=True):
             calling = calling_object(keras.callbacks.CallbackList)
             self._look_around([] if calling is None else list(calling.callbacks))
+            self._changes = StepChanges(self.monitor, lambda: self.model, self._step, self._how.get("split"))
+            self._changes.stand_around(None if calling is None else calling.callbacks, taken=self._is_taken)
 
     @hook
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
@@ -106,16 +108,12 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         step, epoch, known = self._updates_done, self._epoch or 0, self.params or {}
         last = epoch + 1 == known.get("epochs") or self._watched or self.monitor.due_at_epoch_end(epoch, step + 1)
         self._before_step(lambda: self.model, step=step, last=bool(last) and batch + 1 == known.get("steps"))
-        if self._steps is not None:
-            self._steps.before(lambda: self.model, step)
 
     @hook
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         """A snapshot where one is due."""
-        self._within_line, step = True, self._step()
-        if self._steps is not None:
-            self._change_step(step)
-        due, read = self.monitor.due(step), any(_saves_after(batch, one) for one in self._saving)
+        self._within_line = True
+        due, read = self.monitor.due(step := self._step()), any(_saves_after(batch, one) for one in self._saving)
         if due or read:
             self._observe(step, whole=read)
         else:
@@ -179,21 +177,15 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         self._announce()
 
     def _act_on(self, optimizers: Sequence[Any]) -> None:
-        """Change the steps of the optimizer by what `actions` say."""
-        acting, self._steps = self.monitor.acting, None
         with self.monitor.guard("actions", always=True):
-            if acting.acts:
-                taken = "another monitor acts on this model; give it the actions of both" if self._acts_already else ""
-                against = {option: taken or reason for option, reason in reasons_against(self.model).items()}
-                heard = [option for option, reason in against.items() if not reason]
-                self._steps = ScaledSteps(self.model, acting.factor, heard, self._how.get("split")) if heard else None
-                acting.attach_to(self._steps, against)
+            if self._changes is not None:
+                self._changes.start()
 
-    def _change_step(self, step: int) -> None:
+    def _close(self) -> None:
         with self.monitor.guard("actions", always=True):
-            reason = "" if self._steps is None else self._steps.after(lambda: self.model, step)
-            if reason:
-                self.monitor.say_once("no steps", f"actions leave a step as it is: {reason}")
+            if self._changes is not None:
+                self._changes.close()
+        super()._close()
 
     def _observe(self, step: int, *, whole: bool = False, again: bool = False) -> None:
         """Look now; with `whole` wait for a snapshot of this step, unless there is one."""
@@ -208,6 +200,8 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         """Remember what is known, stop if asked."""
         for snapshot in snapshots:
             self._remember(snapshot)
+        if snapshots and self._changes is not None:
+            self._changes.look()
         reason = self.monitor.stop_reason
         if snapshots and reason and not self.model.stop_training:
             self.model.stop_training = True
@@ -241,7 +235,7 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         self._keep_apart(callbacks)
         place = next((at for at, callback in enumerate(callbacks) if callback is self), 0)
         others = [one for one in callbacks[:place] if isinstance(one, SpectralMonitor)]
-        self._acts_already = any(other.monitor.acting.acts for other in others)
+        self._is_taken = any(other.monitor.acting.acts for other in others)
         names = self._model_metrics
         ours = {_log_key(key): key for key in (self._name + summary_key(name) for name in names)}
         found = [(one, key) for one in callbacks for key in _watched_by(one) if key in ours]
@@ -256,9 +250,6 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
             if seen or isinstance(callback, _RECORDING):
                 message = f"{name} stands before SpectralMonitor and cannot see {seen or 'its values'}; put it after"
                 self.monitor.say_once(f"order {name}", message)
-            if self.monitor.acting.acts and isinstance(getattr(callback, "save_freq", None), int):
-                message = f"{name} stands before SpectralMonitor and saves steps before actions change them"
-                self.monitor.say_once(f"saved {name}", f"{message}; put it after")
 
     def _print_line(self, line: str) -> None:
         """A print that begins after the progress bar."""

@@ -99,20 +99,27 @@ def walk_keras(model: Any, *, split: Split | None = None) -> Iterator[Matrix | S
     return unique(item for item, _ in _found(model, split))
 
 
-def trainable_matrices(model: Any, *, split: Split | None = None) -> list[tuple[Any, list[str]]]:
-    """Each trainable variable that holds weight matrices, with the names they have in `walk_keras`.
+@dataclass(frozen=True)
+class Holder:
+    """A variable that holds matrices of these names; under LoRA it is not trained, though its layer is not frozen."""
 
-    Args:
-        model: A Keras 3 model or layer.
-        split: As for `walk_keras`.
-    """
+    variable: Any
+    names: Sequence[str]
+    trained: bool
+    frozen: bool
+
+
+def holders(model: Any, *, split: Split | None = None) -> list[Holder]:
+    """The variables that hold the matrices of a Keras model; `split` as for `walk_keras`."""
+    trained, held = {id(variable) for variable in model.trainable_variables}, dict[int, list[tuple[Matrix, Any]]]()
     found = list(_found(model, split))
-    trained = {id(variable) for variable in model.trainable_variables}
-    held: dict[int, tuple[Any, list[str]]] = {}
     for item, (_, variable) in zip(unique(item for item, _ in found), found, strict=True):
-        if isinstance(item, Matrix) and id(variable) in trained:
-            held.setdefault(id(variable), (variable, []))[1].append(item.name)
-    return list(held.values())
+        if isinstance(item, Matrix):
+            held.setdefault(id(variable), []).append((item, variable))
+    return [
+        Holder(parts[0][1], [item.name for item, _ in parts], key in trained, parts[0][0].frozen)
+        for key, parts in held.items()
+    ]
 
 
 # --- which variables of a layer are weights
