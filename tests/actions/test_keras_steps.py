@@ -267,6 +267,18 @@ def test_what_another_callback_does_to_weights_is_no_part_of_a_step(keras, tmp_p
     assert max(abs(layer.kernel.numpy()).max() for layer in model.layers) <= 0.05
 
 
+def test_a_keras_model_with_two_optimizers_trains_as_ever_and_that_is_said(keras, tmp_path):
+    def weights(actions):
+        model = two_layers(keras, keras.optimizers.SGD(0.1))
+        model.other = keras.optimizers.SGD(0.1)
+        said = lines_of(keras, tmp_path / str(len(actions)), model, actions=actions)
+        return [value.tolist() for value in model.get_weights()], said
+
+    acting, said = weights(ACTING[:1])
+    assert acting == weights([])[0]
+    assert ["LayerwiseRate does nothing: expected one optimizer, got 2" in line for line in said] == [True]
+
+
 def test_a_keras_optimizer_under_two_names_is_one_and_one_that_makes_no_step_is_told(keras, tmp_path):
     model = two_layers(keras, keras.optimizers.SGD(0.1))
     model.same = model.optimizer
@@ -281,26 +293,3 @@ def test_a_keras_optimizer_under_two_names_is_one_and_one_that_makes_no_step_is_
     idle.compile(keras.optimizers.SGD(0.1), "mse")
     (said,) = lines_of(keras, tmp_path / "idle", idle, actions=ACTING[:1])
     assert "actions have changed no step" in said
-
-
-def test_a_keras_layer_that_is_built_in_the_first_step_is_stepped_from_the_next_snapshot_on(keras, tmp_path):
-    def moved(rate):
-        keras.utils.set_random_seed(0)
-        model = keras.Sequential([keras.layers.Dense(64, name="a"), keras.layers.Dense(64, name="b")])
-        model.compile(keras.optimizers.SGD(0.01), "mse")
-        lines_of(keras, tmp_path / str(rate), model, actions=[Constant(rate)])
-        return [value.tolist() for value in model.get_weights()]
-
-    assert all(one != other for one, other in zip(moved(1.0)[::2], moved(0.5)[::2], strict=True))
-
-
-class Constant:
-    """The same factor for every layer."""
-
-    option, metric, needs, dry_run = "lr", "rate_factor", (), False
-
-    def __init__(self, factor: float) -> None:
-        self.factor = factor
-
-    def factors(self, snapshot):
-        return {layer.name: self.factor for layer in snapshot.layers}

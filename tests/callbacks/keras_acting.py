@@ -58,3 +58,39 @@ def error(folder: Path) -> float:
             moved[name] = MOMENTUM * moved[name] - RATE * slopes[name]
             weights[name] = weights[name] * (1 - rate * RATE * decay * DECAY) + rate * moved[name]
     return max(float(abs(weights[name] - value).max()) for name, value in zip("ab", end, strict=True))
+
+
+class PartlyBuilt(keras.Model):
+    """One layer has its weights from the beginning, one from its first call on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.late = keras.layers.Dense(64, name="early"), keras.layers.Dense(64, name="late")
+        self.early.build((None, 64))
+
+    def call(self, x):
+        return self.late(self.early(x))
+
+
+class OnTheLate:
+    """The same factor on the rate of one layer at all times."""
+
+    option, metric, needs, dry_run = "lr", "rate_factor", (), False
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def factors(self, snapshot):
+        return {"late": self.factor}
+
+
+def late(folder: Path) -> bool:
+    """Whether a factor moves a layer that has its weights only from the first step on."""
+    ends = []
+    for factor in (1.0, 0.5):
+        keras.utils.set_random_seed(0)
+        model = PartlyBuilt()
+        model.compile(keras.optimizers.SGD(0.01), "mse")
+        fit(model, folder / str(factor), [OnTheLate(factor)])
+        ends.append(np.array(model.late.kernel))
+    return bool((ends[0] != ends[1]).any())

@@ -296,6 +296,7 @@ def main(folder: Path) -> None:
             "seen": seen(folder / "seen"),
             "interrupted": interrupted(folder / "interrupted"),
             "acting": keras_acting.error(folder / "acting"),
+            "late": keras_acting.late(folder / "late"),
         }
     found["warnings"] = [str(w.message) for w in caught if issubclass(w.category, SpectralWarning)]
     (folder / "found.json").write_text(json.dumps(found))

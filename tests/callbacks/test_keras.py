@@ -594,5 +594,10 @@ def test_a_step_that_actions_change_is_that_of_a_loop_by_hand(found, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_actions_step_a_layer_that_is_built_in_the_first_step(found, backend):
+    assert found[backend]["late"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_backend_makes_it_warn(found, backend):
     assert found[backend]["warnings"] == []
