@@ -3,10 +3,12 @@
 Run as `torchrun --nproc_per_node 2 hf_ddp.py FOLDER`: trains four times, each time in a folder of its own.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
 
+sys.modules["tensorflow"] = None
 import torch
 from transformers import (
     EarlyStoppingCallback,
@@ -88,6 +90,7 @@ def spectral_monitor(**arguments) -> SpectralMonitor:
 
 
 def main(folder: Path) -> None:
+    gc.freeze()  # the Trainer collects after every run
     train(folder / "without", None)
     train(folder / "early_stopping", spectral_monitor(), EarlyStoppingCallback(2), **WATCHING)
     train(folder / "stop_on", spectral_monitor(stop_on="traps", patience=2))
