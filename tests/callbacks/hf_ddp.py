@@ -8,7 +8,6 @@ import json
 import sys
 from pathlib import Path
 
-sys.modules["tensorflow"] = None
 import torch
 from transformers import (
     EarlyStoppingCallback,
@@ -90,6 +89,7 @@ def spectral_monitor(**arguments) -> SpectralMonitor:
 
 
 def main(folder: Path) -> None:
+    sys.modules["tensorflow"] = None  # PyTorch's TensorBoard writer imports it where it is there, for seconds
     gc.freeze()  # the Trainer collects after every run
     train(folder / "without", None)
     train(folder / "early_stopping", spectral_monitor(), EarlyStoppingCallback(2), **WATCHING)
