@@ -1,6 +1,6 @@
-"""Trains a small GPT in every process of torchrun, watched by SpectralMonitor; each rank leaves what it saw in a file.
+"""Trains a small GPT on two ranks, watched by SpectralMonitor; each rank leaves what it saw in a file.
 
-Run as `torchrun --nproc_per_node 2 hf_ddp.py FOLDER`: trains four times, each time in a folder of its own.
+Run as `python -m tests.callbacks.hf_ddp FOLDER`: trains four times, each time in a folder of its own.
 """
 
 import gc
@@ -18,6 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from tests.processes import on_two_ranks
 from ww_monitor.callbacks.huggingface import SpectralMonitor
 
 
@@ -99,4 +100,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    on_two_ranks(lambda: main(Path(sys.argv[1])))

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.histories import published, steps_of
-from tests.processes import TWO_PROCESSES, once, run_python
+from tests.processes import once, run_python
 from ww_monitor import History, InvalidArgument, Options, SpectralWarning, rules
 from ww_monitor.sinks.memory import Memory
 
@@ -26,7 +26,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger 
 
 from ww_monitor.callbacks.lightning import SpectralMonitor  # noqa: E402
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 class Module(pl.LightningModule):
@@ -858,7 +858,7 @@ def processes(tmp_path_factory):
     """The folder of runs with two processes."""
 
     def run(folder):
-        done = run_python(*TWO_PROCESSES, str(HERE / "ddp_run.py"), str(folder))
+        done = run_python("-m", "tests.callbacks.ddp_run", str(folder), folder=ROOT)
         assert done.returncode == 0, done.stderr
 
     return once(tmp_path_factory, "lightning_ddp", run)
