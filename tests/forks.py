@@ -1,7 +1,7 @@
 """Scripts, each in a fork of one process that has imported what they all import, with its output and its end in files.
 
-Run as `python forks.py FOLDER`, the commands as JSON on the standard input: name → script and arguments. Each runs in
-FOLDER/name, and leaves `out`, `err` and its exit status in FOLDER/name.json.
+Run as `python forks.py FOLDER MODULE …`, the commands as JSON on the standard input: name → script and arguments. Each
+runs in FOLDER/name, and leaves `out`, `err` and its exit status in FOLDER/name.json.
 """
 
 import json
@@ -24,9 +24,9 @@ def run(folder: Path, script: str, *arguments: str) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, modules: list[str]) -> None:
     sys.modules["tensorflow"] = None  # PyTorch's TensorBoard writer imports it where it is there, for seconds
-    for module in ("ww_monitor", "sklearn.datasets", "transformers.trainer"):
+    for module in modules:
         with suppress(ImportError):
             import_module(module)
     for name, command in json.load(sys.stdin).items():
@@ -40,4 +40,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -59,6 +59,13 @@ def once(factory: Any, name: str, make: Callable[[Path], object]) -> Path:
     return folder
 
 
+def run_in_forks(folder: Path, commands: dict[str, list[str]], *modules: str, **more: str) -> None:
+    """Each script with its arguments, as `tests/forks.py` says, in a process that has imported the modules once."""
+    script = str(Path(__file__).with_name("forks.py"))
+    done = run_python(script, str(folder), *modules, stdin=json.dumps(commands), **more)
+    assert done.returncode == 0, done.stderr
+
+
 def on_two_ranks(run: Callable[[], object]) -> None:
     """`run` in two forks of this process, each with the environment that torchrun gives it; a failure ends both."""
     with socket.socket() as free:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import once, run_python
+from tests.processes import once, run_in_forks
 from ww_monitor import History
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -36,9 +36,7 @@ def ran(tmp_path_factory) -> Path:
 
     def run(folder):
         commands = {name: [str(EXAMPLES / name), "--output", str(folder / name), *more] for name, more, *_ in CASES}
-        forks = str(Path(__file__).with_name("forks.py"))
-        done = run_python(forks, str(folder), stdin=json.dumps(commands), COLUMNS="200")
-        assert done.returncode == 0, done.stderr
+        run_in_forks(folder, commands, "ww_monitor", "sklearn.datasets", "transformers.trainer", COLUMNS="200")
 
     return once(tmp_path_factory, "examples", run)
 
