@@ -16,8 +16,8 @@ from pathlib import Path
 def run(folder: Path, script: str, *arguments: str) -> None:
     """What a fork does: `python script *arguments` in the folder, its output beside it."""
     for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{folder}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
-    folder.mkdir()
+        os.dup2(os.open(f"{folder}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    folder.mkdir(exist_ok=True)
     os.chdir(folder)
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).parent)

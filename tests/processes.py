@@ -62,7 +62,7 @@ def once(factory: Any, name: str, make: Callable[[Path], object]) -> Path:
 def run_in_forks(folder: Path, commands: dict[str, list[str]], *modules: str, **more: str) -> None:
     """Each script with its arguments, as `tests/forks.py` says, in a process that has imported the modules once."""
     script = str(Path(__file__).with_name("forks.py"))
-    done = run_python(script, str(folder), *modules, stdin=json.dumps(commands), **more)
+    done = run_python(script, str(folder), *modules, stdin=json.dumps(commands), timeout=600, **more)
     assert done.returncode == 0, done.stderr
 
 
