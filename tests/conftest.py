@@ -1,8 +1,10 @@
 """What the tests share: the folder of reference values and data, and the peer tool in a process of its own."""
 
+import gc
 import json
 import os
 import struct
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +28,35 @@ def pytest_configure():
         settings.register_profile("ci", derandomize=True, deadline=None)
         if os.environ.get("CI"):
             settings.load_profile("ci")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        _keep()
+        gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+    modules = len(sys.modules)
+    try:
+        return (yield)
+    finally:
+        if len(sys.modules) > modules + 100:  # a framework
+            _keep()
+
+
+def _keep():
+    """Spare the collector what is there by now: above all a million objects of frameworks, which stay to the end.
+
+    Frameworks have it look through them all after each run, for half a second each time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_ignore_collect(collection_path):

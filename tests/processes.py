@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,9 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Timer
 from typing import IO, Any
-
-TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-"""What starts a script as two ranks of a job."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -58,6 +57,36 @@ def once(factory: Any, name: str, make: Callable[[Path], object]) -> Path:
             make(folder)
             made.touch()
     return folder
+
+
+def run_in_forks(folder: Path, commands: dict[str, list[str]], *modules: str, **more: str) -> None:
+    """Each script with its arguments, as `tests/forks.py` says, in a process that has imported the modules once."""
+    script = str(Path(__file__).with_name("forks.py"))
+    done = run_python(script, str(folder), *modules, stdin=json.dumps(commands), timeout=600, **more)
+    assert done.returncode == 0, done.stderr
+
+
+def on_two_ranks(run: Callable[[], object]) -> None:
+    """`run` in two forks of this process, each with the environment that torchrun gives it; a failure ends both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ.update(job, TORCHELASTIC_RUN_ID="tests")
+    ranks: list[int] = []
+    for rank in "01":
+        ranks.append(os.fork())
+        if not ranks[-1]:
+            os.environ.update(RANK=rank, LOCAL_RANK=rank)
+            run()
+            return
+    while ranks:
+        rank, status = os.wait()
+        ranks.remove(rank)
+        if status:
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)
 
 
 def start_python(*arguments: str, output: IO[bytes] | IO[str], **more: str) -> subprocess.Popen[bytes]:

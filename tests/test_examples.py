@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from tests.processes import run_python
+from tests.processes import once, run_in_forks
 from ww_monitor import History
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -15,32 +16,46 @@ SLOW = {"demo.py"}
 
 CASES = [
     # script, arguments beside --output, packages it needs, what it prints, history files it writes
-    ("huggingface_gpt.py", ["--steps", "40"], ["transformers", "tensorboard"], "steps 0 to 40", ["ww_history.jsonl"]),
-    ("keras_mlp.py", ["--epochs", "2"], ["keras", "sklearn", "tensorboard"], "steps 0 to 90", ["ww_history.jsonl"]),
+    ("huggingface_gpt.py", ["--steps", "20"], ["transformers", "tensorboard"], "steps 0 to 20", ["ww_history.jsonl"]),
+    ("keras_mlp.py", ["--epochs", "1"], ["keras", "sklearn", "tensorboard"], "steps 0 to 45", ["ww_history.jsonl"]),
     (
         "lightning_cnn.py",
-        ["--epochs", "2"],
+        ["--epochs", "1"],
         ["pytorch_lightning", "sklearn", "tensorboard"],
-        "steps 0 to 114",
+        "steps 0 to 57",
         ["version_0/ww_history.jsonl"],
     ),
     ("lora.py", ["--steps", "20"], ["transformers", "peft"], "moved by 0.", ["adapter/ww_history.jsonl"]),
-    ("pytorch_loop.py", ["--epochs", "2"], ["sklearn", "rich"], "steps 0 to 58", ["ww_history.jsonl"]),
+    ("pytorch_loop.py", ["--epochs", "1"], ["sklearn", "rich"], "steps 0 to 29", ["ww_history.jsonl"]),
 ]
 
 
-@pytest.mark.parametrize(("script", "arguments", "needs", "prints", "writes"), CASES, ids=[case[0] for case in CASES])
-def test_example_runs(tmp_path, script, arguments, needs, prints, writes):
+@pytest.fixture(scope="session")
+def ran(tmp_path_factory) -> Path:
+    """Where each example has run, and beside it what it said."""
+
+    def run(folder):
+        commands = {name: [str(EXAMPLES / name), "--output", str(folder / name), *more] for name, more, *_ in CASES}
+        run_in_forks(folder, commands, "ww_monitor", "sklearn.datasets", "transformers.trainer", COLUMNS="200")
+
+    return once(tmp_path_factory, "examples", run)
+
+
+@pytest.mark.parametrize(
+    ("script", "needs", "prints", "writes"),
+    [(name, *rest) for name, _, *rest in CASES],
+    ids=[case[0] for case in CASES],
+)
+def test_example_runs(ran, script, needs, prints, writes):
     for package in needs:
         pytest.importorskip(package, reason=f"{package}, which the example is about, is not installed")
-    command = [str(EXAMPLES / script), "--output", str(tmp_path), *arguments]
-    done = run_python(*command, folder=tmp_path, timeout=180, COLUMNS="200")
-    assert done.returncode == 0, done.stderr
-    assert "SpectralWarning" not in done.stderr
-    assert prints in done.stdout
-    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*.jsonl"))] == writes
+    done, folder = json.loads((ran / f"{script}.json").read_text()), ran / script
+    assert done["status"] == 0, done["err"]
+    assert "SpectralWarning" not in done["err"]
+    assert prints in done["out"]
+    assert [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.jsonl"))] == writes
     for path in writes:
-        assert len(History.read(tmp_path / path)) > 1
+        assert len(History.read(folder / path)) > 1
 
 
 def test_every_example_is_short_and_run():

@@ -28,6 +28,14 @@ from ww_monitor.walk.torch import walk
 LAYERS = ("encoder.0", "encoder.2", "head")
 SECONDS = 60
 
+WITHOUT_TENSORFLOW = """
+import sys
+sys.modules["tensorflow"] = None
+from tensorboard.main import run_main
+run_main()
+"""
+"""TensorBoard, which imports TensorFlow where it is there, for seconds, and does without it."""
+
 pytestmark = NEEDS_A_BROWSER
 
 
@@ -69,7 +77,7 @@ def board(tmp_path_factory):
     folder = tmp_path_factory.mktemp("board")
     history = recorded(folder / "logs" / "run")
     log, port = folder / "tensorboard.log", free_port()
-    command = ["-m", "tensorboard.main", "--logdir", str(folder / "logs"), "--host", "127.0.0.1"]
+    command = ["-c", WITHOUT_TENSORFLOW, "--logdir", str(folder / "logs"), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--load_fast=false", "--reload_interval", "2"]
     with log.open("wb") as out:
         process = start_python(*command, output=out)

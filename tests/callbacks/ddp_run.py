@@ -1,6 +1,6 @@
-"""Trains as one of two processes on the CPU, watched by SpectralMonitor: a run after the other in a folder each.
+"""Trains on two ranks on the CPU, watched by SpectralMonitor: a run after the other in a folder each.
 
-Run as `python -m torch.distributed.run --nproc_per_node 2 ddp_run.py FOLDER`; each rank leaves JSON of what it saw.
+Run as `python -m tests.callbacks.ddp_run FOLDER`; each rank leaves JSON of what it saw.
 """
 
 import json
@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.processes import on_two_ranks
 from ww_monitor.callbacks.lightning import SpectralMonitor
 
 
@@ -52,7 +53,7 @@ class Counting(CSVLogger):
         super().log_metrics(metrics, step)
 
 
-def main(folder: Path, what: str) -> None:
+def train(folder: Path, what: str) -> None:
     monitor = SpectralMonitor(
         every_n_steps=None if what == "budget" else 2,
         max_overhead=0.9 if what == "budget" else 0.02,
@@ -89,8 +90,12 @@ def main(folder: Path, what: str) -> None:
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(report))
 
 
-if __name__ == "__main__":
+def main(root: Path) -> None:
     for what in ("early_stopping", "stop_on", "sharded", "budget"):
-        place = Path(sys.argv[1]) / what
+        place = root / what
         place.mkdir(exist_ok=True)
-        main(place, what)
+        train(place, what)
+
+
+if __name__ == "__main__":
+    on_two_ranks(lambda: main(Path(sys.argv[1])))

@@ -1,8 +1,9 @@
-"""Trains a small GPT in every process of torchrun, watched by SpectralMonitor; each rank leaves what it saw in a file.
+"""Trains a small GPT on two ranks, watched by SpectralMonitor; each rank leaves what it saw in a file.
 
-Run as `torchrun --nproc_per_node 2 hf_ddp.py FOLDER`: trains four times, each time in a folder of its own.
+Run as `python -m tests.callbacks.hf_ddp FOLDER`: trains four times, each time in a folder of its own.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from tests.processes import on_two_ranks
 from ww_monitor.callbacks.huggingface import SpectralMonitor
 
 
@@ -88,6 +90,8 @@ def spectral_monitor(**arguments) -> SpectralMonitor:
 
 
 def main(folder: Path) -> None:
+    sys.modules["tensorflow"] = None  # PyTorch's TensorBoard writer imports it where it is there, for seconds
+    gc.freeze()  # the Trainer collects after every run
     train(folder / "without", None)
     train(folder / "early_stopping", spectral_monitor(), EarlyStoppingCallback(2), **WATCHING)
     train(folder / "stop_on", spectral_monitor(stop_on="traps", patience=2))
@@ -96,4 +100,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    on_two_ranks(lambda: main(Path(sys.argv[1])))

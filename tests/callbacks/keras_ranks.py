@@ -1,6 +1,6 @@
-"""Trains with Keras in every process of torchrun, watched by SpectralMonitor; each rank leaves what it saw in a file.
+"""Trains with Keras on two ranks, watched by SpectralMonitor; each rank leaves what it saw in a file.
 
-Run as `torchrun --nproc_per_node 2 keras_ranks.py FOLDER` with KERAS_BACKEND=torch. Every process sees the same data,
+Run as `python -m tests.callbacks.keras_ranks FOLDER` with KERAS_BACKEND=torch. Every process sees the same data,
 so that the weights stay equal without a wrapper around the model.
 """
 
@@ -8,10 +8,14 @@ import json
 import sys
 from pathlib import Path
 
+if "tensorflow" not in sys.modules:
+    sys.modules["tensorflow"] = None  # nothing here needs it
+
 import keras
 import numpy as np
 import torch
 
+from tests.processes import on_two_ranks
 from ww_monitor.callbacks.keras import SpectralMonitor
 from ww_monitor.sinks.memory import Memory
 
@@ -61,4 +65,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    on_two_ranks(lambda: main(Path(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""One training with the callback and one without, by the trainer that is named: the lines that each has printed.
+"""One training with the callback and one without, by every trainer that is named: the lines that each has printed.
 
 A `tensorflow` stands on the path that greets whoever imports it, as TensorFlow and oneDNN do, and then is not there.
 """
@@ -115,5 +115,8 @@ if __name__ == "__main__":
         greeting = "import os; os.write(2, b'TensorFlow greets\\n'); raise ImportError('there is no TensorFlow')"
         Path(path, "tensorflow.py").write_text(greeting)
         sys.path.insert(0, path)
-        made = {"lightning": lightning, "huggingface": huggingface, "keras": keras}[sys.argv[1]]()
-        json.dump({name: lines(made, name == "with") for name in ("without", "with")}, sys.stdout)
+        makers, found = {"lightning": lightning, "huggingface": huggingface, "keras": keras}, {}
+        for name in sys.argv[1:]:
+            made = makers[name]()
+            found[name] = {kind: lines(made, kind == "with") for kind in ("without", "with")}
+        json.dump(found, sys.stdout)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.histories import published, steps_of
-from tests.processes import TWO_PROCESSES, once, run_python
+from tests.processes import once, run_python
 from ww_monitor import History, SpectralWarning
 from ww_monitor.sinks.memory import Memory
 
@@ -32,6 +32,7 @@ from transformers.integrations import TensorBoardCallback
 from ww_monitor.callbacks.huggingface import SpectralMonitor
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 MLPS = ["transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"]
 
 
@@ -690,7 +691,7 @@ def processes(tmp_path_factory) -> Path:
     """The folder of runs with two processes."""
 
     def run(folder):
-        done = run_python(*TWO_PROCESSES, str(HERE / "hf_ddp.py"), str(folder))
+        done = run_python("-m", "tests.callbacks.hf_ddp", str(folder), folder=ROOT)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("ww_monitor: watching") == 4
 

@@ -20,12 +20,13 @@ os.environ.setdefault("KERAS_BACKEND", "torch")  # read when keras is imported
 keras = pytest.importorskip("keras", reason="keras, the framework, is not installed")
 
 from tests.histories import steps_of  # noqa: E402
-from tests.processes import TWO_PROCESSES, once, run_python, start_python  # noqa: E402
+from tests.processes import once, run_python, start_python  # noqa: E402
 from ww_monitor import Finding, History, InvalidArgument, SpectralWarning  # noqa: E402
 from ww_monitor.callbacks.keras import SpectralMonitor, completed_updates  # noqa: E402
 from ww_monitor.sinks.memory import Memory  # noqa: E402
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 BACKENDS = {"torch": "torch", "jax": "jax", "tensorflow": "tensorflow"}  # name → module
 
 pytestmark = [
@@ -448,7 +449,7 @@ def test_an_optimizer_that_cannot_be_read_is_said_once(tmp_path):
 
 
 def test_two_processes_agree_and_the_first_one_writes(tmp_path):
-    done = run_python(*TWO_PROCESSES, str(HERE / "keras_ranks.py"), str(tmp_path), KERAS_BACKEND="torch")
+    done = run_python("-m", "tests.callbacks.keras_ranks", str(tmp_path), KERAS_BACKEND="torch", folder=ROOT)
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["steps"] == [0, 3, 6]  # the planted trap stops both at the third

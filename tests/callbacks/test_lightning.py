@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.histories import published, steps_of
-from tests.processes import TWO_PROCESSES, once, run_python
+from tests.processes import once, run_in_forks, run_python
 from ww_monitor import History, InvalidArgument, Options, SpectralWarning, rules
 from ww_monitor.sinks.memory import Memory
 
@@ -26,7 +26,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger 
 
 from ww_monitor.callbacks.lightning import SpectralMonitor  # noqa: E402
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 class Module(pl.LightningModule):
@@ -837,20 +837,35 @@ print("fine")
 """
 
 
-@pytest.mark.parametrize(
-    ("namespace", "other", "before", "both"),
-    [
-        ("pytorch_lightning", "lightning.pytorch", "", False),
-        ("lightning.pytorch", "pytorch_lightning", "", False),
-        ("lightning.pytorch", "pytorch_lightning", "import pytorch_lightning", True),
-    ],
-)
-def test_the_trainer_of_each_namespace_accepts_it_in_a_list_and_alone(tmp_path, namespace, other, before, both):
-    pytest.importorskip(namespace.split(".")[0])
-    script = NAMESPACE_SCRIPT.format(namespace=namespace, other=other, before=before, both=both, root=str(tmp_path))
-    done = run_python("-c", script)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "fine"
+NAMESPACES = [
+    ("pytorch_lightning", "lightning.pytorch", "", False),
+    ("lightning.pytorch", "pytorch_lightning", "", False),
+    ("lightning.pytorch", "pytorch_lightning", "import pytorch_lightning", True),
+]
+
+
+@pytest.fixture(scope="module")
+def namespaces(tmp_path_factory):
+    """Where each script has left how it ended; none of them has Lightning imported before."""
+
+    def run(folder):
+        commands = {}
+        for case, (namespace, other, before, both) in enumerate(NAMESPACES):
+            script, root = folder / f"{case}.py", str(folder / str(case))
+            text = NAMESPACE_SCRIPT.format(namespace=namespace, other=other, before=before, both=both, root=root)
+            script.write_text(text)
+            commands[str(case)] = [str(script)]
+        run_in_forks(folder, commands, "ww_monitor")
+
+    return once(tmp_path_factory, "lightning_namespaces", run)
+
+
+@pytest.mark.parametrize("case", range(len(NAMESPACES)))
+def test_the_trainer_of_each_namespace_accepts_it_in_a_list_and_alone(namespaces, case):
+    pytest.importorskip(NAMESPACES[case][0].split(".")[0])
+    done = json.loads((namespaces / f"{case}.json").read_text())
+    assert done["status"] == 0, done["err"]
+    assert done["out"].splitlines()[-1] == "fine"
 
 
 @pytest.fixture(scope="module")
@@ -858,7 +873,7 @@ def processes(tmp_path_factory):
     """The folder of runs with two processes."""
 
     def run(folder):
-        done = run_python(*TWO_PROCESSES, str(HERE / "ddp_run.py"), str(folder))
+        done = run_python("-m", "tests.callbacks.ddp_run", str(folder), folder=ROOT)
         assert done.returncode == 0, done.stderr
 
     return once(tmp_path_factory, "lightning_ddp", run)
