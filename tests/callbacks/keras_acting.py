@@ -81,7 +81,7 @@ class OnTheLate:
         self.factor = factor
 
     def factors(self, snapshot):
-        return {"late": self.factor}
+        return {layer.name: self.factor for layer in snapshot.layers if layer.name == "late"}
 
 
 def late(folder: Path) -> bool:

@@ -66,10 +66,10 @@ class ScaledSteps:
         self._before: list[_Before] = []
         self._step, self._rate = 0, 0.0
         self._asked = self._changed = False
-        self.look()
+        self._look()
 
-    def look(self) -> None:
-        """Find the variables of the model; more may come with the first call of its layers."""
+    def _look(self) -> None:
+        """Find the variables of the model."""
         self._holders = holders(self._model(), split=self._split)
 
     @property
@@ -79,6 +79,8 @@ class ScaledSteps:
     @property
     def names(self) -> list[str]:
         """The matrices that are stepped, or need not be because they are frozen."""
+        # asked when factors have changed: layers may have got their weights since, in their first call
+        self._look()
         return [name for one in (*self._stepped, *(one for one in self._holders if one.frozen)) for name in one.names]
 
     @property
@@ -213,11 +215,6 @@ class StepChanges:
             heard = [option for option, reason in against.items() if not reason]
             self._steps = ScaledSteps(self._model, acting.factor, heard, self._split) if heard else None
             acting.attach_to(self._steps, against)
-
-    def look(self) -> None:
-        """Find the variables that factors have come for."""
-        if self._steps is not None:
-            self._steps.look()
 
     def close(self) -> None:
         """The run is over: a list of callbacks may serve another."""

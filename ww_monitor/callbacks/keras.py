@@ -200,8 +200,6 @@ class SpectralMonitor(Adapter, keras.callbacks.Callback):  # type: ignore[misc]
         """Remember what is known, stop if asked."""
         for snapshot in snapshots:
             self._remember(snapshot)
-        if snapshots and self._changes is not None:
-            self._changes.look()
         reason = self.monitor.stop_reason
         if snapshots and reason and not self.model.stop_training:
             self.model.stop_training = True
