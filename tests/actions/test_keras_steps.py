@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -36,45 +37,57 @@ def keras():
     return pytest.importorskip("keras")
 
 
-def fit(
-    keras, folder: Path, actions, *, optimizer=None, steps: int = 8, begin: int = 0, resumed=None, **compiled
-) -> Any:
-    """Weights after these steps of a Keras model, the monitor, and the model."""
+def two_layers(keras, optimizer=None, **arguments):
+    """64 → 64 → 64, the same one each time, by AdamW unless told."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((64,)), *(keras.layers.Dense(64, name=name, **arguments) for name in "ab")])
+    model.compile(optimizer or keras.optimizers.AdamW(1e-2, weight_decay=0.1), "mse")
+    return model
+
+
+def watching(folder: Path, actions, **options):
     from ww_monitor.callbacks.keras import SpectralMonitor
 
-    if resumed is None:
-        keras.utils.set_random_seed(0)
-        dense = [keras.layers.Dense(64, "tanh", name=name, **compiled) for name in "ab"]
-        model = keras.Sequential([keras.Input((64,)), *dense, keras.layers.Dense(10, name="head")])
-        model.compile(optimizer or keras.optimizers.AdamW(1e-2, weight_decay=0.1), "mse")
-    else:
-        model = resumed
-    monitor = SpectralMonitor(every_n_steps=EVERY, console=False, folder=folder, actions=actions)
-    if resumed is not None:
-        monitor.load_state_dict(json.loads((folder / "state.json").read_text()))
-    x = inputs()[8 * begin : 8 * steps]
-    model.fit(x, x[:, :10], batch_size=8, shuffle=False, verbose=0, callbacks=[monitor])
-    return [weight.tolist() for weight in model.get_weights()], monitor, model
+    return SpectralMonitor(every_n_steps=EVERY, console=False, folder=folder, actions=actions, **options)
+
+
+def fit(model, *callbacks, steps=range(8)) -> list[str]:
+    """Train a compiled model for these steps; what the monitors say."""
+    x = inputs()[8 * steps.start : 8 * steps.stop]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(x, x, batch_size=8, shuffle=False, verbose=0, callbacks=list(callbacks))
+    return [str(one.message) for one in caught if issubclass(one.category, SpectralWarning)]
+
+
+def weights(model) -> list[Any]:
+    return [value.tolist() for value in model.get_weights()]
 
 
 def test_in_keras_a_dry_run_changes_no_bit_and_an_acting_run_does(keras, tmp_path):
-    plain, *_ = fit(keras, tmp_path / "plain", [])
-    assert fit(keras, tmp_path / "dry", DRY)[0] == plain
+    ends = {}
+    for name, actions in (("plain", []), ("dry", DRY), ("acting", ACTING)):
+        model = two_layers(keras)
+        assert fit(model, watching(tmp_path / name, actions)) == []
+        ends[name] = weights(model)
+        assert float(model.optimizer.learning_rate) == pytest.approx(1e-2)
+    assert ends["dry"] == ends["plain"]
+    assert ends["acting"][0] != ends["plain"][0]
     factors = [layer.value("rate_factor") for layer in History.read(tmp_path / "dry" / "ww_history.jsonl").last.layers]
-    assert sorted(factors[:2]) == [1.0, 5.0]
-    acting, _, model = fit(keras, tmp_path / "acting", ACTING)
-    assert acting[0] != plain[0]
-    assert float(model.optimizer.learning_rate) == pytest.approx(1e-2)
+    assert sorted(factors) == [1.0, 5.0]
 
 
 @pytest.mark.parametrize("cut", [4, 5])
 def test_a_resumed_keras_run_that_acts_is_the_uninterrupted_one_bit_for_bit(keras, tmp_path, cut):
-    whole, *_ = fit(keras, tmp_path / "whole", ACTING)
-    _, monitor, model = fit(keras, tmp_path / "cut", ACTING, steps=cut)
-    (tmp_path / "cut" / "state.json").write_text(json.dumps(monitor.state_dict()))
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert fit(keras, tmp_path / "cut", ACTING, begin=cut, resumed=loaded)[0] == whole
+    whole, first = two_layers(keras), two_layers(keras)
+    fit(whole, watching(tmp_path / "whole", ACTING))
+    fit(first, monitor := watching(tmp_path / "cut", ACTING), steps=range(cut))
+    state = json.loads(json.dumps(monitor.state_dict()))
+    first.save(tmp_path / "model.keras")
+    resumed, again = keras.saving.load_model(tmp_path / "model.keras"), watching(tmp_path / "cut", ACTING)
+    again.load_state_dict(state)
+    fit(resumed, again, steps=range(cut, 8))
+    assert weights(resumed) == weights(whole)
 
 
 def test_in_keras_gradients_that_are_accumulated_decay_nothing_between_two_updates(keras, tmp_path):
@@ -85,17 +98,8 @@ def test_in_keras_gradients_that_are_accumulated_decay_nothing_between_two_updat
         def on_train_batch_end(self, batch, logs=None):
             seen.append(self.model.get_weights()[0].tolist())
 
-    from ww_monitor.callbacks.keras import SpectralMonitor
-
-    keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64), keras.layers.Dense(64)])
-    model.compile(keras.optimizers.AdamW(1e-2, weight_decay=0.1, gradient_accumulation_steps=4), "mse")
-    monitor = SpectralMonitor(every_n_steps=1, console=False, folder=tmp_path, actions=ACTING)
-    x = inputs()[:64]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model.fit(x, x, batch_size=8, shuffle=False, verbose=0, callbacks=[monitor, Look()])
-    assert not [one for one in caught if issubclass(one.category, SpectralWarning)]
+    model = two_layers(keras, keras.optimizers.AdamW(1e-2, weight_decay=0.1, gradient_accumulation_steps=4))
+    assert fit(model, watching(tmp_path, ACTING), Look()) == []
     assert [one == other for one, other in itertools.pairwise(seen)] == [True, True, False, True, True, True, False]
 
 
@@ -127,64 +131,37 @@ REASONS = {
 @pytest.mark.parametrize("case", REASONS)
 def test_a_keras_optimizer_that_cannot_be_stepped_so_gives_one_warning_and_trains_as_ever(keras, tmp_path, case):
     make, message = REASONS[case]
-    acting = ACTING[:1] if "Rate" in message else ACTING[1:]
-    with pytest.warns(SpectralWarning, match=message) as caught:
-        weights, *_ = fit(keras, tmp_path / "acting", acting, optimizer=make(keras))
-    assert weights == fit(keras, tmp_path / "plain", [], optimizer=make(keras))[0]
-    assert len([one for one in caught if issubclass(one.category, SpectralWarning)]) == 1
+    plain, acting = two_layers(keras, make(keras)), two_layers(keras, make(keras))
+    fit(plain)
+    (said,) = fit(acting, watching(tmp_path, ACTING[:1] if "Rate" in message else ACTING[1:]))
+    assert re.search(message, said)
+    assert weights(acting) == weights(plain)
+
+
+def test_a_rate_that_is_a_function_is_not_asked_beside_the_step(keras, tmp_path):
+    """Which may count how often it is."""
+
+    def calls(actions) -> int:
+        asked = []
+
+        def rate():
+            asked.append(None)
+            return 1e-2
+
+        fit(two_layers(keras, keras.optimizers.SGD(rate)), watching(tmp_path / str(len(actions)), actions))
+        return len(asked)
+
+    assert calls(ACTING[:1]) == calls([]) > 0
 
 
 def test_one_monitor_acts_on_a_keras_model_at_a_time(keras, tmp_path):
-    from ww_monitor.callbacks.keras import SpectralMonitor
-
-    second = SpectralMonitor(every_n_steps=EVERY, console=False, folder=tmp_path / "2", actions=ACTING, prefix="2/")
-    alone, *_ = fit(keras, tmp_path / "alone", ACTING)
-
-    def both():
-        keras.utils.set_random_seed(0)
-        dense = [keras.layers.Dense(64, "tanh", name=name) for name in "ab"]
-        model = keras.Sequential([keras.Input((64,)), *dense, keras.layers.Dense(10, name="head")])
-        model.compile(keras.optimizers.AdamW(1e-2, weight_decay=0.1), "mse")
-        first = SpectralMonitor(every_n_steps=EVERY, console=False, folder=tmp_path / "1", actions=ACTING)
-        x = inputs()[:64]
-        model.fit(x, x[:, :10], batch_size=8, shuffle=False, verbose=0, callbacks=[first, second])
-        return [weight.tolist() for weight in model.get_weights()]
-
-    with pytest.warns(SpectralWarning, match="another monitor acts on this model"):
-        assert both() == alone
-
-
-def test_a_keras_layer_that_is_frozen_or_has_no_weights_yet_is_no_trouble(keras, tmp_path):
-    from ww_monitor.callbacks.keras import SpectralMonitor
-
-    keras.utils.set_random_seed(0)
-    frozen = keras.layers.Dense(64, trainable=False)
-    model = keras.Sequential([keras.layers.Dense(64), frozen, keras.layers.Dense(64)])
-    model.compile(keras.optimizers.AdamW(1e-2, weight_decay=0.1), "mse")
-    monitor = SpectralMonitor(every_n_steps=1, console=False, folder=tmp_path, actions=ACTING, strict=True)
-    x = inputs()
-    model.fit(x, x, batch_size=32, verbose=0, callbacks=[monitor])
-    assert monitor.monitor.acting._steppers == []
-    assert {len(one.layers) for one in monitor.monitor.history} == {3}
-
-
-def lines_of(keras, folder: Path, model, *callbacks, actions=ACTING, before=(), steps=6, every=2) -> list[str]:
-    """What a short run of a compiled model says."""
-    from ww_monitor.callbacks.keras import SpectralMonitor
-
-    monitor = SpectralMonitor(every_n_steps=every, console=False, folder=folder, actions=actions)
-    x = inputs()[: 8 * steps]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model.fit(x, x, batch_size=8, shuffle=False, verbose=0, callbacks=[*before, monitor, *callbacks])
-    return [str(one.message) for one in caught if issubclass(one.category, SpectralWarning)]
-
-
-def two_layers(keras, optimizer, **arguments):
-    keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((64,)), *(keras.layers.Dense(64, name=name, **arguments) for name in "ab")])
-    model.compile(optimizer, "mse")
-    return model
+    alone, both = two_layers(keras), two_layers(keras)
+    fit(alone, watching(tmp_path / "alone", ACTING))
+    second = watching(tmp_path / "2", ACTING, prefix="2/")
+    said = fit(both, watching(tmp_path / "1", ACTING), second)
+    assert len(said) == 2  # one an action
+    assert all("another monitor acts on this model" in line for line in said)
+    assert weights(both) == weights(alone)
 
 
 def test_a_keras_weight_that_the_step_has_left_alone_does_not_decay(keras, tmp_path):
@@ -205,36 +182,26 @@ def test_a_keras_weight_that_the_step_has_left_alone_does_not_decay(keras, tmp_p
     model(inputs()[:8])
     model.compile(keras.optimizers.AdamW(1e-2, weight_decay=0.1), "mse")
     before = [layer.kernel.numpy().copy() for layer in (used, unused)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Keras', of a layer without gradients
-        lines_of(keras, tmp_path, model)
-    assert [bool((layer.kernel.numpy() == old).all()) for layer, old in zip((used, unused), before, strict=True)] == [
-        False,
-        True,
-    ]
+    fit(model, watching(tmp_path, ACTING))
+    stayed = [bool((layer.kernel.numpy() == old).all()) for layer, old in zip((used, unused), before, strict=True)]
+    assert stayed == [False, True]
 
 
 def test_a_keras_weight_with_a_constraint_keeps_the_base_and_that_is_said(keras, tmp_path):
-    def weights(actions):
-        limit = keras.constraints.UnitNorm()
-        model = two_layers(keras, keras.optimizers.SGD(0.1), kernel_constraint=limit)
-        said = lines_of(keras, tmp_path / str(len(actions)), model, actions=actions)
-        return [value.tolist() for value in model.get_weights()], said
-
-    acting, said = weights(ACTING[:1])
-    assert acting == weights([])[0]
-    assert [
-        line for line in said if "2 layers keep the base, such as 'a': they have LoRA or a constraint" in line
-    ] == said
-    assert len(said) == 1
+    limit = keras.constraints.UnitNorm()
+    plain, acting = (two_layers(keras, keras.optimizers.SGD(0.1), kernel_constraint=limit) for _ in range(2))
+    fit(plain)
+    (said,) = fit(acting, watching(tmp_path, ACTING[:1]))
+    assert "2 layers keep the base, such as 'a': they have LoRA or a constraint" in said
+    assert weights(acting) == weights(plain)
 
 
 def test_a_keras_layer_with_lora_keeps_the_base_and_a_frozen_one_is_not_spoken_of(keras, tmp_path):
-    model = two_layers(keras, keras.optimizers.SGD(0.1))
+    model = two_layers(keras)
     model.layers[0].enable_lora(4)
     model.layers[1].trainable = False
     model.compile(keras.optimizers.SGD(0.1), "mse")
-    (said,) = lines_of(keras, tmp_path, model, actions=ACTING[:1])
+    (said,) = fit(model, watching(tmp_path, ACTING[:1]))
     assert "1 layers keep the base, such as 'a': they have LoRA or a constraint" in said
 
 
@@ -245,13 +212,10 @@ def test_a_rate_that_a_callback_behind_the_monitor_sets_is_that_of_the_decay(ker
         def on_train_batch_begin(self, batch, logs=None):
             self.model.optimizer.learning_rate = 1e-2 * (batch + 1)
 
-    def weights(place):
-        model = two_layers(keras, keras.optimizers.AdamW(1e-3, weight_decay=1.0))
-        chosen = {"before": {"before": [WarmUp()]}, "behind": {}}[place]
-        lines_of(keras, tmp_path / place, model, *([] if chosen else [WarmUp()]), actions=ACTING[1:], **chosen)
-        return [value.tolist() for value in model.get_weights()]
-
-    assert weights("before") == weights("behind")
+    before, behind = (two_layers(keras, keras.optimizers.AdamW(1e-3, weight_decay=1.0)) for _ in range(2))
+    fit(before, WarmUp(), watching(tmp_path / "1", ACTING[1:]))
+    fit(behind, watching(tmp_path / "2", ACTING[1:]), WarmUp())
+    assert weights(before) == weights(behind)
 
 
 def test_what_another_callback_does_to_weights_is_no_part_of_a_step(keras, tmp_path):
@@ -263,26 +227,23 @@ def test_what_another_callback_does_to_weights_is_no_part_of_a_step(keras, tmp_p
                 layer.kernel.assign(keras.ops.clip(layer.kernel, -0.05, 0.05))
 
     model = two_layers(keras, keras.optimizers.SGD(1.0))
-    lines_of(keras, tmp_path, model, actions=ACTING[:1], before=[Clip()])
+    fit(model, Clip(), watching(tmp_path, ACTING[:1]))
     assert max(abs(layer.kernel.numpy()).max() for layer in model.layers) <= 0.05
 
 
 def test_a_keras_model_with_two_optimizers_trains_as_ever_and_that_is_said(keras, tmp_path):
-    def weights(actions):
-        model = two_layers(keras, keras.optimizers.SGD(0.1))
-        model.other = keras.optimizers.SGD(0.1)
-        said = lines_of(keras, tmp_path / str(len(actions)), model, actions=actions)
-        return [value.tolist() for value in model.get_weights()], said
-
-    acting, said = weights(ACTING[:1])
-    assert acting == weights([])[0]
-    assert ["LayerwiseRate does nothing: expected one optimizer, got 2" in line for line in said] == [True]
+    plain, acting = (two_layers(keras, keras.optimizers.SGD(0.1)) for _ in range(2))
+    plain.other, acting.other = keras.optimizers.SGD(0.1), keras.optimizers.SGD(0.1)
+    fit(plain)
+    (said,) = fit(acting, watching(tmp_path, ACTING[:1]))
+    assert "LayerwiseRate does nothing: expected one optimizer, got 2" in said
+    assert weights(acting) == weights(plain)
 
 
 def test_a_keras_optimizer_under_two_names_is_one_and_one_that_makes_no_step_is_told(keras, tmp_path):
     model = two_layers(keras, keras.optimizers.SGD(0.1))
     model.same = model.optimizer
-    assert lines_of(keras, tmp_path / "alias", model, actions=ACTING[:1]) == []
+    assert fit(model, watching(tmp_path / "alias", ACTING[:1])) == []
 
     class Own(keras.Sequential):
         def train_step(self, batch):
@@ -291,5 +252,5 @@ def test_a_keras_optimizer_under_two_names_is_one_and_one_that_makes_no_step_is_
     keras.utils.set_random_seed(0)
     idle = Own([keras.Input((64,)), keras.layers.Dense(64), keras.layers.Dense(64)])
     idle.compile(keras.optimizers.SGD(0.1), "mse")
-    (said,) = lines_of(keras, tmp_path / "idle", idle, actions=ACTING[:1])
+    (said,) = fit(idle, watching(tmp_path / "idle", ACTING[:1]))
     assert "actions have changed no step" in said

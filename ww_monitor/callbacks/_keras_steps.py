@@ -138,14 +138,17 @@ class ScaledSteps:
         if step != self._step + 1:
             return f"expected one update of the weights a batch, got {step - self._step}"
         self._model()
-        rate = self._rate if self._scheduled else _number(self._optimizer.learning_rate)
+        decay = 0.0
+        if any(one.pull for one in before):  # else a rate that is a function of the user's is left alone
+            rate = self._rate if self._scheduled else _number(self._optimizer.learning_rate)
+            decay = rate * float(self._optimizer.weight_decay)
         for one in before:
             wide = "float64" if one.variable.dtype == "float64" else "float32"
             old, new = (keras.ops.cast(value, wide) for value in (one.value, one.variable.value))
             step_made = new - old
             if one.pull:  # nothing decays what has no gradient
                 moved = keras.ops.cast(keras.ops.any(step_made != 0), wide)
-                step_made = step_made + one.pull * rate * float(self._optimizer.weight_decay) * moved * old
+                step_made = step_made + one.pull * decay * moved * old
             one.variable.assign(keras.ops.cast(old + one.rate * step_made, one.variable.dtype))
         self._changed = True
         return ""
@@ -251,9 +254,7 @@ def reasons_against(model: Any) -> dict[str, str]:
     kind, reason, decay = type(optimizer), "", ""
     if optimizer is None or len(several) > 1:
         reason = f"expected one optimizer, got {'none' if optimizer is None else len(several)}"
-    elif kind.__name__ not in _LINEAR or not kind.__module__.startswith(
-        "keras."
-    ):  # each backend has classes of its own
+    elif not (kind.__name__ in _LINEAR and kind.__module__.startswith("keras.")):  # each backend has its own classes
         reason = f"expected an optimizer whose step is its rate times a direction, got {kind.__name__}"
     elif optimizer.use_ema:
         reason = "expected an optimizer without averages of the weights, got use_ema=True"
