@@ -226,6 +226,17 @@ def unescape_tags(html):
             "Look first at the model: all is well.",
             None,
         ),
+        (
+            [
+                snapshot(0, findings=[Finding("actions", "", "info", "LayerwiseRate() acts", step=0)]),
+                snapshot(9, findings=[Finding("mean_shift", "a", "info", "a: x", step=9)]),
+            ],
+            (
+                "Look first at a, which has had a large mean weight since step 9: "
+                "it makes an outlier of its own and does no harm by itself."
+            ),
+            "Then look at the model since step 0: LayerwiseRate() acts.",
+        ),
     ],
 )
 def test_sentences_are_made_from_the_findings(run, first, second):

@@ -52,7 +52,7 @@ class Span:
 
 
 def spans(run: Recording) -> list[Span]:
-    """Every finding once, the most severe first, then in the order of their begin.
+    """Every finding once, the most severe first, those of layers before notes of the run, then by their begin.
 
     Where none has a step or an end they are of analyses by themselves (`ww_monitor.analyze`): each holds until an
     analysis lacks it.
@@ -73,7 +73,7 @@ def spans(run: Recording) -> list[Span]:
                 if not finding.layer and key in open_:  # notes of the run, which never end
                     done.append(open_.pop(key))
                 open_.setdefault(key, Span(*key, finding.severity, finding.message, number))
-    return sorted([*done, *open_.values()], key=lambda span: (_rank(span.severity), span.begin))
+    return sorted([*done, *open_.values()], key=lambda span: (_rank(span.severity), not span.layer, span.begin))
 
 
 def _rank(severity: str) -> int:
