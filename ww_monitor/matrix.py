@@ -84,8 +84,9 @@ class Matrix:
     groups: tuple[int, int] = field(default=(1, 1), repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_choice(f"Matrix {self.name!r}", "kind", self.kind, tuple(Kind))
-        object.__setattr__(self, "kind", Kind(self.kind))  # the one way to set a field of a frozen class
+        if type(self.kind) is not Kind:
+            check_choice(f"Matrix {self.name!r}", "kind", self.kind, tuple(Kind))
+            object.__setattr__(self, "kind", Kind(self.kind))  # the one way to set a field of a frozen class
 
     @property
     def long_side(self) -> int:

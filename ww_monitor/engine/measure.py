@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from ww_monitor.engine.options import Options
@@ -52,11 +53,14 @@ def batch_of(
 
 def _of_layers(status: torch.Tensor, loaded: Loaded) -> torch.Tensor:
     """`[B]` statuses: zero only if every slice is; otherwise that of the first slice that fails."""
-    of_slice = status.view(len(loaded.matrices), -1)
-    if loaded.moments is not None:  # weights of 1e160 are finite; the sum of their squares is not
-        finite = torch.isfinite(loaded.moments.low) & torch.isfinite(loaded.moments.high)
+    of_slice, found = status.view(len(loaded.matrices), -1), loaded.moments
+    # weights of 1e160 are finite; the sum of their squares is not
+    if found is not None and not np.isfinite(found.squares.numpy()).all():
+        finite = torch.isfinite(found.low) & torch.isfinite(found.high)
         large = (of_slice == Status.NOT_FINITE) & finite.view_as(of_slice).to(status.device)
         of_slice = torch.where(large, int(Status.SOLVER_FAILED), of_slice)
+    if of_slice.shape[1] == 1:
+        return of_slice[:, 0]
     zero = of_slice == Status.ZERO
     failed = (of_slice != Status.OK) & ~zero
     first = of_slice.gather(1, failed.to(torch.int64).argmax(1, keepdim=True))[:, 0]  # argmax takes no bool

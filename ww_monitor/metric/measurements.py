@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from ww_monitor.metric.batch import NAN, Values
@@ -35,11 +36,11 @@ def live_sides(loaded: Loaded, known: Mapping[str, Values], definitions: Analysi
     A pruned unit leaves no random bulk.
     """
     first = loaded.matrices[0]
-    whole = torch.tensor([first.long_side, first.short_side], dtype=torch.float64, device="cpu")
-    sides = whole.repeat(len(loaded.matrices), 1)
+    whole = [[float(first.long_side), float(first.short_side)]] * len(loaded.matrices)
+    sides = torch.tensor(whole, dtype=torch.float64, device="cpu")
     # with fewer zeros than that no row or column is full of them: the weights are not read again
-    holes = (loaded.known_moments.zeros >= first.short_side).view(-1, first.shape[0]).any(1)
-    for b in holes.nonzero().flatten().tolist():
+    holes = (loaded.known_moments.zeros.numpy() >= first.short_side).reshape(-1, first.shape[0]).any(1)
+    for b in np.flatnonzero(holes).tolist():
         alive = loaded.layers[b] != 0
         counts = torch.stack([alive.any(dim).sum(1).double().mean() for dim in (1, 2)]).cpu()
         sides[b] = counts.sort(descending=True).values  # of what is left the rows may be the shorter

@@ -88,8 +88,8 @@ def elements(matrices: Sequence[torch.Tensor] | torch.Tensor, *, known: Moments 
     """
     count = matrices[0].numel()
     found = known or Moments.joined([moments(one.detach()[None]) for one in matrices])
-    mean, std = _mean_and_std(found, count)
-    for b in needs_trimming(found, count).nonzero().flatten().tolist():
+    mean, std, largest = _bulk(found, count)
+    for b in np.flatnonzero(_far(mean, std, largest, count)).tolist():
         sums = float(found.total[b]), float(found.squares[b])
         mean[b], std[b] = _trimmed(matrices[b].detach().flatten(), count**0.25, *sums)
     return _elements(found, mean, std, count)
@@ -97,28 +97,36 @@ def elements(matrices: Sequence[torch.Tensor] | torch.Tensor, *, known: Moments 
 
 def elements_of(found: Moments, count: int) -> Elements:
     """The same of matrices of `count` = N·M entries with nothing to trim, from their moments alone."""
-    return _elements(found, *_mean_and_std(found, count), count)
+    return _elements(found, *_bulk(found, count)[:2], count)
 
 
-def needs_trimming(found: Moments, count: int) -> torch.Tensor:
-    """`[B]` on the host: whether one of `count` = N·M entries lies above σ(NM)^¼, or the spread drowns in the mean."""
-    mean, std = _mean_and_std(found, count)
-    largest = torch.maximum(found.high.cpu() - mean, mean - found.low.cpu())
-    # Σ w²/n − mean² has lost six of its sixteen digits by then
-    far: torch.Tensor = (largest > std * count**0.25) | (std < 1e-3 * mean.abs())
-    return far & torch.isfinite(largest)
+def needs_trimming(found: Moments, count: int) -> np.ndarray:
+    """`[B]` bool: whether one of `count` = N·M entries lies above σ(NM)^¼, or the spread drowns in the mean."""
+    return _far(*_bulk(found, count), count)
 
 
-def _mean_and_std(found: Moments, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    mean = found.total.cpu() / count
-    variance: torch.Tensor = found.squares.cpu() / count - mean.square()
-    return mean, variance.clamp(min=0).sqrt()  # a difference, below 0 by rounding
+def _far(mean: np.ndarray, std: np.ndarray, largest: np.ndarray, count: int) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        # Σ w²/n − mean² has lost six of its sixteen digits by the second limit
+        far = (largest > std * count**0.25) | (std < 1e-3 * np.abs(mean))
+    return np.asarray(far & np.isfinite(largest))
 
 
-def _elements(found: Moments, mean: torch.Tensor, std: torch.Tensor, count: int) -> Elements:
-    reach, largest = count**0.25, torch.maximum(found.high.cpu() - mean, mean - found.low.cpu())
-    std = torch.where(std > 1e-12 * mean.abs(), std, float("nan"))  # what is left of a constant matrix is rounding
-    return Elements(mean, std, headroom=largest / (std * reach), mean_shift=mean.abs() * reach / std)
+def _bulk(found: Moments, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, standard deviation and max|w − mean| of all entries; in numpy, whose small operations cost a third."""
+    total, squares, low, high = (field.cpu().numpy() for field in (found.total, found.squares, found.low, found.high))
+    with np.errstate(all="ignore"):  # moments of what is not finite
+        mean = total / count
+        std = np.sqrt(np.maximum(squares / count - mean * mean, 0.0))  # a difference, below 0 by rounding
+        return mean, std, np.maximum(high - mean, mean - low)
+
+
+def _elements(found: Moments, mean: np.ndarray, std: np.ndarray, count: int) -> Elements:
+    reach, low, high = count**0.25, found.low.cpu().numpy(), found.high.cpu().numpy()
+    with np.errstate(all="ignore"):
+        std = np.where(std > 1e-12 * np.abs(mean), std, np.nan)  # what is left of a constant matrix is rounding
+        headroom, shift = np.maximum(high - mean, mean - low) / (std * reach), np.abs(mean) * reach / std
+    return Elements(*map(torch.from_numpy, (mean, std, headroom, shift)))
 
 
 def _trimmed(entries: torch.Tensor, reach: float, total: float, squares: float) -> tuple[float, float]:
@@ -189,15 +197,16 @@ def large_entries(matrices: torch.Tensor, stats: Elements, *, limit: int = 8) ->
     Of one layer `[slices, N, M]`, of which `stats` has a row a slice, at most `limit` entries.
     """
     matrices, size, parts = matrices.detach(), matrices[0].numel(), []
-    each = zip(matrices.flatten(1), stats.mean.tolist(), stats.std.tolist(), strict=True)
-    for k, (entries, mean, std) in enumerate(each):
-        at = _beyond(entries, mean, 0.99 * std * size**0.25)  # some more: the limit itself is asked in float64
+    each = zip(matrices.flatten(1), stats.mean.tolist(), stats.std.tolist(), stats.headroom.tolist(), strict=True)
+    for k, (entries, mean, std, headroom) in enumerate(each):
+        # some more: the limit itself is asked in float64; of none above it the weights are not read again
+        at = _beyond(entries, mean, 0.99 * std * size**0.25) if headroom > 1 else entries.new_empty(0).long()
         if at is None:
             at = torch.arange(size, dtype=torch.int64, device=entries.device)
         ratio = entries[at].double().sub_(mean).abs_().div_(std * size**0.25)
         parts.append((at[ratio > 1.0] + k * size, ratio[ratio > 1.0]))
     where, ratios = map(torch.cat, zip(*parts, strict=True))
     found = ratios.sort(descending=True, stable=True)  # equal entries stay in the order of their places
-    at, headroom = where[found.indices[:limit]], found.values[:limit]
+    at, largest = where[found.indices[:limit]], found.values[:limit]
     index = torch.stack([at // size, at % size // matrices.shape[2], at % matrices.shape[2]], 1)
-    return LargeEntries(index, matrices[index[:, 0], index[:, 1], index[:, 2]], headroom)
+    return LargeEntries(index, matrices[index[:, 0], index[:, 1], index[:, 2]], largest)

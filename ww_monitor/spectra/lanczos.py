@@ -128,10 +128,12 @@ class _Run:
         side = gram.shape[1]
         self.rounding = _EXHAUSTED * torch.finfo(gram.dtype).eps
         self.limit = min(max(_LEAST_STEPS, side // _STEPS_SHARE), int(_BASIS_SHARE * side) // block)
-        self.basis = gram.new_empty(len(gram), (self.limit + 1) * block, side)
+        # of one matrix without the first axis: a product of batches takes twice as long
+        self.factor = gram[0] if len(gram) == 1 else gram
+        self.basis = self.factor.new_empty(*self.factor.shape[:-2], (self.limit + 1) * block, side)
         generator = torch.Generator(device=gram.device).manual_seed(seed)
-        start = torch.randn(1, block, side, generator=generator, dtype=gram.dtype, device=gram.device)
-        self.basis[:, :block] = _orthonormal(start)[0]
+        start = torch.randn(block, side, generator=generator, dtype=gram.dtype, device=gram.device)
+        self.basis[..., :block, :] = _orthonormal(start)[0]
         self.projected = np.zeros((len(gram), *2 * ((self.limit + 1) * block,)))
 
     def verdicts(self, threshold: float) -> list[_Verdict]:
@@ -151,15 +153,15 @@ class _Run:
         """Go on to so many steps; the host reads once."""
         b, new = self.block, []
         for step in range(self.steps, steps):
-            v, known = self.basis[:, step * b : (step + 1) * b], self.basis[:, : (step + 1) * b]
-            last = known[:, max(0, step - 1) * b :]  # against the others w is orthogonal but for rounding
-            w = v @ self.gram
+            v, known = self.basis[..., step * b : (step + 1) * b, :], self.basis[..., : (step + 1) * b, :]
+            last = known[..., max(0, step - 1) * b :, :]  # against the others w is orthogonal but for rounding
+            w = v @ self.factor
             new.append((w @ v.mT).double())
             for rows in (last, known):
                 w = w - (w @ rows.mT) @ rows
-            self.basis[:, (step + 1) * b : (step + 2) * b], beside = _orthonormal(w)
+            self.basis[..., (step + 1) * b : (step + 2) * b, :], beside = _orthonormal(w)
             new.append(beside)
-        blocks = read(torch.stack(new, 1))
+        blocks = read(torch.stack(new, -3)).reshape(len(self.gram), -1, b, b)
         for at in range(self.steps * b, steps * b, b):  # eigh reads the lower triangle
             own, beside_it = blocks[:, 2 * (at // b - self.steps)], blocks[:, 2 * (at // b - self.steps) + 1]
             self.projected[:, at : at + b, at : at + b] = own
@@ -190,7 +192,7 @@ class _Run:
             to_go = max(to_go, settled - self.steps)
         elif to_go == 0:
             kept = above + _NEIGHBOURS
-            rows = torch.from_numpy(vectors[:, :kept].T.astype(np.float32)) @ self.basis[0, :n]
+            rows = torch.from_numpy(vectors[:, :kept].T.astype(np.float32)) @ self.basis[:n]
             return self._refined(rows, values[:kept], above, threshold, certain=settled <= self.steps)
         # infinity gives up, but a bound that reaches the threshold now may fall with the residuals
         return _Verdict(above, float(values[0]), min(to_go, 2.0 * _LONGEST_WAIT))
@@ -230,12 +232,12 @@ def _none_beside(gram: torch.Tensor, rows: torch.Tensor, values: np.ndarray, lev
 
 
 def _orthonormal(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Q and L with LQ = rows `[K, b, M]`; NaN where they are dependent."""
+    """Q and L with LQ = rows `[…, b, M]`; NaN where they are dependent."""
     if rows.dtype == torch.float32:  # on the host, where this is the faster; too few digits for the other
         q, r = torch.linalg.qr(rows.mT)
         return q.mT, r.mT.double()
     factor, failed = torch.linalg.cholesky_ex(rows @ rows.mT)
-    factor = torch.where((failed == 0)[:, None, None], factor, float("nan"))
+    factor = torch.where((failed == 0)[..., None, None], factor, float("nan"))
     return torch.linalg.solve_triangular(factor, rows, upper=False), factor
 
 

@@ -137,7 +137,7 @@ def unique(items: Iterable[Matrix | Skipped]) -> Iterator[Matrix | Skipped]:
         names = chain([item.name], (f"{item.name}#{number}" for number in count(2)))
         name = next(name for name in names if name not in taken)
         taken.add(name)
-        yield replace(item, name=name)
+        yield item if name == item.name else replace(item, name=name)
 
 
 def matrix(

@@ -126,7 +126,7 @@ def _walk(root: nn.Module, this: _Walk) -> Iterator[Matrix | Skipped]:
             this.owned.setdefault(this.identity(module, own.get("weight")), path or class_name(root))
     this.owned.pop(None, None)  # weights that are computed, which are tied to nothing
     found = by_unit(modules(root, "", set()), this.units, partial(_items_of, this))
-    return parts.unique(replace(item, name=item.name or class_name(root)) for item in found)
+    return parts.unique(item if item.name else replace(item, name=class_name(root)) for item in found)
 
 
 def _items_of(this: _Walk, path: str, module: nn.Module) -> list[Matrix | Skipped]:
@@ -136,7 +136,7 @@ def _items_of(this: _Walk, path: str, module: nn.Module) -> list[Matrix | Skippe
     adapted = bool(this.factors) or adapters.trains(this.adapters, module)
     items = _items(module, path, this)  # consumed here: a unit of FSDP is gathered for this call only
     still = ((item, frozen and not (adapted and adapters.is_adapted(item.name))) for item in items)
-    return [replace(item, frozen=frozen) if isinstance(item, Matrix) else item for item, frozen in still]
+    return [replace(item, frozen=True) if frozen and isinstance(item, Matrix) else item for item, frozen in still]
 
 
 # --- which attributes of a module are weights
