@@ -173,7 +173,8 @@ def full_size() -> dict[str, Case]:
             drivers=("torch, default threads",),
         ),
         "minilm": Case(
-            "BERT (all-MiniLM-L6-v2, trained), plain", shapes.minilm, hill_rounds=1, against_bare=Bound(most=1.4),
+            "BERT (all-MiniLM-L6-v2, trained), plain", shapes.minilm, rounds=15, hill_rounds=1,
+            against_bare=Bound(most=1.4),
         ),
         "gpt2-traps": Case(
             "GPT-2 small, one block, with traps and MP spikes", block, full=True, peer_rounds=1,
