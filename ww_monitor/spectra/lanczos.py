@@ -129,8 +129,8 @@ class _Run:
         self.rounding = _EXHAUSTED * torch.finfo(gram.dtype).eps
         self.limit = min(max(_LEAST_STEPS, side // _STEPS_SHARE), int(_BASIS_SHARE * side) // block)
         # of one matrix without the first axis: a product of batches takes twice as long
-        self.factor = gram[0] if len(gram) == 1 else gram
-        self.basis = self.factor.new_empty(*self.factor.shape[:-2], (self.limit + 1) * block, side)
+        self.matrix = gram[0] if len(gram) == 1 else gram
+        self.basis = self.matrix.new_empty(*self.matrix.shape[:-2], (self.limit + 1) * block, side)
         generator = torch.Generator(device=gram.device).manual_seed(seed)
         start = torch.randn(block, side, generator=generator, dtype=gram.dtype, device=gram.device)
         self.basis[..., :block, :] = _orthonormal(start)[0]
@@ -155,7 +155,7 @@ class _Run:
         for step in range(self.steps, steps):
             v, known = self.basis[..., step * b : (step + 1) * b, :], self.basis[..., : (step + 1) * b, :]
             last = known[..., max(0, step - 1) * b :, :]  # against the others w is orthogonal but for rounding
-            w = v @ self.factor
+            w = v @ self.matrix
             new.append((w @ v.mT).double())
             for rows in (last, known):
                 w = w - (w @ rows.mT) @ rows
