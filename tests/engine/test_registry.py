@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,8 +10,9 @@ from tests.matrices import matrix, normal
 from tests.stand_in import use_stand_in
 from ww_monitor.engine import Options, analyze_matrices
 from ww_monitor.errors import InvalidArgument
-from ww_monitor.metric import MEASUREMENTS, TABLE, measurement
+from ww_monitor.metric import MEASUREMENTS, TABLE, Loaded, measurement
 from ww_monitor.metric.table import metric
+from ww_monitor.spectra.elements import moments
 
 NAN = float("nan")
 
@@ -155,3 +157,22 @@ def test_rows_of_many_shapes_are_joined_once_each(monkeypatch):
         return len(joined)
 
     assert calls(40) == calls(20)
+
+
+@pytest.mark.parametrize(
+    ("dead", "sides"),
+    [
+        (np.s_[:0], [100, 60]),
+        (np.s_[3], [99, 60]),
+        (np.s_[:, 7], [100, 59]),
+        (np.s_[:45], [60, 55]),
+        (np.s_[:30, 5:7], [100, 60]),  # as many zeros as a row has, in none
+    ],
+    ids=["none", "a row", "a column", "rows, so that fewer are left than columns", "a patch"],
+)
+def test_sides_are_counted_without_rows_and_columns_of_zeros(dead, sides):
+    weights = normal(100, 60, seed=0)
+    weights[dead] = 0
+    loaded = Loaded([matrix("w", weights)], [weights[None, None]], weights.dtype, moments(weights[None]))
+    found = MEASUREMENTS["live_sides"].function(loaded, {}, Options())
+    assert found["live_sides"].tolist() == [sides]

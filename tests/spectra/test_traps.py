@@ -97,6 +97,17 @@ def test_weights_that_want_a_gradient_are_read_without_one():
     assert not large_entries(w.clone().requires_grad_()[None], stats).headroom.requires_grad
 
 
+@pytest.mark.parametrize("spread", [1e-5, 1e-7, 1e-9])
+@pytest.mark.parametrize("mean", [1.0, -0.1, 3e4])
+def test_a_spread_that_drowns_in_the_mean_is_found_entry_by_entry(mean, spread):
+    """Σ w²/n less the square of the mean has none of its digits there, and may be below zero."""
+    w = mean * (1 + spread * normal(40, 30, seed=0))
+    stats = elements(w[None])
+    assert stats.std.item() == pytest.approx((w - mean).std(correction=0).item(), rel=1e-6)
+    largest = (w - w.mean()).abs().amax().item()
+    assert stats.headroom.item() == pytest.approx(largest / (stats.std.item() * 1200**0.25), rel=1e-5)
+
+
 @pytest.mark.parametrize("constant", [0.0, 1.0, 0.1, -3e4, 1e-30])
 def test_a_constant_matrix_has_neither_headroom_nor_mean_shift(constant):
     stats = elements(torch.full((1, 30, 20), constant))
