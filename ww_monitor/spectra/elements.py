@@ -88,8 +88,8 @@ def elements(matrices: Sequence[torch.Tensor] | torch.Tensor, *, known: Moments 
     """
     count = matrices[0].numel()
     found = known or Moments.joined([moments(one.detach()[None]) for one in matrices])
-    mean, std, largest = _bulk(found, count)
-    for b in np.flatnonzero(_far(mean, std, largest, count)).tolist():
+    mean, std = _mean_and_std(found, count)
+    for b in np.flatnonzero(_far(found, mean, std, count)).tolist():
         sums = float(found.total[b]), float(found.squares[b])
         mean[b], std[b] = _trimmed(matrices[b].detach().flatten(), count**0.25, *sums)
     return _elements(found, mean, std, count)
@@ -97,35 +97,42 @@ def elements(matrices: Sequence[torch.Tensor] | torch.Tensor, *, known: Moments 
 
 def elements_of(found: Moments, count: int) -> Elements:
     """The same of matrices of `count` = N·M entries with nothing to trim, from their moments alone."""
-    return _elements(found, *_bulk(found, count)[:2], count)
+    return _elements(found, *_mean_and_std(found, count), count)
 
 
 def needs_trimming(found: Moments, count: int) -> np.ndarray:
     """`[B]` bool: whether one of `count` = N·M entries lies above σ(NM)^¼, or the spread drowns in the mean."""
-    return _far(*_bulk(found, count), count)
+    return _far(found, *_mean_and_std(found, count), count)
 
 
-def _far(mean: np.ndarray, std: np.ndarray, largest: np.ndarray, count: int) -> np.ndarray:
+def _far(found: Moments, mean: np.ndarray, std: np.ndarray, count: int) -> np.ndarray:
+    largest = _largest(found, mean)
     with np.errstate(all="ignore"):
         # Σ w²/n − mean² has lost six of its sixteen digits by the second limit
         far = (largest > std * count**0.25) | (std < 1e-3 * np.abs(mean))
     return np.asarray(far & np.isfinite(largest))
 
 
-def _bulk(found: Moments, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, standard deviation and max|w − mean| of all entries; in numpy, whose small operations cost a third."""
-    total, squares, low, high = (field.cpu().numpy() for field in (found.total, found.squares, found.low, found.high))
+def _mean_and_std(found: Moments, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Those of all entries; in numpy, whose small operations cost a third of torch's."""
     with np.errstate(all="ignore"):  # moments of what is not finite
-        mean = total / count
-        std = np.sqrt(np.maximum(squares / count - mean * mean, 0.0))  # a difference, below 0 by rounding
-        return mean, std, np.maximum(high - mean, mean - low)
+        mean = found.total.cpu().numpy() / count
+        variance = found.squares.cpu().numpy() / count - mean * mean
+        return mean, np.sqrt(np.maximum(variance, 0.0))  # a difference, below 0 by rounding
+
+
+def _largest(found: Moments, mean: np.ndarray) -> np.ndarray:
+    """max|w − mean|."""
+    with np.errstate(all="ignore"):
+        largest: np.ndarray = np.maximum(found.high.cpu().numpy() - mean, mean - found.low.cpu().numpy())
+        return largest
 
 
 def _elements(found: Moments, mean: np.ndarray, std: np.ndarray, count: int) -> Elements:
-    reach, low, high = count**0.25, found.low.cpu().numpy(), found.high.cpu().numpy()
+    reach, largest = count**0.25, _largest(found, mean)
     with np.errstate(all="ignore"):
         std = np.where(std > 1e-12 * np.abs(mean), std, np.nan)  # what is left of a constant matrix is rounding
-        headroom, shift = np.maximum(high - mean, mean - low) / (std * reach), np.abs(mean) * reach / std
+        headroom, shift = largest / (std * reach), np.abs(mean) * reach / std
     return Elements(*map(torch.from_numpy, (mean, std, headroom, shift)))
 
 
